@@ -1,0 +1,145 @@
+"""The settings of a run: what there is, what it means, what it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from efficient_dl.config.setting import Section, setting, to_toml_value
+
+BITS_WORDS = ("none", "identity", "lossless", "auto")
+_MANY = 2**40  # more steps than anyone runs, and far from the end of int64
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    section: ClassVar[str] = "model"
+    name: str = setting("gpt", "mlp, vgg8b, resnet18 or gpt", required=True)
+    size: str = setting("micro", "nano, micro, mini, small or base", required=True)
+    context: int = setting(128, "tokens a gpt sees at once", low=1, high=2**20)
+    dropout: float = setting(0.0, "probability that an activation is dropped", low=0.0, below=1.0)
+    positions: str = setting("rope", "how a gpt knows where a token stands", words=("rope", "learned"))
+    tie_weights: bool = setting(True, "a gpt's output layer is its embedding's matrix")
+    stem: str = setting(
+        "auto",
+        "resnet18's first layers; auto: imagenet from 64 pixels on",
+        words=("auto", "cifar", "imagenet"),
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    section: ClassVar[str] = "data"
+    name: str = setting("stdlib", "stdlib, digits, fashion-mnist or tokens:PATH", required=True)
+    path: str = setting("", "folder of fashion-mnist's files; empty: the usual places")
+    batch_size: int = setting(
+        8, "samples a worker takes at once; a step takes batch_size * workers * accumulate", low=1, high=2**24
+    )
+    augment: bool = setting(False, "shift and mirror training images, drawn by (seed, step, index)")
+    holdout: float = setting(
+        0.1, "share kept for validation where the data brings no split", above=0.0, below=1.0
+    )
+    download: bool = setting(True, "fetch fashion-mnist if it is nowhere on this machine")
+    fingerprint: str = setting("", "hash of the data: recorded when a run starts, checked where given")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    section: ClassVar[str] = "optimizer"
+    name: str = setting("adamw", "the rule of the update", words=("sgd", "adamw", "muon"))
+    lr: float = setting(1e-3, "learning rate at its peak", above=0.0, high=1e4)
+    weight_decay: float = setting(0.1, "weight decay of matrices, decoupled except in sgd", low=0.0, high=1e3)
+    momentum: float = setting(0.9, "momentum of sgd and muon", low=0.0, below=1.0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95), "adamw's averages of the gradient and of its square", low=0.0, below=1.0
+    )
+    schedule: str = setting("cosine", "learning rate after the warm-up", words=("cosine", "constant"))
+    final_lr_share: float = setting(0.1, "where cosine ends, as a share of lr", low=0.0, high=1.0)
+    warmup_steps: int = setting(20, "steps of linear warm-up", low=0, high=_MANY)
+    clip: float = setting(1.0, "largest norm of the whole gradient; 0: not clipped", low=0.0, high=1e12)
+
+
+@dataclass(frozen=True)
+class CompressionConfig(Section):
+    section: ClassVar[str] = "compression"
+    bits: float | str = setting(
+        "auto", "bits a value, or one of the words", low=0.5, high=8.0, words=BITS_WORDS
+    )
+    shadow: bool = setting(False, "apply the uncompressed result, only measure the compressed one")
+    check_every: int = setting(
+        50, "steps between comparisons of the parameters' hash; 0: never", low=0, high=_MANY
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    section: ClassVar[str] = "train"
+    steps: int = setting(500, "optimizer steps", low=1, high=_MANY)
+    seed: int = setting(0, "the only source of randomness", low=0, high=2**63 - 1)
+    precision: str = setting("fp32", "arithmetic of the layers; bf16: autocast", words=("fp32", "bf16"))
+    accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
+    eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)
+    eval_batches: int = setting(20, "batches of an evaluation, the same every time", low=1, high=2**30)
+    log_every: int = setting(10, "steps between rows of metrics.jsonl", low=1, high=_MANY)
+    checkpoint_every: int = setting(100, "steps between checkpoints; 0: only at the end", low=0, high=_MANY)
+    keep_checkpoints: int = setting(2, "checkpoints kept, the newest ones", low=1, high=2**30)
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    section: ClassVar[str] = "run"
+    out: str = setting("", "the run's folder; empty: a name made from the settings")
+    workers: int = setting(1, "processes on this machine, where no launcher starts them", low=1, high=4096)
+    device: str = setting("auto", "where the model is trained", words=("auto", "cpu", "cuda"))
+    threads: int = setting(0, "CPU threads a worker; 0: the cores divided by the workers", low=0, high=4096)
+    timeout_seconds: float = setting(120.0, "a collective that takes longer fails", above=0.0, high=86400.0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Two runs with equal `fingerprint()` train the same model on the same data in the same way."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def settings(self, ignore: Sequence[str] = ()) -> dict[str, Any]:
+        """Every setting by its full name, {"model.name": "gpt", ...}, in the order of the file.
+
+        ignore: sections ("run") or full names ("data.fingerprint") to leave out.
+        """
+        return {
+            key: getattr(getattr(self, name), one.name)
+            for name, kind in SECTIONS.items()
+            for one in dataclasses.fields(kind)
+            if name not in ignore and (key := f"{name}.{one.name}") not in ignore
+        }
+
+    def fingerprint(self, ignore: Sequence[str] = ("run",)) -> str:
+        """16 hexadecimal digits: the first 64 bits of sha-256 over "section.key = value" lines.
+
+        The same on every machine and Python version; it changes when a setting is added to this file.
+        """
+        lines = [f"{key} = {to_toml_value(value)}\n" for key, value in self.settings(ignore).items()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+    def differences(self, other: Config, ignore: Sequence[str] = ("run",)) -> list[str]:
+        """What the two disagree on: ["train.seed = 0, 1", ...], the value of self first."""
+        theirs = other.settings()
+        return [
+            f"{key} = {to_toml_value(value)}, {to_toml_value(theirs[key])}"
+            for key, value in self.settings(ignore).items()
+            if value != theirs[key]
+        ]
+
+
+SECTIONS: dict[str, type[Section]] = {
+    kind.section: kind
+    for kind in (ModelConfig, DataConfig, OptimizerConfig, CompressionConfig, TrainConfig, RunConfig)
+}
