@@ -1,0 +1,107 @@
+"""The contract of every codec: what it takes, what it returns, and what both ends must know."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Side:
+    """What encoder and decoder know already, so that it need not be sent.
+
+    segments: lengths (values) of the parameters inside a flat tensor, in order; their sum is the tensor's numel.
+        The block grid restarts at each of them. None: the tensor is one parameter.
+
+    The fingerprint travels in the packet's header; decoding with another side raises `SideMismatch`.
+    """
+
+    segments: tuple[int, ...] | None = None
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """32 bits that identify the content (0 when there is none); see docs/format.md."""
+        if self.segments is None:
+            return 0
+        content = b"segments" + struct.pack(f"<{len(self.segments)}q", *self.segments)
+        return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+
+
+@dataclass
+class PacketStats:
+    """Where a packet's bits went. Filled by `encode` and `encode_into` when passed to them.
+
+    order0_bits: the empirical order-0 entropy of the tensor's symbols, in bits for the whole tensor: what a
+        memoryless coder with a perfect, free table would need.
+    model_bits: what the codec's own model costs with an ideal arithmetic coder (its 12-bit tables, its escapes,
+        its raw bits), in bits for the whole tensor, without scales and headers.
+    scale_bits, header_bits: the blocks' scale codes; the header, parameters, tables and directory.
+    packet_bytes: the packet's real length.
+    """
+
+    numel: int = 0
+    order0_bits: float = 0.0
+    model_bits: float = 0.0
+    scale_bits: float = 0.0
+    header_bits: float = 0.0
+    packet_bytes: int = 0
+    escapes: int = 0
+    empty_blocks: int = 0
+    nonfinite_blocks: int = 0
+    relative_step: float = 0.0
+    kernel: str = ""
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """A pure, deterministic map from a contiguous tensor to bytes and back. No state, no ranks.
+
+    Tensors are contiguous, of any shape, float32, bfloat16 or float16, with numel < 2**31; anything else raises
+    `UnsupportedTensor`. Packets are contiguous 1-D uint8 tensors on the tensor's device.
+    """
+
+    @property
+    def name(self) -> str:
+        """The canonical specification, as `make_codec` takes it: "lossless", "bits:2.0", ..."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding returns every bit of the encoded tensor, NaN payloads included."""
+        ...
+
+    def kernel_for(self, device: torch.device) -> str:
+        """What runs on tensors of this device: "native-avx512", "native-portable", "reference" or "copy"."""
+        ...
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:
+        """The largest packet, in bytes, that any tensor of this size, dtype and side can need."""
+        ...
+
+    def encode(self, x: Tensor, side: Side | None = None, stats: PacketStats | None = None) -> Tensor:
+        """Returns the packet of x with its exact length (on a GPU this waits for the size)."""
+        ...
+
+    def encode_into(
+        self, x: Tensor, out: Tensor, side: Side | None = None, stats: PacketStats | None = None
+    ) -> Tensor:
+        """Writes the packet of x to the front of out and returns its byte count, 0-dim int64 on x.device.
+
+        out: uint8 with room for max_bytes(x.numel(), x.dtype, side); less raises ValueError.
+        """
+        ...
+
+    def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
+        """Decodes a packet of exactly the given length into out, or adds it to out.
+
+        out: contiguous, as many values as were encoded, of the encoded dtype or float32. With accumulate, sums
+        are formed in float32 and rounded to out's dtype. Raises `CorruptPacket` (`SideMismatch` for another side)
+        for bytes that are no such packet; out's content is then undefined, memory outside of it untouched.
+        """
+        ...

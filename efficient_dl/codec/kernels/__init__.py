@@ -1,0 +1,1 @@
+"""The same kernels for each kind of processor: reference (torch), native (C++)."""

@@ -1,0 +1,200 @@
+"""The block quantizer in torch: local scales, uniform steps, entropy-coded symbols (docs/format.md, codec 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficient_dl.codec.contract import PacketStats
+from efficient_dl.codec.entropy import model_bits, order0_bits
+from efficient_dl.codec.kernels.reference import tables, tiles
+from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid
+from efficient_dl.codec.kernels.reference.block_scale import (
+    NONFINITE_CODE,
+    Quantized,
+    choose_step,
+    quantize,
+    step_of,
+)
+from efficient_dl.codec.kernels.reference.symbols import Mode
+from efficient_dl.codec.kernels.reference.tiles import LANES, STATE_BYTES
+from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, pad4, to_bytes
+from efficient_dl.codec.steps import FIRST_STEP_INDEX, LAST_STEP_INDEX, STEPS
+from efficient_dl.errors import CorruptPacket
+
+_MAX_ABSOLUTE_CODE = 1007
+_CARRIED_ROWS = 2
+
+
+@dataclass
+class _Rows:
+    """The coded blocks' rows of symbols in the order of the blocks, and which tile each belongs to."""
+
+    symbols: Tensor  # int64 (rows, 128)
+    tile: Tensor  # int64 (rows,)
+    lanes: Tensor  # int64 (rows,): lanes that hold values
+    escapes: list[Tensor]  # per tile, uint8: the escapes' bytes
+
+
+def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketStats | None) -> Tensor:
+    """Returns the body of a block-quantized packet, uint8. x: float32, 1-D."""
+    blocks = grid.gather(x)
+    index = choose_step(blocks, grid, mode, bits_q16)
+    quantized = quantize(blocks, grid, STEPS[index - FIRST_STEP_INDEX])
+    base, codes = _relative_codes(quantized)
+    coded = (codes > 0) & (codes < NONFINITE_CODE)
+    rows = _rows(quantized.q, coded, grid, mode)
+    num_tiles = -(-grid.num_blocks // mode.tile_blocks)
+    counts = torch.bincount(rows.symbols.view(-1), minlength=mode.alphabet)
+    frequency = tables.normalize(counts) if rows.symbols.numel() else None
+    contents, is_coded = _tile_contents(rows, frequency, num_tiles)
+    table = tables.serialize(frequency) if frequency is not None and any(is_coded) else codes[:0].to(torch.uint8)
+    escapes = [part.numel() // mode.escape_bytes for part in rows.escapes]
+    directory: list[int] = []
+    for content, entropy_coded, count in zip(contents, is_coded, escapes, strict=True):
+        directory += [content.numel(), int(entropy_coded) | count << 1]
+    head = torch.tensor([mode.code | (index & 0xFFFF) << 16, mode.tile_blocks, grid.num_blocks, num_tiles])
+    sizes = torch.tensor([base, table.numel()])
+    prefix = to_bytes(torch.cat([head, sizes]).to(x.device), 4)
+    scales = pad4(codes.to(torch.uint8))
+    body = torch.cat([prefix, scales, table, to_bytes(torch.tensor(directory, device=x.device), 4), *contents])
+    if stats is not None:
+        values = quantized.q[coded].clamp(-127, 127).view(-1)
+        stats.order0_bits = order0_bits(torch.bincount(values + 127, minlength=255))
+        symbol_bits = 8.0 * rows.symbols.numel()
+        if frequency is not None and any(is_coded):
+            symbol_bits = model_bits(counts, frequency)
+        stats.model_bits = symbol_bits + 8.0 * mode.escape_bytes * sum(escapes)
+        stats.scale_bits = 8.0 * grid.num_blocks
+        stats.header_bits = 8.0 * (prefix.numel() + table.numel() + 4 * len(directory))
+        stats.escapes = sum(escapes)
+        stats.empty_blocks = int((codes == 0).sum())
+        stats.nonfinite_blocks = int((codes == NONFINITE_CODE).sum())
+        stats.relative_step = float(STEPS[index - FIRST_STEP_INDEX])
+    return body
+
+
+def decode(body: Tensor, grid: BlockGrid) -> Tensor:
+    """Returns the decoded values, float32 1-D; raises `CorruptPacket`."""
+    reader = Reader(body)
+    head, tile_blocks, num_blocks, num_tiles, base, table_bytes = reader.integers(6, 4)
+    mode = Mode.from_code(head & 0xFFFF)
+    step_index = (head >> 16) - (0x10000 if head >> 31 else 0)
+    valid = (
+        tile_blocks == mode.tile_blocks
+        and num_blocks == grid.num_blocks
+        and num_tiles == -(-num_blocks // tile_blocks)
+        and 3 <= base < _MAX_ABSOLUTE_CODE
+        and FIRST_STEP_INDEX <= step_index <= LAST_STEP_INDEX
+    )
+    if not valid:
+        raise CorruptPacket(
+            "a block-quantized packet does not fit its tensor",
+            expected=f"{grid.num_blocks} blocks, {mode.tile_blocks} a tile",
+            found=f"{num_blocks} blocks, {tile_blocks} a tile, {num_tiles} tiles, base {base}",
+        )
+    codes = reader.take(num_blocks).to(torch.int64)
+    reader.align4()
+    frequency = tables.parse(reader.take(table_bytes), mode.alphabet) if table_bytes else None
+    directory = reader.integers(2 * num_tiles, 4)
+    is_coded = (codes > 0) & (codes < NONFINITE_CODE)
+    if bool((codes[is_coded] + base > _MAX_ABSOLUTE_CODE).any()):
+        raise CorruptPacket("a block's scale is out of range")
+    coded_blocks = is_coded.nonzero()[:, 0]
+    q = torch.zeros((num_blocks, BLOCK_VALUES), dtype=torch.int64, device=body.device)
+    any_coded = False
+    for i in range(num_tiles):
+        tile_bytes, info = directory[2 * i : 2 * i + 2]
+        here = coded_blocks[(coded_blocks // tile_blocks) == i]
+        content = Reader(reader.take(tile_bytes))
+        lanes = mode.row_lanes(grid.lengths[here])
+        if info & 1:
+            any_coded = True
+            symbols = _decode_coded(content, frequency, lanes.numel(), info >> 1, mode)
+        else:
+            symbols = _decode_stored(content, lanes)
+        content.align4()
+        escape_bytes = content.take((info >> 1) * mode.escape_bytes)
+        content.align4()
+        content.end()
+        q[here] = mode.values(symbols, escape_bytes)
+    reader.end()
+    if frequency is not None and not any_coded:
+        raise CorruptPacket("a frequency table that no tile uses")
+    if bool((q * ~grid.mask).any()):
+        raise CorruptPacket("a value behind the end of a short block")
+    step = step_of(torch.where(is_coded, codes + base, 4))
+    values = q.to(torch.float32) * step[:, None]
+    values[codes == NONFINITE_CODE] = torch.nan
+    return grid.scatter(values)
+
+
+def _relative_codes(quantized: Quantized) -> tuple[int, Tensor]:
+    live = ~quantized.nonfinite & ~quantized.empty
+    base = max(3, int(quantized.code[live].max()) - 254) if bool(live.any()) else 3
+    live &= quantized.code > base
+    codes = torch.where(live, quantized.code - base, 0)
+    return base, torch.where(quantized.nonfinite, NONFINITE_CODE, codes)
+
+
+def _rows(q: Tensor, coded: Tensor, grid: BlockGrid, mode: Mode) -> _Rows:
+    block = coded.nonzero()[:, 0]
+    symbols, escaped = mode.symbols(q[block])
+    tile = (block // mode.tile_blocks).repeat_interleave(mode.rows_per_block)
+    num_tiles = -(-grid.num_blocks // mode.tile_blocks)
+    escapes = [mode.escape_stream(q[block], escaped & (tile == i)[:, None]) for i in range(num_tiles)]
+    return _Rows(symbols, tile, mode.row_lanes(grid.lengths[block]), escapes)
+
+
+def _tile_contents(rows: _Rows, frequency: Tensor | None, num_tiles: int) -> tuple[list[Tensor], list[bool]]:
+    device = rows.symbols.device
+    counts = torch.bincount(rows.tile, minlength=num_tiles)
+    per_tile = rows.symbols.split(counts.tolist()) if num_tiles else ()
+    lanes = rows.lanes.split(counts.tolist()) if num_tiles else ()
+    lane = torch.arange(LANES, device=device)
+    contents = [
+        torch.cat([pad4(s[lane < n[:, None]].to(torch.uint8)), pad4(e)])
+        for s, n, e in zip(per_tile, lanes, rows.escapes, strict=True)
+    ]
+    is_coded = [False] * num_tiles
+    candidates = [i for i in range(num_tiles) if int(counts[i]) > _CARRIED_ROWS]
+    if frequency is None or not candidates:
+        return contents, is_coded
+    num_rows = counts[candidates] - _CARRIED_ROWS
+    batch = torch.zeros((len(candidates), int(num_rows.max()), LANES), dtype=torch.int64, device=device)
+    carry = torch.zeros((len(candidates), LANES), dtype=torch.int64, device=device)
+    for k, i in enumerate(candidates):
+        batch[k, : int(num_rows[k])] = per_tile[i][:-_CARRIED_ROWS]
+        carry[k] = per_tile[i][-2] | per_tile[i][-1] << 8
+    states, words = tiles.encode(batch, num_rows, frequency, carry)
+    for k, i in enumerate(candidates):
+        stream = pad4(torch.cat([to_bytes(states[k], 4), to_bytes(words[k], 2)]))
+        content = torch.cat([stream, pad4(rows.escapes[i])])
+        if content.numel() < contents[i].numel():
+            contents[i], is_coded[i] = content, True
+    return contents, is_coded
+
+
+def _decode_coded(content: Reader, frequency: Tensor | None, rows: int, escapes: int, mode: Mode) -> Tensor:
+    stream_bytes = content.remaining - -(-escapes * mode.escape_bytes // 4) * 4 - STATE_BYTES
+    if frequency is None or rows <= _CARRIED_ROWS:
+        raise CorruptPacket("a coded tile without a table, or with too few rows")
+    states = from_bytes(content.take(STATE_BYTES), 4)
+    if stream_bytes % 2:
+        raise CorruptPacket("a tile has half a word")
+    stream = from_bytes(content.take(stream_bytes), 2)
+    num_rows = torch.tensor([rows - _CARRIED_ROWS], device=states.device)
+    symbols, carry = tiles.decode(states[None], [stream], num_rows, frequency)
+    symbols = torch.cat([symbols[0], carry & 0xFF, carry >> 8])
+    if bool((symbols >= mode.alphabet).any()):
+        raise CorruptPacket("a symbol outside of the alphabet")
+    return symbols
+
+
+def _decode_stored(content: Reader, lanes: Tensor) -> Tensor:
+    symbols = torch.full((lanes.numel(), LANES), -1, dtype=torch.int64, device=lanes.device)
+    holds_value = torch.arange(LANES, device=lanes.device) < lanes[:, None]
+    symbols[holds_value] = content.take(int(lanes.sum())).to(torch.int64)
+    return symbols

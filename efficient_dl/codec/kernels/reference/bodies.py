@@ -1,0 +1,117 @@
+"""The reference kernels as body kernels: torch operations on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efficient_dl.codec.contract import PacketStats
+from efficient_dl.codec.kernels.reference import block, split
+from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid
+from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES
+from efficient_dl.codec.kernels.reference.tiles import LANES
+from efficient_dl.codec.packet import byte_view
+from efficient_dl.errors import CorruptPacket
+
+_TABLE_BYTES = 416
+
+
+class CopyBody:
+    """The tensor's own bytes."""
+
+    name = "copy"
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """Exactly numel * itemsize."""
+        return numel * dtype.itemsize
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
+        """See `BodyKernel.encode`."""
+        data = byte_view(x)
+        body[: data.numel()].copy_(data)
+        if stats is not None:
+            stats.order0_bits = stats.model_bits = 8.0 * data.numel()
+        return data.numel()
+
+    def decode(
+        self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
+    ) -> None:
+        """See `BodyKernel.decode`."""
+        if body.numel() != out.numel() * dtype.itemsize:
+            raise CorruptPacket(
+                "an identity packet has the wrong length",
+                expected=f"{out.numel() * dtype.itemsize} bytes of body",
+                found=f"{body.numel()}",
+            )
+        if dtype == out.dtype and not accumulate:
+            byte_view(out).copy_(body)
+        else:
+            # A packet may start anywhere in a receive buffer: clone, so that a typed view is aligned.
+            _apply(body.clone().view(dtype), out, accumulate)
+
+
+class ReferenceSplit:
+    """The exact codec (docs/format.md, codec 1)."""
+
+    name = "reference"
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """All tiles stored, and a table."""
+        num_tiles = -(-numel // split.TILE_VALUES)
+        return 8 + _TABLE_BYTES + num_tiles * (8 + 4) + numel * dtype.itemsize
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
+        """See `BodyKernel.encode`."""
+        data = split.encode(x, stats)
+        body[: data.numel()].copy_(data)
+        return data.numel()
+
+    def decode(
+        self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
+    ) -> None:
+        """See `BodyKernel.decode`."""
+        values = split.decode(body, dtype, out.numel())
+        if accumulate or dtype != out.dtype:
+            _apply(values, out, accumulate)
+        else:
+            byte_view(out).copy_(byte_view(values))
+
+
+class ReferenceBlock:
+    """The block quantizer (docs/format.md, codec 2) at a rate of `bits` a value."""
+
+    name = "reference"
+
+    def __init__(self, bits: float) -> None:
+        self._bits_q16 = round(bits * 65536)
+        self._mode = PAIRS if bits <= MAX_PAIR_BITS else SINGLES
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """All tiles stored, all values escaped."""
+        num_blocks = numel // BLOCK_VALUES + num_segments
+        num_tiles = num_blocks // self._mode.tile_blocks + 1
+        symbols = min(numel, LANES * num_blocks) if self._mode is PAIRS else numel
+        content = (1 + self._mode.escape_bytes) * symbols + num_tiles * (8 + 8)
+        return 24 + num_blocks + 4 + _TABLE_BYTES + content
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
+        """See `BodyKernel.encode`."""
+        grid = BlockGrid(segments, x.device)
+        data = block.encode(x.to(torch.float32), grid, self._mode, self._bits_q16, stats)
+        body[: data.numel()].copy_(data)
+        return data.numel()
+
+    def decode(
+        self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
+    ) -> None:
+        """See `BodyKernel.decode`."""
+        _apply(block.decode(body, BlockGrid(segments, body.device)), out, accumulate)
+
+
+def _apply(values: Tensor, out: Tensor, accumulate: bool) -> None:
+    if not accumulate:
+        out.copy_(values)
+    elif out.dtype == torch.float32:
+        out.add_(values)
+    else:
+        out.copy_(out.to(torch.float32).add_(values))

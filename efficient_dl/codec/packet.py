@@ -1,0 +1,142 @@
+"""The 32-byte header that every packet starts with: written, read and checked in one place."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import torch
+import xxhash
+from torch import Tensor
+
+from efficient_dl.codec.contract import Side
+from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
+
+FORMAT_VERSION: Final = 0
+HEADER_BYTES: Final = 32
+MAX_NUMEL: Final = 2**31 - 1
+DTYPE_CODES: Final[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_MAGIC: Final = b"EDLP"
+_LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
+_CHECKSUM_FLAG: Final = 1
+
+
+def check_tensor(x: Tensor) -> int:
+    """Returns x's dtype code, or raises `UnsupportedTensor` for what no codec takes."""
+    code = DTYPE_CODES.get(x.dtype)
+    if code is None:
+        raise UnsupportedTensor(
+            f"a codec cannot take a tensor of {x.dtype}",
+            expected="torch.float32, torch.bfloat16 or torch.float16",
+            fix="convert the tensor, or leave it to the native collective",
+        )
+    if not x.is_contiguous() or x.layout is not torch.strided:
+        raise UnsupportedTensor(
+            "a codec takes contiguous, dense tensors only",
+            found=f"shape {tuple(x.shape)}, layout {x.layout}, contiguous: {x.is_contiguous()}",
+            fix="pass x.contiguous()",
+        )
+    if x.numel() > MAX_NUMEL:
+        raise UnsupportedTensor(
+            "the tensor is too large for one packet",
+            expected="fewer than 2**31 values",
+            found=f"{x.numel()} values",
+            fix="encode it in parts, x.view(-1).split(2**30)",
+        )
+    return code
+
+
+def check_side(side: Side | None, numel: int) -> None:
+    """Raises ValueError when side describes a tensor of another size."""
+    if side is None or side.segments is None:
+        return
+    if any(n < 0 for n in side.segments) or sum(side.segments) != numel:
+        raise ValueError(
+            f"Side.segments sums to {sum(side.segments)} values, the tensor has {numel}; "
+            "pass the lengths of the parameters that lie in the tensor, in order"
+        )
+
+
+def write_header(
+    packet: Tensor, body_bytes: int, codec: int, dtype: int, numel: int, side: Side | None, checksum: bool
+) -> int:
+    """Fills packet[:32] for a body that lies behind it already; returns the packet's bytes."""
+    total = HEADER_BYTES + body_bytes
+    digest = _digest(packet[HEADER_BYTES:total]) if checksum else 0
+    fingerprint = side.fingerprint if side is not None else 0
+    header = _LAYOUT.pack(
+        _MAGIC, FORMAT_VERSION, codec, dtype, _CHECKSUM_FLAG * checksum, numel, fingerprint, total, digest
+    )
+    packet[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+    return total
+
+
+def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> tuple[Tensor, int]:
+    """Checks packet against what the caller expects; returns its body and the encoded dtype's code.
+
+    Raises `CorruptPacket`, and `SideMismatch` when only the side information differs.
+    """
+    check_tensor(out)
+    check_side(side, out.numel())
+    if packet.dtype != torch.uint8 or packet.dim() != 1 or not packet.is_contiguous():
+        raise UnsupportedTensor(
+            "a packet is a contiguous 1-D uint8 tensor",
+            found=f"{packet.dtype}, shape {tuple(packet.shape)}",
+            fix="pass what encode() returned",
+        )
+    if packet.numel() < HEADER_BYTES:
+        raise CorruptPacket(
+            "the packet is shorter than its header",
+            expected=f"at least {HEADER_BYTES} bytes",
+            found=f"{packet.numel()} bytes",
+        )
+    fields = _LAYOUT.unpack(packet[:HEADER_BYTES].cpu().numpy().tobytes())
+    magic, version, found_codec, dtype, flags, numel, fingerprint, total, digest = fields
+    _require(magic == _MAGIC, "magic", _MAGIC, magic)
+    _require(version == FORMAT_VERSION, "format version", FORMAT_VERSION, version)
+    _require(found_codec == codec, "codec", codec, found_codec)
+    _require(dtype in DTYPE_CODES.values(), "dtype code", "0, 1 or 2", dtype)
+    _require(
+        out.dtype == torch.float32 or DTYPE_CODES[out.dtype] == dtype,
+        "dtype code (for an output of another dtype than float32)",
+        DTYPE_CODES[out.dtype],
+        dtype,
+    )
+    _require(flags & ~_CHECKSUM_FLAG == 0, "flags", "0 or 1", flags)
+    _require(total == packet.numel(), "packet bytes", packet.numel(), total)
+    _require(numel == out.numel(), "numel", out.numel(), numel)
+    expected_fingerprint = side.fingerprint if side is not None else 0
+    if fingerprint != expected_fingerprint:
+        raise SideMismatch(
+            "the packet was encoded with other side information",
+            expected=f"fingerprint {expected_fingerprint:08x}",
+            found=f"{fingerprint:08x}",
+            fix="give decode() the Side that encode() was given",
+        )
+    body = packet[HEADER_BYTES:]
+    if flags & _CHECKSUM_FLAG:
+        _require(_digest(body) == digest, "checksum", "xxh3-64 of the body", f"{digest:016x} in the header")
+    else:
+        _require(digest == 0, "checksum of a packet without one", 0, digest)
+    return body, dtype
+
+
+def byte_view(x: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor as a 1-D uint8 tensor that shares its memory."""
+    return x.view(-1).view(torch.uint8)
+
+
+def _digest(body: Tensor) -> int:
+    return xxhash.xxh3_64_intdigest(memoryview(body.cpu().numpy()))
+
+
+def _require(condition: bool, field: str, expected: object, found: object) -> None:
+    if not condition:
+        raise CorruptPacket(
+            f"the packet's {field} is wrong",
+            expected=str(expected),
+            found=str(found),
+            where="packet header",
+            fix="check that both ends run the same release and that the bytes arrived whole",
+        )
