@@ -128,7 +128,7 @@ def byte_view(x: Tensor) -> Tensor:
 
 
 def _digest(body: Tensor) -> int:
-    return xxhash.xxh3_64_intdigest(memoryview(body.cpu().numpy()))
+    return xxhash.xxh3_64_intdigest(body.cpu().numpy().data)
 
 
 def _require(condition: bool, field: str, expected: object, found: object) -> None:

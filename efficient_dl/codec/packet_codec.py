@@ -36,9 +36,7 @@ class BodyKernel(Protocol):
         """The largest body in bytes."""
         ...
 
-    def encode(
-        self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None
-    ) -> int:
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """Writes the body to the front of `body`, returns its bytes, and fills stats (without its header)."""
         ...
 
@@ -100,7 +98,9 @@ class PacketCodec:
         dtype = check_tensor(x)
         check_side(side, x.numel())
         if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous():
-            raise ValueError(f"out must be a contiguous 1-D uint8 tensor, not {out.dtype}, {tuple(out.shape)}")
+            raise ValueError(
+                f"out must be a contiguous 1-D uint8 tensor, not {out.dtype}, {tuple(out.shape)}"
+            )
         needed = self.max_bytes(x.numel(), x.dtype, side)
         if out.numel() < needed:
             raise ValueError(f"out has {out.numel()} bytes, max_bytes() asks for {needed}")

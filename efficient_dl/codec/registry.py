@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Final
 
 from efficient_dl.codec.contract import Codec
@@ -48,7 +47,9 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         return PacketCodec(spec, _LOSSLESS, True, _native_split(kernel), ReferenceSplit(), checksum)
     if spec.startswith("bits:"):
         bits = _parse_bits(spec)
-        return PacketCodec(f"bits:{bits}", _BLOCK, False, _native_block(kernel, bits), ReferenceBlock(bits), checksum)
+        return PacketCodec(
+            f"bits:{bits}", _BLOCK, False, _native_block(kernel, bits), ReferenceBlock(bits), checksum
+        )
     near = difflib.get_close_matches(spec, ("identity", "lossless", "bits:2.0"), n=1, cutoff=0.4)
     raise ConfigError(
         f"unknown codec {spec!r}",

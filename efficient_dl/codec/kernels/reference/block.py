@@ -20,7 +20,7 @@ from efficient_dl.codec.kernels.reference.block_scale import (
 )
 from efficient_dl.codec.kernels.reference.symbols import Mode
 from efficient_dl.codec.kernels.reference.tiles import LANES, STATE_BYTES
-from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, pad4, to_bytes
+from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, integers, pad4, to_bytes
 from efficient_dl.codec.steps import FIRST_STEP_INDEX, LAST_STEP_INDEX, STEPS
 from efficient_dl.errors import CorruptPacket
 
@@ -50,7 +50,9 @@ def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketS
     counts = torch.bincount(rows.symbols.view(-1), minlength=mode.alphabet)
     frequency = tables.normalize(counts) if rows.symbols.numel() else None
     contents, is_coded = _tile_contents(rows, frequency, num_tiles)
-    table = tables.serialize(frequency) if frequency is not None and any(is_coded) else codes[:0].to(torch.uint8)
+    table = (
+        tables.serialize(frequency) if frequency is not None and any(is_coded) else codes[:0].to(torch.uint8)
+    )
     escapes = [part.numel() // mode.escape_bytes for part in rows.escapes]
     directory: list[int] = []
     for content, entropy_coded, count in zip(contents, is_coded, escapes, strict=True):
@@ -59,7 +61,9 @@ def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketS
     sizes = torch.tensor([base, table.numel()])
     prefix = to_bytes(torch.cat([head, sizes]).to(x.device), 4)
     scales = pad4(codes.to(torch.uint8))
-    body = torch.cat([prefix, scales, table, to_bytes(torch.tensor(directory, device=x.device), 4), *contents])
+    body = torch.cat(
+        [prefix, scales, table, to_bytes(torch.tensor(directory, device=x.device), 4), *contents]
+    )
     if stats is not None:
         values = quantized.q[coded].clamp(-127, 127).view(-1)
         stats.order0_bits = order0_bits(torch.bincount(values + 127, minlength=255))
@@ -151,8 +155,8 @@ def _rows(q: Tensor, coded: Tensor, grid: BlockGrid, mode: Mode) -> _Rows:
 def _tile_contents(rows: _Rows, frequency: Tensor | None, num_tiles: int) -> tuple[list[Tensor], list[bool]]:
     device = rows.symbols.device
     counts = torch.bincount(rows.tile, minlength=num_tiles)
-    per_tile = rows.symbols.split(counts.tolist()) if num_tiles else ()
-    lanes = rows.lanes.split(counts.tolist()) if num_tiles else ()
+    per_tile = torch.split(rows.symbols, integers(counts))
+    lanes = torch.split(rows.lanes, integers(counts))
     lane = torch.arange(LANES, device=device)
     contents = [
         torch.cat([pad4(s[lane < n[:, None]].to(torch.uint8)), pad4(e)])

@@ -55,8 +55,12 @@ def encode(x: Tensor, stats: PacketStats | None) -> Tensor:
     body = torch.cat([prefix, table, to_bytes(torch.tensor(directory, device=x.device), 4), *parts])
     if stats is not None:
         raw_bits = sum(8 * tile.symbols.numel() * len(tile.planes) for tile in cut)
-        stats.order0_bits = order0_bits(torch.bincount(symbols.to(torch.int64), minlength=ALPHABET)) + raw_bits
-        stats.model_bits = raw_bits + sum(_symbol_bits(t, frequency if id(t) in contents else None) for t in cut)
+        stats.order0_bits = (
+            order0_bits(torch.bincount(symbols.to(torch.int64), minlength=ALPHABET)) + raw_bits
+        )
+        stats.model_bits = raw_bits + sum(
+            _symbol_bits(t, frequency if id(t) in contents else None) for t in cut
+        )
         stats.header_bits = 8.0 * (prefix.numel() + table.numel() + 8 * len(cut))
     return body
 

@@ -54,7 +54,9 @@ def parse(data: Tensor, alphabet: int) -> Tensor:
     expected_bytes = -(-(bitmap_bytes + -(-value_bits // 8)) // 4) * 4
     if data.numel() != expected_bytes:
         raise CorruptPacket(
-            "the frequency table has the wrong length", expected=f"{expected_bytes} bytes", found=f"{data.numel()}"
+            "the frequency table has the wrong length",
+            expected=f"{expected_bytes} bytes",
+            found=f"{data.numel()}",
         )
     bits = _unpack_bits(data[bitmap_bytes:])
     if bool(bits[value_bits:].any()):

@@ -17,7 +17,9 @@ _LOW = 1 << 16
 _SLOT_MASK = TOTAL - 1
 
 
-def encode(symbols: Tensor, num_rows: Tensor, frequency: Tensor, carry: Tensor) -> tuple[Tensor, list[Tensor]]:
+def encode(
+    symbols: Tensor, num_rows: Tensor, frequency: Tensor, carry: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """Codes N tiles of up to R rows.
 
     symbols: integer (N, R, 128). num_rows: int64 (N,), the rows of each tile that are coded (the first ones).
@@ -42,9 +44,7 @@ def encode(symbols: Tensor, num_rows: Tensor, frequency: Tensor, carry: Tensor) 
     return state, [words[i][emitted[i]] for i in range(tiles)]
 
 
-def decode(
-    states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Tensor
-) -> tuple[Tensor, Tensor]:
+def decode(states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of `encode`: symbols, int64 (N, max rows, 128), and carry, int64 (N, 128).
 
     words: per tile its words, with the zero word that pads an odd number of them.
@@ -54,7 +54,9 @@ def decode(
     start = starts(frequency)
     symbol_of_slot = torch.repeat_interleave(torch.arange(frequency.numel(), device=device), frequency)
     num_words = torch.tensor([w.numel() for w in words], dtype=torch.int64, device=device)
-    stream = torch.zeros((tiles, int(num_words.max()) + LANES if tiles else 0), dtype=torch.int64, device=device)
+    stream = torch.zeros(
+        (tiles, int(num_words.max()) + LANES if tiles else 0), dtype=torch.int64, device=device
+    )
     for i, tile_words in enumerate(words):
         stream[i, : tile_words.numel()] = tile_words
     symbols = torch.zeros((tiles, max_rows, LANES), dtype=torch.int64, device=device)

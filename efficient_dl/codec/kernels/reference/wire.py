@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,20 @@ def from_bytes(data: Tensor, width: int, signed: bool = False) -> Tensor:
     """uint8 to int64, `width` bytes a value."""
     shifts = torch.arange(0, 8 * width, 8, device=data.device)
     values = (data.to(torch.int64).view(-1, width) << shifts).sum(1)
-    return torch.where(values >> (8 * width - 1) == 1, values - (1 << (8 * width)), values) if signed else values
+    return (
+        torch.where(values >> (8 * width - 1) == 1, values - (1 << (8 * width)), values) if signed else values
+    )
 
 
 def pad4(data: Tensor) -> Tensor:
     """data with zero bytes up to a multiple of 4."""
     missing = -data.numel() % 4
     return torch.cat([data, data.new_zeros(missing)]) if missing else data
+
+
+def integers(values: Tensor) -> list[int]:
+    """The values of an integer tensor as Python integers (waits for the device)."""
+    return cast("list[int]", values.view(-1).tolist())  # pyright: ignore[reportUnknownMemberType]
 
 
 class Reader:
@@ -55,7 +64,7 @@ class Reader:
 
     def integers(self, count: int, width: int, signed: bool = False) -> list[int]:
         """The next `count` integers of `width` bytes."""
-        return [int(v) for v in from_bytes(self.take(count * width), width, signed).tolist()]
+        return integers(from_bytes(self.take(count * width), width, signed))
 
     def align4(self) -> None:
         """Skips padding up to a multiple of 4, which must be zero."""
@@ -65,4 +74,6 @@ class Reader:
     def end(self) -> None:
         """Raises unless all bytes have been taken."""
         if self._position != self._data.numel():
-            raise CorruptPacket("the packet has bytes left over", found=f"{self._data.numel() - self._position}")
+            raise CorruptPacket(
+                "the packet has bytes left over", found=f"{self._data.numel() - self._position}"
+            )

@@ -1,0 +1,266 @@
+"""One suite over all codecs and all their CPU kernels: what `efficient_dl.codec.Codec` promises."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficient_dl.codec import Codec, PacketStats, Side, make_codec
+from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
+
+SPECS = ("identity", "lossless", "bits:0.5", "bits:2.0", "bits:4.0", "bits:7.0")
+EXACT = ("identity", "lossless")
+LOSSY = tuple(spec for spec in SPECS if spec not in EXACT)
+KERNELS = ("reference",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 127, 128, 129, 255, 256, 257, 1000, 32768, 33000, 70001, 140000)
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def any_bits(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Every bit pattern may occur: NaNs with payloads, infinities, denormals, both zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(width)
+    return (
+        torch.randint(info.min, info.max + 1, (numel,), generator=generator, dtype=torch.int64)
+        .to(width)
+        .view(dtype)
+    )
+
+
+def gradient_like(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Heavy tails, scales that differ from block to block, some exact zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator)
+    scale = torch.exp(3 * torch.randn(numel // 256 + 1, generator=generator)).repeat_interleave(256)[:numel]
+    x = x * scale * 1e-3
+    x[torch.rand(numel, generator=generator) < 0.05] = 0
+    return x.to(dtype)
+
+
+def segments_of(numel: int, parts: int) -> Side:
+    cuts = sorted({(numel * i * i) // (parts * parts) for i in range(parts + 1)})
+    return Side(segments=tuple(b - a for a, b in itertools.pairwise(cuts)) or (numel,))
+
+
+def decoded(codec: Codec, packet: torch.Tensor, like: torch.Tensor, side: Side | None = None) -> torch.Tensor:
+    out = torch.full_like(like, 7.0)
+    codec.decode(packet, out, side=side)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_all_kernels_write_the_same_bytes_and_read_each_others(spec: str, dtype: torch.dtype) -> None:
+    codecs = [make_codec(spec, kernel=kernel) for kernel in KERNELS]
+    for seed, numel in enumerate(SIZES):
+        for x in (gradient_like(numel, dtype, seed), any_bits(numel, dtype, seed)):
+            for side in (None, segments_of(numel, 5)):
+                packets = [codec.encode(x, side) for codec in codecs]
+                values = [decoded(codec, packets[0], x, side) for codec in codecs]
+                for kernel, packet, value in zip(KERNELS, packets, values, strict=True):
+                    assert torch.equal(packet, packets[0]), (kernel, numel, side)
+                    assert torch.equal(bits_of(value), bits_of(values[0])), (kernel, numel, side)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", EXACT)
+@settings(max_examples=40, deadline=None)
+@given(
+    numel=st.integers(0, 70000), seed=st.integers(0, 2**32), dtype=st.sampled_from(DTYPES), wild=st.booleans()
+)
+def test_exact_codecs_return_every_bit(
+    spec: str, kernel: str, numel: int, seed: int, dtype: torch.dtype, wild: bool
+) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    x = any_bits(numel, dtype, seed) if wild else gradient_like(numel, dtype, seed)
+    out = decoded(codec, codec.encode(x), x)
+    assert torch.equal(bits_of(out), bits_of(x))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", LOSSY)
+@settings(max_examples=25, deadline=None)
+@given(
+    numel=st.integers(1, 40000),
+    seed=st.integers(0, 2**32),
+    parts=st.integers(1, 9),
+    exponent=st.integers(-100, 80),
+)
+def test_the_error_of_a_block_is_at_most_half_its_step(
+    spec: str, kernel: str, numel: int, seed: int, parts: int, exponent: int
+) -> None:
+    codec, stats = make_codec(spec, kernel=kernel), PacketStats()
+    x = gradient_like(numel, torch.float32, seed).clamp(-1e3, 1e3) * 2.0**exponent
+    side = segments_of(numel, parts)
+    error = (decoded(codec, codec.encode(x, side, stats), x, side).double() - x.double()).abs()
+    start = 0
+    for length in side.segments or ():
+        for block, err in zip(
+            x[start : start + length].split(256), error[start : start + length].split(256), strict=True
+        ):
+            rms = block.double().square().mean().sqrt()
+            # The step is rounded to a quarter octave, by at most 12.5 %; a clamped or vanishing block is tiny.
+            bound = max(0.5 * 1.125 * stats.relative_step * rms, 2.0**-125, x.abs().max().double() * 2.0**-55)
+            assert err.max() <= bound * (1 + 1e-5)
+        start += length
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulate_adds_in_float32(spec: str, kernel: str, dtype: torch.dtype) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    x, side = gradient_like(3000, dtype, 3), segments_of(3000, 3)
+    packet = codec.encode(x, side)
+    wide = torch.zeros(3000)
+    codec.decode(packet, wide, side=side)
+    start = gradient_like(3000, torch.float32, 4)
+    total = start.clone()
+    codec.decode(packet, total, accumulate=True, side=side)
+    assert torch.equal(total, start + wide)
+    narrow = gradient_like(3000, dtype, 5)
+    expected = (narrow.float() + wide).to(dtype)
+    codec.decode(packet, narrow, accumulate=True, side=side)
+    assert torch.equal(bits_of(narrow), bits_of(expected))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_nonfinite_value_makes_its_block_nan_and_no_other(spec: str, kernel: str, bad: float) -> None:
+    codec, stats = make_codec(spec, kernel=kernel), PacketStats()
+    x = gradient_like(2000, torch.float32, 6)
+    x[300] = bad
+    out = decoded(codec, codec.encode(x, stats=stats), x)
+    assert out[256:512].isnan().all()
+    assert out[:256].isfinite().all() and out[512:].isfinite().all()
+    assert stats.nonfinite_blocks == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_packets_fit_max_bytes_even_for_the_worst_tensors(spec: str, kernel: str) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    spikes = torch.zeros(5000)
+    spikes[::97] = torch.logspace(-30, 30, len(spikes[::97]))
+    for x in (spikes, any_bits(5000, torch.float32, 1), torch.full((5000,), 1e-45), torch.ones(5000)):
+        for side in (None, Side(segments=(1,) * 5000)):
+            assert codec.encode(x, side).numel() <= codec.max_bytes(5000, torch.float32, side)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", LOSSY)
+def test_the_rate_is_what_was_asked_for(spec: str, kernel: str) -> None:
+    x = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
+    packet = make_codec(spec, kernel=kernel).encode(x)
+    asked = float(spec.removeprefix("bits:"))
+    assert abs(8 * packet.numel() / x.numel() - asked) < 0.03 * asked + 0.03
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_packet_is_little_more_than_its_parts(spec: str, kernel: str) -> None:
+    stats = PacketStats()
+    x = torch.randn(500_000, generator=torch.Generator().manual_seed(2))
+    packet = make_codec(spec, kernel=kernel).encode(x, stats=stats)
+    parts = stats.model_bits + stats.scale_bits + stats.header_bits
+    assert stats.packet_bytes == packet.numel() and stats.numel == 500_000
+    assert parts * 0.999 <= 8 * packet.numel() <= parts * 1.06
+    assert stats.order0_bits > 0 and stats.kernel
+
+
+@pytest.mark.parametrize("spec", ("lossless", "bits:2.0", "bits:4.0"))
+def test_all_kernels_report_the_same_stats(spec: str) -> None:
+    reports: list[PacketStats] = []
+    for kernel in KERNELS:
+        stats = PacketStats()
+        make_codec(spec, kernel=kernel).encode(gradient_like(100_000, torch.float32, 9), stats=stats)
+        reports.append(stats)
+    for report in reports[1:]:
+        assert report.order0_bits == pytest.approx(reports[0].order0_bits, rel=1e-9)
+        assert report.model_bits == pytest.approx(reports[0].model_bits, rel=1e-9)
+        assert (report.scale_bits, report.header_bits) == (reports[0].scale_bits, reports[0].header_bits)
+        assert (report.escapes, report.empty_blocks) == (reports[0].escapes, reports[0].empty_blocks)
+        assert report.relative_step == reports[0].relative_step
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_cut_and_every_flipped_byte_raises(spec: str, kernel: str) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    x = gradient_like(3000, torch.float32, 7)
+    packet = codec.encode(x)
+    for length in [*range(0, 60), packet.numel() - 1, packet.numel() // 2]:
+        with pytest.raises(CorruptPacket):
+            codec.decode(packet[:length].clone(), torch.empty_like(x))
+    for position in range(0, packet.numel(), max(1, packet.numel() // 200)):
+        damaged = packet.clone()
+        damaged[position] ^= 0x41
+        with pytest.raises(CorruptPacket):
+            codec.decode(damaged, torch.empty_like(x))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damage_without_a_checksum_never_leaves_the_output(
+    spec: str, kernel: str, data: st.DataObject
+) -> None:
+    codec = make_codec(spec, kernel=kernel, checksum=False)
+    x = gradient_like(data.draw(st.integers(1, 3000)), torch.float32, 8)
+    packet = codec.encode(x)
+    for _ in range(data.draw(st.integers(1, 4))):
+        packet[data.draw(st.integers(0, packet.numel() - 1))] = data.draw(st.integers(0, 255))
+    room = torch.full((x.numel() + 512,), 3.0)
+    try:
+        codec.decode(packet, room[256:-256])
+    except CorruptPacket:
+        pass
+    assert (room[:256] == 3).all() and (room[-256:] == 3).all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_another_side_is_refused(spec: str) -> None:
+    codec = make_codec(spec, kernel="reference")
+    x = torch.randn(1000)
+    packet = codec.encode(x, Side(segments=(400, 600)))
+    with pytest.raises(SideMismatch):
+        codec.decode(packet, torch.empty(1000), side=Side(segments=(600, 400)))
+    with pytest.raises(SideMismatch):
+        codec.decode(packet, torch.empty(1000))
+    with pytest.raises(ValueError, match="sums to 999"):
+        codec.encode(x, Side(segments=(400, 599)))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_wrong_tensors_are_refused_with_a_reason(spec: str) -> None:
+    codec = make_codec(spec, kernel="reference")
+    with pytest.raises(UnsupportedTensor, match="float64"):
+        codec.encode(torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(UnsupportedTensor, match="contiguous"):
+        codec.encode(torch.zeros(4, 4).t())
+    with pytest.raises(ValueError, match="max_bytes"):
+        codec.encode_into(torch.zeros(4), torch.empty(3, dtype=torch.uint8))
+    with pytest.raises(CorruptPacket, match="numel"):
+        codec.decode(codec.encode(torch.zeros(4)), torch.empty(5))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_encode_into_writes_what_encode_returns(spec: str) -> None:
+    codec = make_codec(spec, kernel="reference")
+    x = gradient_like(5000, torch.bfloat16, 2).view(50, 100)
+    room = torch.full((codec.max_bytes(5000, torch.bfloat16) + 64,), 9, dtype=torch.uint8)
+    count = codec.encode_into(x, room)
+    assert count.dtype == torch.int64 and count.dim() == 0
+    assert torch.equal(room[: int(count)], codec.encode(x))
+    assert (room[-64:] == 9).all()
