@@ -1,5 +1,6 @@
 """Everything that defines a run: frozen dataclasses, their TOML file, and `section.key=value` overrides."""
 
+from efficient_dl.config.data_spec import DataSpec
 from efficient_dl.config.schema import (
     BITS_WORDS,
     CompressionConfig,
@@ -18,6 +19,7 @@ __all__ = [
     "CompressionConfig",
     "Config",
     "DataConfig",
+    "DataSpec",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",

@@ -42,6 +42,12 @@ class DataConfig(Section):
     holdout: float = setting(
         0.1, "share kept for validation where the data brings no split", above=0.0, below=1.0
     )
+    token_dtype: str = setting(
+        "auto", "of tokens; auto: from meta.json or the file's name", words=("auto", "uint16", "uint32")
+    )
+    vocabulary: int = setting(
+        0, "of tokens; 0: from meta.json, or the highest token + 1", low=0, high=2**31 - 1
+    )
     download: bool = setting(True, "fetch fashion-mnist if it is nowhere on this machine")
     fingerprint: str = setting("", "hash of the data: recorded when a run starts, checked where given")
 
