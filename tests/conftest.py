@@ -1,0 +1,35 @@
+"""Decides for each test whether the machine has what it needs; a missing piece is the skip's reason."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips, or with REQUIRE_NETNS=1 or REQUIRE_GPU=1 fails, a test whose marker names something missing."""
+    for marker, missing, required in (
+        ("netns", _missing_for_namespaces, "REQUIRE_NETNS"),
+        ("gpu", _missing_for_gpu, "REQUIRE_GPU"),
+    ):
+        if item.get_closest_marker(marker) and (pieces := missing()):
+            reason = "this machine lacks " + "; ".join(pieces)
+            if os.environ.get(required) == "1":
+                pytest.fail(f"{required}=1, but {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+@functools.cache
+def _missing_for_namespaces() -> tuple[str, ...]:
+    from cluster.namespaces import missing_requirements
+
+    return tuple(missing_requirements())
+
+
+@functools.cache
+def _missing_for_gpu() -> tuple[str, ...]:
+    import torch
+
+    return () if torch.cuda.is_available() else ("a CUDA device",)
