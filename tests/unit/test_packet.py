@@ -1,0 +1,84 @@
+"""The wire format, byte by byte: a change of these needs a new format version."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+import xxhash
+
+from efficient_dl.codec import FORMAT_VERSION, Side, make_codec
+from efficient_dl.errors import CorruptPacket, EdlError
+
+
+def golden_tensor(dtype: torch.dtype) -> torch.Tensor:
+    """140,003 values made by integer arithmetic only, so that every platform has the same ones."""
+    state = torch.arange(140_003, dtype=torch.int64)
+    state = (state * 6364136223846793005 + 1442695040888963407) >> 20 & 0xFFFFF
+    magnitude = (state % 1021 - 510) * (state // 1021 % 7)
+    return (magnitude.to(torch.float32) / 4096).to(dtype)
+
+
+# (spec, dtype): (bytes, xxh3-64 of the packet)
+GOLDEN = {
+    ("identity", torch.float32): (560044, "d37a817ff81cc752"),
+    ("identity", torch.bfloat16): (280038, "1418c21f77307094"),
+    ("identity", torch.float16): (280038, "3fa4c34346511a88"),
+    ("lossless", torch.float32): (330900, "0f0171574380ead8"),
+    ("lossless", torch.bfloat16): (190900, "883f22f1ec377416"),
+    ("lossless", torch.float16): (234156, "b96ce89adc3af3de"),
+    ("bits:2.0", torch.float32): (35388, "70d6e39e6b6f058d"),
+    ("bits:2.0", torch.bfloat16): (35352, "ee60150cf806c07e"),
+    ("bits:2.0", torch.float16): (35388, "e90adb8c4539a9ba"),
+    ("bits:4.0", torch.float32): (67572, "54d0cdb53ae984d7"),
+    ("bits:4.0", torch.bfloat16): (67576, "ef561d05521ec702"),
+    ("bits:4.0", torch.float16): (67540, "0a7214b213995743"),
+}
+
+
+@pytest.mark.parametrize(("spec", "dtype"), GOLDEN, ids=str)
+def test_packets_are_the_golden_bytes(spec: str, dtype: torch.dtype) -> None:
+    packet = make_codec(spec).encode(golden_tensor(dtype), Side(segments=(100_000, 40_003)))
+    digest = xxhash.xxh3_64_hexdigest(packet.numpy().data)
+    assert (packet.numel(), digest) == GOLDEN[spec, dtype]
+
+
+def test_the_header_is_what_the_document_says() -> None:
+    x = torch.tensor([1.0, -2.0])
+    packet = make_codec("identity").encode(x, Side(segments=(1, 1))).numpy().tobytes()
+    body = struct.pack("<2f", 1.0, -2.0)
+    fingerprint = xxhash.xxh3_64_intdigest(b"segments" + struct.pack("<2q", 1, 1)) & 0xFFFFFFFF
+    header = struct.pack(
+        "<4sBBBBIIQQ", b"EDLP", FORMAT_VERSION, 0, 0, 1, 2, fingerprint, 40, xxhash.xxh3_64_intdigest(body)
+    )
+    assert packet == header + body
+
+
+def test_an_empty_tensor_is_a_header() -> None:
+    for spec in ("identity", "lossless", "bits:2.0"):
+        packet = make_codec(spec).encode(torch.empty(0))
+        assert packet.numel() == 32
+        make_codec(spec).decode(packet, torch.empty(0))
+
+
+def test_an_error_names_the_field_and_the_fix() -> None:
+    codec = make_codec("identity")
+    packet = codec.encode(torch.ones(3))
+    packet[4] = 99
+    with pytest.raises(CorruptPacket, match="format version is wrong") as caught:
+        codec.decode(packet, torch.empty(3))
+    text = str(caught.value)
+    assert "expected: 0" in text and "found: 99" in text and "fix:" in text
+
+
+def test_codec_names_are_checked() -> None:
+    for spec, message in {
+        "losless": "did you mean 'lossless'",
+        "bits:99": "0.1 to 7.0 bits",
+        "bits:": "0.1 to 7.0 bits",
+        "bits:nan": "0.1 to 7.0 bits",
+    }.items():
+        with pytest.raises(EdlError, match=message):
+            make_codec(spec)
+    assert make_codec("bits:2").name == "bits:2.0"
