@@ -7,6 +7,9 @@ import os
 
 import pytest
 
+# Several ranks share few cores: one thread each, in this process and in those that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips, or with REQUIRE_NETNS=1 or REQUIRE_GPU=1 fails, a test whose marker names something missing."""
