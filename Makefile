@@ -1,6 +1,6 @@
 # make demo   train a small GPT with two workers: uncompressed, lossless, at 2 bits; then compare
 # make test   everything that CI runs: linters, types, all tests
-# make quick  the linters and the tests that take seconds: for every day
+# make quick  the linters and all but the slow tests: for every day
 # make lint   the linters alone
 # make native build the C++ kernels in place, for work on them
 # make clean  remove what was built; .venv stays (make distclean removes it too)
