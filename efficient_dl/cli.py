@@ -1,0 +1,224 @@
+"""The command line: edl train, edl demo, edl doctor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from efficient_dl.errors import ConfigError, EdlError
+
+if TYPE_CHECKING:
+    from efficient_dl.config import Config
+    from efficient_dl.training import Summary, Worker
+
+app = typer.Typer(
+    name="edl",
+    help="Distributed training in torch with entropy-coded gradients: lossless, or about two bits a value.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+TRAIN_EXAMPLE = """
+[bold]Examples[/bold]
+
+  edl train --model gpt-micro --data stdlib --bits 2.0 --workers 2 --steps 200 --out runs/first
+
+  edl train --out runs/first --resume --steps 400
+
+  torchrun --nproc-per-node 4 -m efficient_dl train --model resnet18 --data fashion-mnist --bits lossless
+
+Settings come from --config (or, with --resume, from the run's folder), then the flags, then --set; later wins.
+"""
+
+DEMO_EXAMPLE = """
+[bold]Examples[/bold]
+
+  edl demo
+
+  edl demo --quick --out /tmp/edl-demo
+"""
+
+DOCTOR_EXAMPLE = """
+[bold]Example[/bold]
+
+  edl doctor
+"""
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """What was given on the command line of `edl train`, before it is checked."""
+
+    settings: list[str] = field(default_factory=list)  # section.key=value, the flags' before --set's
+    workers: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    config: Path | None = None
+
+
+@app.command(epilog=TRAIN_EXAMPLE)
+def train(
+    model: Annotated[
+        str | None,
+        typer.Option(help="mlp, vgg8b, resnet18 or gpt, with a size: gpt-nano, gpt-micro, gpt-mini."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib, digits, fashion-mnist or tokens:PATH.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adamw or muon.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Local workers to start; under a launcher, the ranks it must have.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a worker takes at once.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at its peak.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The only source of randomness.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/ and a name).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
+    ] = None,
+) -> None:
+    """Train a model on one machine's workers, or as one rank of a launcher (torchrun, a job script)."""
+    name, dash, size = (model or "").partition("-")
+    given = {
+        "model.name": name or None,
+        "model.size": size if dash else None,
+        "data.name": data,
+        "optimizer.name": optimizer,
+        "compression.bits": bits,
+        "run.workers": workers,
+        "train.steps": steps,
+        "data.batch_size": batch_size,
+        "optimizer.lr": lr,
+        "train.seed": seed,
+        "run.out": out,
+    }
+    settings = [f"{key}={value}" for key, value in given.items() if value is not None]
+    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, config)
+    with _reported(flags):
+        from efficient_dl.training import launch, launched
+
+        if launched():
+            launch(1, train_rank, flags)
+        else:
+            settled = settled_config(flags)
+            launch(settled.run.workers, train_rank, flags, settled)
+
+
+@app.command(epilog=DEMO_EXAMPLE)
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the steps, to see that it works.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps of each of the three runs.")] = None,
+    workers: Annotated[int, typer.Option(help="Local workers.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Where the three runs and the plot go.")] = None,
+) -> None:
+    """Train the same small GPT three times, uncompressed, lossless and at 2 bits, and compare."""
+    with _reported():
+        from efficient_dl.training.demo import run_demo
+
+        run_demo(steps=steps, quick=quick, workers=workers, out=out)
+
+
+@app.command(epilog=DOCTOR_EXAMPLE)
+def doctor() -> None:
+    """Say what this machine has: versions, codec kernels, cores, GPUs, data, network namespaces."""
+    with _reported():
+        from efficient_dl.training.doctor import print_report
+
+        print_report()
+
+
+def train_rank(worker: Worker, flags: TrainFlags, settled: Config | None = None) -> Summary:
+    """One rank of `edl train`. settled: the configuration, if the process that started the workers made it."""
+    from efficient_dl.training import run_worker
+
+    config = settled or worker.together("settings", lambda: settled_config(flags))
+    return run_worker(worker, [config], flags.resume)[0]
+
+
+def settled_config(flags: TrainFlags) -> Config:
+    """The run's configuration, with its folder, checked as far as that goes without data. Raises EdlError."""
+    from efficient_dl.config import Config, load_config, with_overrides
+    from efficient_dl.data import check_data
+    from efficient_dl.models import check_model
+    from efficient_dl.training import check_world_size
+    from efficient_dl.training.run import with_folder
+    from efficient_dl.training.run_folder import recorded_config
+
+    if flags.resume and flags.out is None:
+        raise ConfigError(
+            "--resume needs to know which run",
+            expected="--out DIR",
+            fix="edl train --out runs/first --resume",
+        )
+    if flags.config is not None:
+        config = load_config(flags.config)
+    elif flags.resume and flags.out is not None:
+        config = recorded_config(flags.out)
+    else:
+        config = Config()
+    config = with_overrides(config, flags.settings)
+    asked = flags.workers is not None or any(one.startswith("run.workers") for one in flags.settings)
+    if asked:
+        check_world_size(config.run.workers)
+    check_model(config.model)
+    check_data(config.data)
+    return with_folder(config, flags.resume)
+
+
+@contextlib.contextmanager
+def _reported(flags: TrainFlags | None = None) -> Iterator[None]:
+    """End the command with an error's exit code and without a traceback, if the error is the user's."""
+    from efficient_dl.training.console import print_error
+    from efficient_dl.training.launch import WorkersFailed
+    from efficient_dl.training.worker import Stopped
+
+    try:
+        yield
+    except EdlError as error:
+        print_error(f"{type(error).__name__}: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except WorkersFailed as failed:
+        raise typer.Exit(failed.exit_code) from None
+    except (Stopped, KeyboardInterrupt) as stopped:
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        print_error(
+            f"Stopped by {signal.Signals(number).name}; all workers have ended.{_where_it_stands(flags)}"
+        )
+        raise typer.Exit(128 + number) from None
+
+
+def _where_it_stands(flags: TrainFlags | None) -> str:
+    if flags is None or flags.out is None:
+        return ""
+    from efficient_dl.training.checkpoint import CheckpointFolder
+    from efficient_dl.training.run_folder import CHECKPOINTS
+
+    step = CheckpointFolder(flags.out / CHECKPOINTS).latest()
+    if step is None:
+        return "\n  There was no checkpoint yet."
+    return f"\n  The last checkpoint is of step {step}.\n  fix: edl train --out {flags.out} --resume"
+
+
+def main() -> None:
+    """The entry point of `edl` and of `python -m efficient_dl`."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the engine's warnings repeat what our errors say
+    app()
+
+
+if __name__ == "__main__":
+    main()

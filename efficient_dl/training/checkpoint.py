@@ -1,0 +1,194 @@
+"""Atomic checkpoints through torch.distributed.checkpoint: a crash while one is written leaves the one before."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from efficient_dl.errors import CheckpointError
+from efficient_dl.training.disk import disk_full, raise_if_disk_full
+
+_NAME = re.compile(r"step-(\d{6,})")
+_RANK_STATE = "ranks/{rank}"
+_ABOUT = "about.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint holds.
+
+    tensors: replicated state by name (model and optimizer). rank_state: this rank's own (generators, compression);
+    None if it was written by fewer ranks than read it. about: the JSON written beside them.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    rank_state: Any
+    about: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The folder of a run's checkpoints, one subfolder each: step-000100, step-000200, ….
+
+    A checkpoint is written to `.step-000100.partial` by all ranks and renamed when it is complete and on the disk.
+    All ranks must see the same file system. Only complete checkpoints are ever listed.
+    """
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        self.path = path
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, oldest first."""
+        if not self.path.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def folder(self, step: int) -> Path:
+        return self.path / f"step-{step:06d}"
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], rank_state: Any, about: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint, a collective call; older ones than the newest `keep` are removed.
+
+        tensors: equal on all ranks, written once. rank_state: of each rank, anything torch.save takes and
+        torch.load(weights_only=True) gives back. Raises DiskFull or CheckpointError, leaving earlier ones alone.
+        """
+        final = self.folder(step)
+        partial = self.path / f".{final.name}.partial"
+        state = {**tensors, _RANK_STATE.format(rank=_rank()): _to_blob(rank_state)}
+        if _rank() == 0:
+            with disk_full(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._remove_partial()
+                partial.mkdir()
+                (partial / _ABOUT).write_text(
+                    json.dumps({"step": step, "ranks": _world_size(), **about}, indent=1)
+                )
+        _barrier()
+        try:
+            dcp.save(state, checkpoint_id=partial)
+        except dcp.CheckpointException as error:
+            _barrier()
+            _raise_save_error(error, partial, self.latest())
+        if _rank() == 0:
+            with disk_full(self.path):
+                _sync_folder(partial)
+                if final.exists():
+                    shutil.rmtree(final)
+                partial.rename(final)
+                _sync_folder(self.path)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder(old), ignore_errors=True)
+        _barrier()
+        return final
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, None if there is none."""
+        return next(reversed(self.steps()), None)
+
+    def about(self, step: int) -> dict[str, Any]:
+        """The JSON written beside a checkpoint. Raises CheckpointError."""
+        with _damaged(self.folder(step)):
+            return json.loads((self.folder(step) / _ABOUT).read_text())
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint, a collective call. Raises CheckpointError if it is missing or damaged."""
+        folder = self.folder(step)
+        about = self.about(step)
+        own = _RANK_STATE.format(rank=_rank())
+        with _damaged(folder):
+            entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+            tensors = {
+                key: torch.empty(entry.size, dtype=entry.properties.dtype)
+                for key, entry in entries.items()
+                if isinstance(entry, TensorStorageMetadata) and (key == own or not key.startswith("ranks/"))
+            }
+            dcp.load(tensors, checkpoint_id=folder)
+            blob = tensors.pop(own, None)
+            return Checkpoint(about["step"], tensors, None if blob is None else _from_blob(blob), about)
+
+    def _remove_partial(self) -> None:
+        for leftover in self.path.glob(".*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _to_blob(state: Any) -> Tensor:
+    """Any state as a uint8 tensor, so that one rank's part of a checkpoint is one entry."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _from_blob(blob: Tensor) -> Any:
+    return torch.load(io.BytesIO(blob.numpy().tobytes()), weights_only=True)
+
+
+def _raise_save_error(error: dcp.CheckpointException, partial: Path, latest: int | None) -> None:
+    kept = "no earlier checkpoint" if latest is None else f"the checkpoint of step {latest} is intact"
+    causes = [failure[0] for failure in error.failures.values()]
+    try:
+        for cause in causes:
+            raise_if_disk_full(cause, partial, kept)
+    finally:
+        _barrier()  # every rank has probed the disk before the partial files go
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+    raise CheckpointError(
+        "a checkpoint could not be written", found=repr(causes[0]), where=str(partial), fix=kept
+    ) from None
+
+
+@contextlib.contextmanager
+def _damaged(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as error:
+        causes = (
+            [one[0] for one in error.failures.values()]
+            if isinstance(error, dcp.CheckpointException)
+            else [error]
+        )
+        raise CheckpointError(
+            "a checkpoint cannot be read",
+            found=f"{type(causes[0]).__name__}: {str(causes[0]).splitlines()[0] if str(causes[0]) else ''}",
+            where=str(folder),
+            fix="remove this folder to go on from the checkpoint before it",
+        ) from None
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,238 @@
+"""The training loop: one run from its configuration to its summary, inside workers that have found each other."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from efficient_dl.config import Config
+from efficient_dl.data import Dataset
+from efficient_dl.models import build_model
+from efficient_dl.training import measure, resume
+from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.console import Progress
+from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.run_folder import RunFolder, Summary
+from efficient_dl.training.schedule import learning_rate
+from efficient_dl.training.task import evaluate_batch, predictions, task_for
+
+
+class Trainer:
+    """One run on one rank. Every rank makes one with the same configuration and calls `train` once."""
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device, progress: Progress) -> None:
+        self.config, self.data, self.device, self.progress = config, data, device, progress
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = RunFolder(Path(config.run.out), writes=self.rank == 0)
+        self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.train.keep_checkpoints)
+        self.task = task_for(data.spec.kind)
+        self.model = build_model(config.model, data.spec, config.train.seed).to(device)
+        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.clock = measure.StepClock(device)
+        self.step = 0
+        self.val_loss = float("nan")
+
+    def train(self, resumed: bool) -> Summary:
+        """Train from the start, or from the latest checkpoint, to the last step."""
+        self._prepare()
+        if resumed:
+            self._load()
+        self.folder.open(self.config, self.step)
+        self.progress.start(f"bits {self.config.compression.bits}", self.step, self.config.train.steps)
+        with contextlib.closing(self.folder):
+            while self.step < self.config.train.steps:
+                row = self._train_step()
+                if self._due(self.config.train.log_every):
+                    self._log(row)
+                if self._due(self.config.train.eval_every):
+                    self._evaluate()
+                if self._due(self.config.train.checkpoint_every):
+                    self._save()
+                self.progress.advance(self.step)
+            summary = self._summary()
+            self.folder.finish(summary)
+        if self.compression is not None:
+            self.compression.close()
+        return summary
+
+    def _prepare(self) -> None:
+        """Measure the computation alone, then wrap the model: DDP, and the compression in its all-reduce."""
+        measure.reset_peak_memory(self.device)
+        self.compute_seconds = measure.compute_seconds(
+            self.model, self.device, lambda: self._backward(self.model)
+        )
+        self.ddp = DistributedDataParallel(self.model, device_ids=[self.device] if self._on_gpu else None)
+        self._settle_buckets()
+        self.compression = self._compress()
+        torch.manual_seed(
+            self.config.train.seed + 1_000_003 * (self.rank + 1)
+        )  # dropout differs between ranks
+
+    def _settle_buckets(self) -> None:
+        """Let DDP arrange its buckets before the first step, so that every step of every run has the same ones.
+
+        DDP rebuilds its buckets in the order in which gradients arrived in the first backward pass. A quantizer's
+        shards follow the buckets, so without this the first step after a resume would differ in its bits.
+        """
+        with measure.untouched(self.model, self.device):
+            self._backward(self.ddp)
+
+    def _compress(self) -> Compression | None:
+        """The compression in DDP's all-reduce; None leaves torch's own untouched."""
+        config = self.config.compression
+        if config.bits == "none":
+            return None
+        from efficient_dl.integrations.ddp import compress
+        return compress(
+            self.ddp,
+            self.optimizer.parts[-1],  # whose step is the last of a training step
+            bits=config.bits,
+            shadow=config.shadow,
+            check_every=config.check_every,
+            timeout=self.config.run.timeout_seconds,
+        )
+
+    def _train_step(self) -> dict[str, Tensor | float]:
+        """One optimizer step on accumulate × batch_size samples of this rank; returns a row of metrics."""
+        lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
+        row: dict[str, Tensor | float] = {"lr": lr}
+        with self.clock.step():
+            row["loss"] = self._backward(self.ddp)
+            if self.config.optimizer.clip > 0:
+                row["grad_norm"] = clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+            self.optimizer.step(lr)
+            self.optimizer.zero_grad()
+        self.step += 1
+        return row
+
+    def _backward(self, model: nn.Module) -> Tensor:
+        """Forward and backward over this rank's batches of the step; DDP reduces after the last one. The mean loss."""
+        accumulate = self.config.train.accumulate
+        total = torch.zeros((), device=self.device)
+        for part in range(accumulate):
+            inputs, targets = self._batch(part)
+            waiting = part < accumulate - 1 and isinstance(model, DistributedDataParallel)
+            with model.no_sync() if waiting else contextlib.nullcontext():
+                with self._autocast():
+                    outputs = model(inputs)
+                loss = self.task.loss(outputs, targets) / accumulate
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _batch(self, part: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        inputs, targets = self.data.train_batch(
+            self.step, self.rank, self.world_size, config.data.batch_size, config.train.accumulate, part
+        )
+        return self._on_device(inputs), self._on_device(targets)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """The mean loss and metrics over the evaluation's batches, dealt out to the ranks in turn."""
+        config = self.config
+        self.model.eval()
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(
+            self.data.eval_batches(config.train.eval_batches, config.data.batch_size)
+        ):
+            if index % self.world_size != self.rank:
+                continue
+            inputs, targets = (self._on_device(one) for one in batch)
+            with self._autocast():
+                outputs = self.model(inputs)
+            count = predictions(targets)
+            means = evaluate_batch(self.task, outputs, targets)
+            for name, value in {"count": count, **{k: v.item() * count for k, v in means.items()}}.items():
+                sums[name] = sums.get(name, 0.0) + value
+        self.model.train()
+        per_rank = [one for one in self._over_ranks(sums) if one]
+        total = {name: sum(one[name] for one in per_rank) for name in per_rank[0]}
+        count = total.pop("count")
+        row = {"step": self.step, **{f"val_{name}": value / count for name, value in total.items()}}
+        self.val_loss = row["val_loss"]
+        self.folder.log(row)
+        self.progress.row(row)
+
+    def _log(self, row: dict[str, Tensor | float]) -> None:
+        shown = {"step": self.step, **{key: float(value) for key, value in row.items()}}
+        shown["loss"] = self._mean_over_ranks(shown["loss"])
+        shown["step_seconds"] = self.clock.median(last=self.config.train.log_every)
+        if self.compression is not None:
+            shown |= {key: value for key, value in self._traffic().items() if key in _LOGGED_TRAFFIC}
+        self.folder.log(shown)
+        self.progress.row(shown)
+
+    def _save(self) -> None:
+        about = {
+            "samples_per_step": resume.samples_per_step(self.config, self.world_size),
+            "settings": self.config.settings(),
+        }
+        state = resume.rank_state(self.compression, self.device)
+        self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, about)
+
+    def _load(self) -> None:
+        step = self.checkpoints.latest()
+        if step is None:
+            self.progress.note("There is no checkpoint yet: starting at step 0.")
+            return
+        checkpoint = self.checkpoints.load(step)
+        for note in resume.check_position(checkpoint, self.config, self.world_size):
+            self.progress.note(note)
+        resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
+        if checkpoint.about["ranks"] == self.world_size:
+            resume.restore_rank_state(checkpoint.rank_state, self.compression, self.device)
+        self.step = checkpoint.step
+
+    def _summary(self) -> Summary:
+        config = self.config
+        per_sample = self.data.spec.shape[0] if self.task.unit == "tokens" else 1
+        return Summary(
+            val_loss=self.val_loss,
+            steps=self.step,
+            tokens_or_samples=self.step * resume.samples_per_step(config, self.world_size) * per_sample,
+            step_seconds_median=self._mean_over_ranks(self.clock.median()),
+            compute_seconds_median=self._mean_over_ranks(self.compute_seconds),
+            peak_memory_bytes=max(self._over_ranks(measure.peak_memory_bytes(self.device))),
+            bits=config.compression.bits,
+            seed=config.train.seed,
+            world_size=self.world_size,
+            **self._traffic(),
+        )
+
+    def _traffic(self) -> dict[str, Any]:
+        """Bytes a step, summed over ranks, and the codec's seconds, averaged over them."""
+        if self.compression is None:
+            return measure.native_traffic(self.model, self.world_size)
+        return measure.counted_traffic(self._over_ranks(self.compression.stats()))
+
+    def _over_ranks(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def _mean_over_ranks(self, value: float) -> float:
+        return sum(self._over_ranks(value)) / self.world_size
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+_LOGGED_TRAFFIC = ("wire_bytes_per_step", "bits_per_value")

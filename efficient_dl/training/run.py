@@ -1,0 +1,119 @@
+"""From configurations to summaries: what every worker does, and what benchmarks call inside their own workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from efficient_dl.config import Config
+from efficient_dl.data import Dataset, load_data
+from efficient_dl.errors import ConfigError
+from efficient_dl.models import build_model
+from efficient_dl.training import resume
+from efficient_dl.training.console import Progress, progress_for
+from efficient_dl.training.loop import Trainer
+from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.run_folder import Summary, default_name, free_folder, holds_run, recorded_config
+from efficient_dl.training.worker import Worker
+
+AUTO_BITS = 2.0  # what "auto" means until a planner measures links and codecs
+RUNS = Path("runs")
+
+
+def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False) -> list[Summary]:
+    """Run configurations one after the other in these workers; the main function for `launch`.
+
+    They share the process group, so all take the first one's [run] settings but for `out`. Every rank returns the
+    summaries; every rank raises if one finds an error in its configuration or data.
+    """
+    device = worker.start(configs[0].run)
+    worker.agree(list(configs))
+    summaries = []
+    for index, config in enumerate(configs):
+        if worker.local_rank == 0:  # a download happens once a machine
+            worker.together(f"fetch/{index}", partial(_data, config))
+        else:
+            worker.together(f"fetch/{index}", lambda: None)
+        prepared = worker.together(f"prepare/{index}", partial(_prepared, config, resumed))
+        summaries.append(_train(prepared, device, resumed))
+    return summaries
+
+
+def run(config: Config, resumed: bool = False, progress: Progress | None = None) -> Summary:
+    """Run one configuration inside processes that have a default process group, as benchmarks' workers do.
+
+    Every rank calls it with the same configuration. progress: None shows it on rank 0.
+    """
+    local = dist.get_rank() % max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 0
+    on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    prepared = _prepared(config, resumed)
+    dist.barrier()  # every rank has looked for other runs in the folder before one writes
+    return _train(prepared, device, resumed, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    config: Config
+    data: Dataset
+    notes: tuple[str, ...]
+
+
+def _prepared(config: Config, resumed: bool) -> _Prepared:
+    """The configuration completed, its data loaded, and all that can be wrong with both found out."""
+    notes = []
+    if config.compression.bits == "auto":
+        config = _with(config, "compression", bits=AUTO_BITS)
+        notes.append(
+            f"bits auto: {AUTO_BITS:g} bits a value, until there is a planner that measures the links"
+        )
+    config = _with(with_folder(config, resumed), "run", workers=dist.get_world_size())
+    if resumed:
+        before = recorded_config(Path(config.run.out))
+        notes += resume.check_same_training(before, config)
+        if not config.data.fingerprint:
+            config = _with(config, "data", fingerprint=before.data.fingerprint)
+    data = _data(config)
+    config = _with(config, "data", fingerprint=data.fingerprint)
+    Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
+    return _Prepared(config, data, tuple(notes))
+
+
+def _train(
+    prepared: _Prepared, device: torch.device, resumed: bool, progress: Progress | None = None
+) -> Summary:
+    shown = progress or progress_for(dist.get_rank())
+    for note in prepared.notes:
+        shown.note(note)
+    shown.note(f"run folder: {prepared.config.run.out}")
+    try:
+        return Trainer(prepared.config, prepared.data, device, shown).train(resumed)
+    finally:
+        shown.stop()
+
+
+def with_folder(config: Config, resumed: bool) -> Config:
+    """The configuration with its folder chosen. Raises ConfigError if a run lies there that is not resumed."""
+    out = Path(config.run.out) if config.run.out else free_folder(RUNS, default_name(config))
+    if holds_run(out) and not resumed:
+        raise ConfigError(
+            "this folder holds a run already",
+            found=str(out),
+            fix="choose another --out, or continue it with --resume",
+        )
+    return _with(config, "run", out=str(out))
+
+
+def _data(config: Config) -> Dataset:
+    return load_data(config.data, context=config.model.context, seed=config.train.seed)
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    changed: Any = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})

@@ -1,0 +1,287 @@
+"""One worker process: finds its peers, agrees with them, and ends with one clear message whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from efficient_dl.config import Config, RunConfig
+from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportError
+from efficient_dl.training.console import print_error
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_START_TIMEOUT = datetime.timedelta(seconds=120)
+_REPORT_SECONDS = 2.0  # how long a failed rank waits for the others' view of what went wrong
+
+
+class Stopped(BaseException):
+    """A signal asks this process to end. No Exception, so that no library swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class PeerFailed(Exception):
+    """Another rank has an error and reports it itself."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A rank before and after its process group exists; every method is called by all ranks in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    store: dist.Store
+
+    def together(self, name: str, step: Callable[[], T]) -> T:
+        """Run `step` on every rank; if it raises on any of them, no rank goes on.
+
+        A rank's own error is raised on it, a peer's as PeerFailed. name: the same on all ranks, used once.
+        """
+        try:
+            result, error = step(), None
+        except EdlError as caught:
+            result, error = None, caught
+        codes = self.gather(f"together/{name}", None if error is None else error.exit_code)
+        if error is not None:
+            raise error
+        if failed := [code for code in codes if code is not None]:
+            raise PeerFailed(failed[0])
+        return result  # type: ignore[return-value]  # there was no error, so it is step's
+
+    def gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's value in rank order, without a process group. name: the same on all ranks, used once."""
+        self.store.set(f"{name}/{self.rank}", pickle.dumps(value))
+        return [pickle.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
+
+    def start(self, run: RunConfig) -> torch.device:
+        """Share out the cores, choose the device, and make the default process group.
+
+        Raises LaunchError if the device is not there, TransportError if the group cannot be made.
+        """
+        torch.set_num_threads(run.threads or _threads(self.gather("cores", _cores())))
+        device = self.together("device", lambda: _device(run.device, self.local_rank))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("default", self.store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=datetime.timedelta(seconds=run.timeout_seconds),
+        )
+        return device
+
+    def agree(self, configs: list[Config]) -> None:
+        """Raise PlanMismatch on every rank unless all were given the same configurations as rank 0."""
+        ignore = ("run.device", "run.threads", "run.workers")
+        per_rank: list[list[Config]] = self.gather("configs", configs)
+        for rank, theirs in enumerate(per_rank):
+            pairs = list(zip(theirs, per_rank[0], strict=False))
+            lines = [line for one, first in pairs for line in one.differences(first, ignore)]
+            if lines or len(theirs) != len(per_rank[0]):
+                raise PlanMismatch(
+                    f"rank {rank} was configured otherwise than rank 0",
+                    differs="; ".join(lines) + f" (rank {rank}, rank 0)",
+                    fix="start every rank with the same flags and the same configuration file",
+                )
+
+
+def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
+    """Run main(worker, *args) as one rank, found from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Does not return after an error: it is reported once for all ranks, and the process exits with its code.
+    own_launcher: the parent process reports signals.
+    """
+    worker: Worker | None = None
+    try:
+        with _signals_raise_stopped():
+            worker = _find_peers()
+            result = main(worker, *args)
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            return result
+    except SystemExit:
+        raise
+    except BaseException as error:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # reporting is short and bounded; let it finish
+        code = _report(error, worker, own_launcher)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # threads stuck in collectives would keep a normal exit waiting
+
+
+@contextlib.contextmanager
+def _signals_raise_stopped() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_IGN)  # once is enough
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _find_peers() -> Worker:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise LaunchError(
+            "the launcher's environment is incomplete",
+            expected=", ".join(names),
+            found=f"no {', '.join(missing)}",
+            fix="start by torchrun, or unset RANK and WORLD_SIZE to let edl start its own workers",
+        )
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TransportError(
+            "the other workers cannot be reached",
+            found=_first_line(error),
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            fix="check that every rank was started, and MASTER_ADDR and MASTER_PORT",
+        ) from None
+    store.set_timeout(_START_TIMEOUT)
+    return Worker(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.PrefixStore("edl", store))
+
+
+def _cores() -> tuple[str, tuple[int, ...]]:
+    """What identifies the cores this process may use: the machine's boot and the cores' numbers."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip(), tuple(sorted(os.sched_getaffinity(0)))
+    except (OSError, AttributeError):
+        return os.uname().nodename, tuple(range(os.cpu_count() or 1))
+
+
+def _threads(all_cores: list[tuple[str, tuple[int, ...]]]) -> int:
+    """The cores of this process divided by the workers that were given the very same ones."""
+    own = _cores()
+    return max(1, len(own[1]) // Counter(all_cores)[own])
+
+
+def _device(setting: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and count == 0):
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise LaunchError(
+            "there is no GPU for every worker",
+            expected=f"at least {local_rank + 1} on this machine",
+            found=str(count),
+            fix="fewer --workers, or --set run.device=cpu",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> int:
+    """Print the error unless another rank prints the same or its cause; the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        if rank == 0 and not own_launcher:
+            print_error(f"Stopped by {signal.Signals(number).name}.")
+        return 128 + number
+    if isinstance(error, PeerFailed):
+        return error.exit_code
+    known = error if isinstance(error, EdlError) else _as_transport_error(error)
+    text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))
+    code = known.exit_code if known else 1
+    if worker is not None:
+        other = _others_view(worker, text, code, consequence=isinstance(known, TransportError))
+        if other is not None:
+            return other
+    prefix = f"rank {rank}: " if rank > 0 else ""
+    if known:
+        print_error(prefix + text)
+    else:
+        sys.stderr.write(prefix + text)
+    return code
+
+
+def _others_view(worker: Worker, text: str, code: int, consequence: bool) -> int | None:
+    """Publish this rank's error; the exit code if another rank prints it or its cause, None to print it here.
+
+    A lost connection is usually the consequence of another rank's error, so a rank that has one waits for that.
+    """
+    others = [rank for rank in range(worker.size) if rank != worker.rank]
+    seen: dict[int, tuple[str, int, bool]] = {}
+    deadline = time.monotonic() + _REPORT_SECONDS
+    hosts_store = worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        worker.store.set(f"errors/{worker.rank}", pickle.dumps((text, code, consequence)))
+        while time.monotonic() < deadline and len(seen) < len(others):
+            for rank in others:
+                if rank not in seen and worker.store.check([f"errors/{rank}"]):
+                    seen[rank] = pickle.loads(worker.store.get(f"errors/{rank}"))
+            if _settled(worker.rank, seen, consequence) and not hosts_store:
+                break
+            time.sleep(0.05)
+    except (dist.DistError, RuntimeError):
+        pass  # the store went with its rank
+    causes = [(theirs, their_code) for theirs, their_code, follows in seen.values() if not follows]
+    if consequence and causes:
+        return causes[0][1]
+    lower = [
+        theirs for rank, (theirs, _, follows) in seen.items() if rank < worker.rank and follows == consequence
+    ]
+    return code if text in lower or (consequence and lower) else None
+
+
+def _settled(rank: int, seen: dict[int, tuple[str, int, bool]], consequence: bool) -> bool:
+    if consequence:
+        return any(not follows for _, _, follows in seen.values())
+    return rank == 0 or 0 in seen
+
+
+def _as_transport_error(error: BaseException) -> TransportError | None:
+    """gloo's and NCCL's errors as ours, None for any other exception."""
+    text = str(error)
+    words = (
+        "gloo",
+        "NCCL",
+        "Connection closed by peer",
+        "Connection reset",
+        "Timed out waiting",
+        "Broken pipe",
+    )
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(one in text for one in words)
+    ):
+        return TransportError(
+            "a collective failed: another rank has ended, hangs or cannot be reached",
+            found=_first_line(error),
+            fix="look at the other ranks' messages; the last checkpoint is intact: --resume",
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
