@@ -13,7 +13,7 @@ from torch import Tensor
 from efficient_dl.config import DataSpec
 from efficient_dl.data.draw import Integers
 
-# Up to here the whole content is hashed (0.1 s a GB); above, chunks spread evenly over it: 16 MiB in all.
+# Up to here the whole content is hashed (0.2 s a GB); above, chunks spread evenly over it: 16 MiB in all.
 FULL_HASH_BYTES = 256 * 2**20
 CHUNK_BYTES = 2**16
 NUM_CHUNKS = 256

@@ -21,6 +21,7 @@ class Architecture:
     kind: str  # the kind of data it takes: DataSpec.kind
     sizes: Mapping[str, Any]
     build: Callable[[ModelConfig, DataSpec], nn.Module]
+    min_batch: int = 1  # batch norm has no variance to divide by in a batch of one
 
 
 def _gpt(config: ModelConfig, spec: DataSpec) -> nn.Module:
@@ -50,14 +51,19 @@ def _mlp(config: ModelConfig, spec: DataSpec) -> nn.Module:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt": Architecture("tokens", gpt.SIZES, _gpt),
-    "vgg8b": Architecture("images", vgg8b.SIZES, _vgg8b),
-    "resnet18": Architecture("images", resnet18.SIZES, _resnet18),
+    "vgg8b": Architecture("images", vgg8b.SIZES, _vgg8b, min_batch=2),
+    "resnet18": Architecture("images", resnet18.SIZES, _resnet18, min_batch=2),
     "mlp": Architecture("images", mlp.SIZES, _mlp),
 }
 
 
-def check_model(config: ModelConfig, spec: DataSpec | None = None) -> Architecture:
-    """Raise ConfigError if the model or its size does not exist or, given a spec, cannot take the data."""
+def check_model(
+    config: ModelConfig, spec: DataSpec | None = None, batch_size: int | None = None
+) -> Architecture:
+    """Raise ConfigError if there is no such model or size or, where given, it cannot take the data or batches.
+
+    batch_size: samples a worker takes at once.
+    """
     if config.name not in ARCHITECTURES:
         fix = suggestion(config.name, ARCHITECTURES)
         raise ConfigError(f"unknown model {config.name!r}", where="model.name", fix=fix)
@@ -73,6 +79,14 @@ def check_model(config: ModelConfig, spec: DataSpec | None = None) -> Architectu
             found=spec.kind,
             where="model.name and data.name",
             fix=f"for {spec.kind} take the model {' or '.join(fitting)}, or take data of {architecture.kind}",
+        )
+    if batch_size is not None and batch_size < architecture.min_batch:
+        raise ConfigError(
+            f"{config.name} normalizes over the batch and cannot be trained on single images",
+            expected=f"at least {architecture.min_batch}",
+            found=str(batch_size),
+            where="data.batch_size",
+            fix="take larger batches a worker, and fewer workers or a smaller train.accumulate",
         )
     return architecture
 
