@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import os
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -65,12 +66,12 @@ def _fetch(name: str, checksum: str, mirrors: Sequence[str], folder: Path, progr
     )
 
 
-def _copy(url: str, checksum: str, file: object, progress: Progress) -> str | None:
+def _copy(url: str, checksum: str, file: IO[bytes], progress: Progress) -> str | None:
     """Write what the address holds into the file; what went wrong, or None."""
     digest = hashlib.sha256()
     try:
         response = urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_SECONDS)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
         return str(getattr(error, "reason", error))
     with response:
         length = response.headers.get("Content-Length", "")
@@ -78,12 +79,12 @@ def _copy(url: str, checksum: str, file: object, progress: Progress) -> str | No
         while True:
             try:
                 chunk = response.read(CHUNK_BYTES)
-            except (OSError, urllib.error.URLError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 return str(error) or type(error).__name__
             if not chunk:
                 break
             digest.update(chunk)
-            file.write(chunk)  # type: ignore[attr-defined]
+            file.write(chunk)
             progress.advance(task, len(chunk))
     found = digest.hexdigest()
     return None if found == checksum else f"wrong checksum: sha-256 {found[:16]}… instead of {checksum[:16]}…"
