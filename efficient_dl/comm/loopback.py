@@ -1,0 +1,94 @@
+"""A transport in memory: the ranks are threads of one process, for tests and for trying things out."""
+
+from __future__ import annotations
+
+import queue
+import time
+
+import torch
+from torch import Tensor
+
+from efficient_dl.errors import TransportError
+
+_SIZE_BYTES = 8  # counted like the size messages of a real transport
+
+
+class LoopbackHub:
+    """Connects `world_size` transports: `hub.transport(rank)` is one rank's end."""
+
+    def __init__(self, world_size: int, timeout: float = 30.0) -> None:
+        self.world_size = world_size
+        self.timeout = timeout
+        self._links: dict[tuple[int, int], queue.SimpleQueue[Tensor | None]] = {
+            (source, target): queue.SimpleQueue()
+            for source in range(world_size)
+            for target in range(world_size)
+        }
+
+    def transport(self, rank: int) -> LoopbackTransport:
+        """The end of this rank; to be used by one thread at a time."""
+        return LoopbackTransport(self, rank)
+
+    def disconnect(self, rank: int) -> None:
+        """Ends a rank as a crash would: whoever waits for it gets a TransportError at once."""
+        for target in range(self.world_size):
+            self._links[rank, target].put(None)
+
+    def send(self, source: int, target: int, message: Tensor) -> None:
+        """Delivers a copy, as a network would."""
+        self._links[source, target].put(message.clone())
+
+    def receive(self, source: int, target: int, seconds: float) -> Tensor:
+        """Waits for the next message on one link."""
+        try:
+            message = self._links[source, target].get(timeout=max(seconds, 0.0))
+        except queue.Empty:
+            raise TransportError(
+                f"rank {target} waited in vain for rank {source}", where=f"loopback, {seconds:.1f} s"
+            ) from None
+        if message is None:
+            raise TransportError(f"rank {target} lost rank {source}", where="loopback")
+        return message
+
+
+class LoopbackTransport:
+    """One rank's end of a `LoopbackHub`; implements `Transport`."""
+
+    def __init__(self, hub: LoopbackHub, rank: int) -> None:
+        self._hub = hub
+        self.rank = rank
+        self.world_size = hub.world_size
+        self.device = torch.device("cpu")
+
+    def exchange(self, outgoing: list[Tensor]) -> LoopbackWork:
+        """See `Transport.exchange`."""
+        for target, message in enumerate(outgoing):
+            if target != self.rank:
+                self._hub.send(self.rank, target, message)
+        return LoopbackWork(self._hub, self.rank, outgoing)
+
+    def gather(self, packet: Tensor) -> LoopbackWork:
+        """See `Transport.gather`."""
+        return self.exchange([packet] * self.world_size)
+
+
+class LoopbackWork:
+    """Messages on their way to one rank; implements `Work`."""
+
+    def __init__(self, hub: LoopbackHub, rank: int, outgoing: list[Tensor]) -> None:
+        self._hub = hub
+        self._rank = rank
+        self._own = outgoing[rank]
+        self.sent_bytes = sum(
+            message.numel() + _SIZE_BYTES for target, message in enumerate(outgoing) if target != rank
+        )
+
+    def wait(self, timeout: float | None = None) -> list[Tensor]:
+        """See `Work.wait`."""
+        deadline = time.monotonic() + (self._hub.timeout if timeout is None else timeout)
+        return [
+            self._own
+            if source == self._rank
+            else self._hub.receive(source, self._rank, deadline - time.monotonic())
+            for source in range(self._hub.world_size)
+        ]

@@ -1,0 +1,150 @@
+"""The transport over torch.distributed: pairwise rounds on CPU groups (gloo), one all-to-all on NCCL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efficient_dl.comm.transport import Work
+from efficient_dl.errors import TransportError
+
+DEFAULT_TIMEOUT_SECONDS = 300.0
+_SIZE_BYTES = 8
+
+
+class ProcessGroupTransport:
+    """Implements `Transport` on a process group that no one else uses meanwhile.
+
+    group: a process group of torch.distributed with a backend for `device`.
+    device: cpu (gloo) or a CUDA device (NCCL; written after its documentation, not yet run on a GPU).
+    timeout: seconds that one transfer may take. On NCCL a dead peer is noticed by NCCL's own watchdog instead.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device | None = None,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> None:
+        self.group = group
+        self.device = device or torch.device("cpu")
+        self.timeout = timeout
+        self.rank = group.rank()
+        self.world_size = group.size()
+
+    def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
+        """See `Transport.exchange`."""
+        if self.device.type == "cpu":
+            return _PairwiseWork(self, outgoing)
+        return _AllToAllWork(self, outgoing)
+
+    def gather(self, packet: Tensor) -> Work[list[Tensor]]:
+        """See `Transport.gather`."""
+        return self.exchange([packet] * self.world_size)
+
+    def sibling(self) -> ProcessGroupTransport:
+        """A transport on a new group of the same ranks; all of them call it, in the same order."""
+        group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
+            dist.get_process_group_ranks(self.group),
+            timeout=timedelta(seconds=self.timeout),
+            backend="gloo" if self.device.type == "cpu" else "nccl",
+            use_local_synchronization=True,
+        )
+        assert isinstance(group, dist.ProcessGroup)
+        return ProcessGroupTransport(group, self.device, self.timeout)
+
+    def close(self) -> None:
+        """Destroys the group, unless torch.distributed has been shut down already."""
+        with suppress(ValueError):
+            dist.destroy_process_group(self.group)
+
+    @contextmanager
+    def blaming(self, peer: int, doing: str) -> Generator[None]:
+        """Turns a failure of torch.distributed into a TransportError that names the peer."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = dist.get_process_group_ranks(self.group)
+            raise TransportError(
+                f"rank {ranks[self.rank]} lost rank {ranks[peer]} while {doing}",
+                found=str(error).strip().splitlines()[0],
+                where=f"a transfer among {self.world_size} ranks, limited to {self.timeout:g} s",
+                fix=f"read the end of rank {ranks[peer]}'s log: it has stopped, is stuck or cannot be reached",
+            ) from error
+
+
+class _PairwiseWork:
+    """All sizes at once; then, in round k, a receive from rank − k, posted before the send to rank + k."""
+
+    def __init__(self, transport: ProcessGroupTransport, outgoing: list[Tensor]) -> None:
+        rank, world_size = transport.rank, transport.world_size
+        self._transport = transport
+        self._outgoing = outgoing
+        self._rounds = [((rank - k) % world_size, (rank + k) % world_size) for k in range(1, world_size)]
+        self._sizes = {source: torch.empty(1, dtype=torch.int64) for source, _ in self._rounds}
+        self._own_sizes = {target: torch.tensor([outgoing[target].numel()]) for _, target in self._rounds}
+        self._receiving = {source: self._receive(self._sizes[source], source) for source, _ in self._rounds}
+        self._sending = {target: self._send(self._own_sizes[target], target) for _, target in self._rounds}
+        self.sent_bytes = sum(outgoing[target].numel() + _SIZE_BYTES for _, target in self._rounds)
+
+    def wait(self, timeout: float | None = None) -> list[Tensor]:
+        """See `Work.wait`. The messages move in here."""
+        deadline = time.monotonic() + (self._transport.timeout if timeout is None else timeout)
+        incoming = list(self._outgoing)
+        for source, target in self._rounds:
+            self._finish(self._receiving[source], source, deadline)
+            message = torch.empty(int(self._sizes[source]), dtype=torch.uint8)
+            receiving = self._receive(message, source) if message.numel() else None
+            sending = self._send(self._outgoing[target], target) if self._outgoing[target].numel() else None
+            self._finish(receiving, source, deadline)
+            self._finish(sending, target, deadline)
+            incoming[source] = message
+        for target, sending in self._sending.items():
+            self._finish(sending, target, deadline)
+        return incoming
+
+    def _receive(self, message: Tensor, source: int) -> dist.Work | None:
+        with self._transport.blaming(source, "receiving"):
+            return dist.irecv(message, group=self._transport.group, group_src=source)
+
+    def _send(self, message: Tensor, target: int) -> dist.Work | None:
+        with self._transport.blaming(target, "sending"):
+            return dist.isend(message, group=self._transport.group, group_dst=target)
+
+    def _finish(self, work: dist.Work | None, peer: int, deadline: float) -> None:
+        if work is not None:
+            seconds = max(deadline - time.monotonic(), 0.001)
+            with self._transport.blaming(peer, "waiting for it"):
+                work.wait(timedelta(seconds=seconds))
+
+
+class _AllToAllWork:
+    """Sizes by one all-to-all, then the messages by another; the current CUDA stream orders both."""
+
+    def __init__(self, transport: ProcessGroupTransport, outgoing: list[Tensor]) -> None:
+        self._transport = transport
+        self._outgoing = outgoing
+        self._own_sizes = torch.tensor([message.numel() for message in outgoing], device=transport.device)
+        self._sizes = torch.empty_like(self._own_sizes)
+        dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]
+            self._sizes, self._own_sizes, group=transport.group
+        )
+        others = [message.numel() for peer, message in enumerate(outgoing) if peer != transport.rank]
+        self.sent_bytes = sum(others) + _SIZE_BYTES * len(others)
+
+    def wait(self, timeout: float | None = None) -> list[Tensor]:
+        """See `Work.wait`. Waits on the host for the sizes, and on the current stream for the messages."""
+        incoming = [
+            torch.empty(int(size), dtype=torch.uint8, device=self._transport.device)
+            for size in self._sizes.cpu()
+        ]
+        dist.all_to_all(  # pyright: ignore[reportUnknownMemberType]
+            incoming, self._outgoing, group=self._transport.group
+        )
+        return incoming

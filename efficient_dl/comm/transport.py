@@ -1,0 +1,61 @@
+"""The transport contract: byte tensors move between ranks, and nothing looks inside them."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Work(Protocol[T_co]):
+    """A transfer that was started. It progresses, at the latest, inside `wait`."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """What this rank sends to other ranks for it: the messages, and the sizes that announce them."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> T_co:
+        """Returns the result; raises `TransportError`, naming the peer, after `timeout` seconds or at a loss.
+
+        timeout: seconds for the whole transfer; None takes the transport's own.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Moves bytes between the ranks of one group.
+
+    Messages are contiguous 1-D uint8 tensors on `device`, of any length, zero included, different for each pair of
+    ranks and unknown to the receiver beforehand. All ranks call the same methods in the same order, and wait for
+    one transfer before they start the next on the same transport. After an error a transport is unusable.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 … world_size − 1 within the group."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where messages live."""
+        ...
+
+    def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
+        """Sends the i-th message to rank i; the result's i-th message came from rank i.
+
+        The message to the rank itself is handed through, and counts as no bytes.
+        """
+        ...
+
+    def gather(self, packet: Tensor) -> Work[list[Tensor]]:
+        """Sends one message to all ranks; the result's i-th message came from rank i."""
+        ...
