@@ -1,0 +1,102 @@
+"""The compressed all-reduce: shards to their owners, one sum in rank order, one packet back to all."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.layout import BucketLayout
+from efficient_dl.comm.meter import Tally
+from efficient_dl.comm.transport import Transport, Work
+
+Op = Literal["avg", "sum"]
+
+
+class Reduction:
+    """One all-reduce of one flat bucket, in three steps, so that those of several buckets can overlap.
+
+    x: 1-D, contiguous, layout.numel values of float32, bfloat16 or float16; replaced by the result.
+    op: "avg" divides the sum by the world size, in float32, before it is rounded to x's dtype.
+
+    The shard's owner decodes what the others sent and adds it up in float32 in rank order; its own contribution
+    takes part unquantized, which costs nothing and errs less. Every rank, the owner too, then applies what it decodes
+    from the owner's packet, so that all ranks end bitwise equal. A lossless codec gives the identity codec's bits.
+    A non-finite value reaches the result on all ranks.
+    """
+
+    def __init__(
+        self, x: Tensor, layout: BucketLayout, compressor: Compressor, rank: int, op: Op = "avg"
+    ) -> None:
+        self.x = x
+        self.layout = layout
+        self.rank = rank
+        self.op = op
+        self._compressor = compressor
+        self._tally = Tally(layout)
+        self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
+        self._outgoing: list[Tensor] = []
+        self._packet = x.new_empty(0, dtype=torch.uint8)
+
+    def encode(self) -> None:
+        """Step 1: encodes the shards of the other ranks."""
+        self._outgoing = [
+            self._packet
+            if owner == self.rank
+            else self._compressor.encode(self._shards[owner], shard, self._tally, copies=1)
+            for owner, shard in enumerate(self.layout.shards)
+        ]
+
+    def exchange_and_reduce(self, transport: Transport) -> None:
+        """Step 2: sends them, sums up the own shard and encodes the sum."""
+        incoming = self._transfer(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
+        self._outgoing = []
+        reduced = self._sum(incoming).to(self.x.dtype)
+        world_size = len(self._shards)
+        shard = self.layout.shards[self.rank]
+        self._packet = self._compressor.encode(reduced, shard, self._tally, copies=world_size - 1)
+
+    def gather_and_decode(self, transport: Transport) -> None:
+        """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
+        packets = self._transfer(transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1))
+        for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
+            self._compressor.decode(packet, part, shard, self._tally)
+        self._compressor.meter.add(self._tally)
+
+    def _transfer(self, work: Work[list[Tensor]], packet_bytes: int) -> list[Tensor]:
+        start = time.perf_counter()
+        incoming = work.wait()
+        self._tally.totals.transport_seconds += time.perf_counter() - start
+        self._tally.announced(work.sent_bytes - packet_bytes)
+        return incoming
+
+    def _sum(self, incoming: list[Tensor]) -> Tensor:
+        own = self._shards[self.rank]
+        total = torch.empty_like(own, dtype=torch.float32)
+        for source, packet in enumerate(incoming):
+            if source != self.rank:
+                shard = self.layout.shards[self.rank]
+                self._compressor.decode(packet, total, shard, self._tally, accumulate=source > 0)
+            elif source == 0:
+                total.copy_(own)
+            else:
+                total.add_(own)
+        return total.div_(len(incoming)) if self.op == "avg" else total
+
+
+def all_reduce(
+    x: Tensor, layout: BucketLayout, compressor: Compressor, transport: Transport, op: Op = "avg"
+) -> None:
+    """Replaces x by its sum or average over all ranks, and waits for it; see `Reduction`.
+
+    With one rank there is nothing to send: x stays as it is, nothing is encoded or quantized.
+    """
+    if transport.world_size == 1:
+        return
+    reduction = Reduction(x, layout, compressor, transport.rank, op)
+    reduction.encode()
+    reduction.exchange_and_reduce(transport)
+    reduction.gather_and_decode(transport)

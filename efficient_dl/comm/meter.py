@@ -1,0 +1,233 @@
+"""Counts what left this rank, what it would have been uncompressed, what it cost and how much it erred."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from efficient_dl.codec import PacketStats
+from efficient_dl.comm.layout import BucketLayout, Shard
+
+
+@dataclass
+class Totals:
+    """Sums over collectives, of one rank. Packets are counted once in `encoded_*`, each copy in `wire_bytes`.
+
+    wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
+    values_sent: values in those packets, up to the owners and down from the owner.
+    order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
+    error_squares, signal_squares: sums of squares of the sampled packets' errors and of what they encode.
+    """
+
+    wire_bytes: int = 0
+    raw_bytes: int = 0
+    values_sent: int = 0
+    encoded_values: int = 0
+    encoded_bytes: int = 0
+    order0_bits: float = 0.0
+    model_bits: float = 0.0
+    scale_bits: float = 0.0
+    header_bits: float = 0.0
+    escapes: int = 0
+    empty_blocks: int = 0
+    nonfinite_blocks: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    transport_seconds: float = 0.0
+    exposed_seconds: float = 0.0
+    error_squares: float = 0.0
+    signal_squares: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        """Adds every field of the other."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+@dataclass
+class ParameterTotals:
+    """One parameter's part. wire_bytes is its packets' bytes apportioned by its number of values in them."""
+
+    values_sent: int = 0
+    wire_bytes: float = 0.0
+    error_squares: float = 0.0
+    signal_squares: float = 0.0
+
+    def add(self, other: ParameterTotals) -> None:
+        """Adds every field of the other."""
+        self.values_sent += other.values_sent
+        self.wire_bytes += other.wire_bytes
+        self.error_squares += other.error_squares
+        self.signal_squares += other.signal_squares
+
+
+@dataclass
+class Tally:
+    """The counts of one collective on one bucket: filled by one stage after the other, then added to a meter."""
+
+    layout: BucketLayout
+    totals: Totals = field(default_factory=Totals)
+    parameters: list[ParameterTotals] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [ParameterTotals() for _ in self.layout.names]
+
+    def encoded(self, stats: PacketStats, seconds: float) -> None:
+        """Counts one packet that was made."""
+        totals = self.totals
+        totals.encode_seconds += seconds
+        totals.encoded_values += stats.numel
+        totals.encoded_bytes += stats.packet_bytes
+        totals.order0_bits += stats.order0_bits
+        totals.model_bits += stats.model_bits
+        totals.scale_bits += stats.scale_bits
+        totals.header_bits += stats.header_bits
+        totals.escapes += stats.escapes
+        totals.empty_blocks += stats.empty_blocks
+        totals.nonfinite_blocks += stats.nonfinite_blocks
+
+    def sent(self, shard: Shard, packet_bytes: int, raw_bytes: int, copies: int) -> None:
+        """Counts one packet of a shard that leaves this rank in so many copies."""
+        totals = self.totals
+        totals.wire_bytes += packet_bytes * copies
+        totals.raw_bytes += raw_bytes * copies
+        totals.values_sent += shard.numel * copies
+        for position, numel in zip(shard.parameters, shard.segments, strict=True):
+            row = self.parameters[position]
+            row.values_sent += numel * copies
+            row.wire_bytes += packet_bytes * copies * (numel / shard.numel)
+
+    def announced(self, size_bytes: int) -> None:
+        """Counts the size messages, which the identity codec would send as well."""
+        self.totals.wire_bytes += size_bytes
+        self.totals.raw_bytes += size_bytes
+
+    def erred(self, shard: Shard, error_squares: list[float], signal_squares: list[float]) -> None:
+        """Counts a sampled packet's squared error and squared signal, one of each for each segment."""
+        if not all(map(math.isfinite, (*error_squares, *signal_squares))):
+            return  # a gradient that overflowed says nothing about the codec
+        self.totals.error_squares += sum(error_squares)
+        self.totals.signal_squares += sum(signal_squares)
+        for position, error, signal in zip(shard.parameters, error_squares, signal_squares, strict=True):
+            self.parameters[position].error_squares += error
+            self.parameters[position].signal_squares += signal
+
+
+class Meter:
+    """The running totals of one rank, of all its collectives and by parameter name."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.steps = 0
+        self.totals = Totals()
+        self.parameters = {name: ParameterTotals() for name in names}
+        self._lock = threading.Lock()
+
+    def add(self, tally: Tally) -> None:
+        """Adds one finished collective; from any thread."""
+        with self._lock:
+            self.totals.add(tally.totals)
+            for name, row in zip(tally.layout.names, tally.parameters, strict=True):
+                self.parameters[name].add(row)
+
+    def stepped(self, exposed_seconds: float) -> None:
+        """Counts a step, whose backward pass waited so long for its last buckets."""
+        with self._lock:
+            self.steps += 1
+            self.totals.exposed_seconds += exposed_seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers, exactly."""
+        with self._lock:
+            return {
+                "steps": self.steps,
+                "totals": asdict(self.totals),
+                "parameters": {name: asdict(row) for name, row in self.parameters.items()},
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict` of a meter of the same parameters."""
+        with self._lock:
+            self.steps = state["steps"]
+            self.totals = Totals(**state["totals"])
+            self.parameters = {name: ParameterTotals(**row) for name, row in state["parameters"].items()}
+
+
+def native_tally(numels: Mapping[str, int], itemsizes: Mapping[str, int], world_size: int) -> Tally:
+    """What a ring all-reduce of these parameters sends from one rank: 2 (n − 1) / n of their bytes, calculated."""
+    layout = BucketLayout.of(list(numels), list(numels.values()), world_size)
+    tally = Tally(layout)
+    share = 2 * (world_size - 1) / world_size
+    for row, (name, numel) in zip(tally.parameters, numels.items(), strict=True):
+        row.values_sent = round(share * numel)
+        row.wire_bytes = row.values_sent * itemsizes[name]
+        tally.totals.values_sent += row.values_sent
+        tally.totals.wire_bytes += int(row.wire_bytes)
+    tally.totals.raw_bytes = tally.totals.wire_bytes
+    return tally
+
+
+def combined(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of several ranks' `Meter.state_dict`s; steps are the first one's."""
+    totals = Totals()
+    parameters = {name: ParameterTotals() for name in states[0]["parameters"]}
+    for state in states:
+        totals.add(Totals(**state["totals"]))
+        for name, row in state["parameters"].items():
+            parameters[name].add(ParameterTotals(**row))
+    return {
+        "steps": states[0]["steps"],
+        "totals": asdict(totals),
+        "parameters": {name: asdict(row) for name, row in parameters.items()},
+    }
+
+
+def summary(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader wants to know of a `Meter.state_dict`, or of several, combined.
+
+    Returns bytes in total and per step; ratio (raw / wire); bits_per_value (sent, overheads included) and its parts
+    per encoded value; seconds per step; relative_error (of sampled packets); and a row for each parameter.
+    """
+    steps = max(state["steps"], 1)
+    t = Totals(**state["totals"])
+    encoded = max(t.encoded_values, 1)
+    return {
+        "steps": state["steps"],
+        "wire_bytes": t.wire_bytes,
+        "raw_bytes": t.raw_bytes,
+        "wire_bytes_per_step": t.wire_bytes / steps,
+        "raw_bytes_per_step": t.raw_bytes / steps,
+        "ratio": _quotient(t.raw_bytes, t.wire_bytes, otherwise=1.0),
+        "values_sent": t.values_sent,
+        "bits_per_value": _quotient(8 * t.wire_bytes, t.values_sent),
+        "encoded_bits": 8 * t.encoded_bytes / encoded,
+        "order0_bits": t.order0_bits / encoded,
+        "model_bits": t.model_bits / encoded,
+        "scale_bits": t.scale_bits / encoded,
+        "header_bits": t.header_bits / encoded,
+        "escapes": t.escapes,
+        "empty_blocks": t.empty_blocks,
+        "nonfinite_blocks": t.nonfinite_blocks,
+        "codec_seconds_per_step": (t.encode_seconds + t.decode_seconds) / steps,
+        "encode_seconds_per_step": t.encode_seconds / steps,
+        "decode_seconds_per_step": t.decode_seconds / steps,
+        "transport_seconds_per_step": t.transport_seconds / steps,
+        "exposed_seconds_per_step": t.exposed_seconds / steps,
+        "relative_error": math.sqrt(_quotient(t.error_squares, t.signal_squares)),
+        "parameters": {name: _row(ParameterTotals(**row)) for name, row in state["parameters"].items()},
+    }
+
+
+def _row(row: ParameterTotals) -> dict[str, Any]:
+    return {
+        "values_sent": row.values_sent,
+        "wire_bytes_apportioned": row.wire_bytes,
+        "bits_per_value": _quotient(8 * row.wire_bytes, row.values_sent),
+        "relative_error": math.sqrt(_quotient(row.error_squares, row.signal_squares)),
+    }
+
+
+def _quotient(a: float, b: float, otherwise: float = 0.0) -> float:
+    return a / b if b else otherwise
