@@ -1,0 +1,1 @@
+"""Adapters to the engines that users already run; no algorithms."""

@@ -1,0 +1,363 @@
+"""DistributedDataParallel with entropy-coded gradients: `compress`, and the `Compression` it returns."""
+
+# No `from __future__ import annotations` here: DDP compares the hook's annotations with classes.
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from efficient_dl.codec import FORMAT_VERSION
+from efficient_dl.comm import (
+    DEFAULT_TIMEOUT_SECONDS,
+    BucketLayout,
+    Compressor,
+    OverlappedReducer,
+    Plan,
+    ProcessGroupTransport,
+    ShadowReducer,
+    check_equal,
+    combined,
+    gather_json,
+    handshake,
+    native_tally,
+    summary,
+)
+from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
+
+_log = logging.getLogger(__name__)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
+
+
+def compress(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    bits: str | float = "auto",
+    *,
+    shadow: bool = False,
+    group: dist.ProcessGroup | None = None,
+    check_every: int = 50,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    kernel: str = "auto",
+    extra: Mapping[str, Any] | None = None,
+) -> "Compression":
+    """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
+
+    Call it once, on every rank, after wrapping the model and before the first backward pass; the ranks compare what
+    they are about to do first. The training script stays as it is: gradient accumulation with `no_sync()`, frozen
+    and unused parameters, `static_graph`, clipping and bf16 autocast work as before.
+
+    model: a DistributedDataParallel over dense float32, bfloat16 or float16 parameters, without a hook of its own.
+    optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself.
+    bits: "none" (the native collective, untouched), "identity" (our reduction, uncompressed), "lossless", a number
+        of bits a value (2.0), or "auto".
+    shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
+    group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
+    check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never.
+    timeout: seconds after which a transfer that makes no progress raises TransportError, naming the rank.
+    kernel: which kernels code CPU tensors, as in `make_codec`.
+    extra: further facts that must agree on all ranks, for example {"data": hash}; JSON values.
+
+    With one rank there is nothing to send: nothing is encoded or quantized.
+
+    Raises ConfigError, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
+
+    Example:
+        compression = edl.compress(DistributedDataParallel(model), optimizer, bits=2.0)
+        ...                                # train as before
+        print(compression.stats()["ratio"])
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"compress() cannot take a {type(model).__name__}",
+            expected="a torch.nn.parallel.DistributedDataParallel",
+            fix="compress(DistributedDataParallel(model), optimizer)",
+        )
+    parameters = dict(model.module.named_parameters())
+    device = next(iter(parameters.values())).device
+    reducing_group = group or model.process_group
+    assert reducing_group is not None  # DDP has one
+    control = ProcessGroupTransport(reducing_group, device, timeout)
+    facts = _facts(model.module, shadow, check_every if optimizer else 0, extra or {})
+    try:
+        _check_supported(model.module, check_every)
+        compressor = Compressor(Plan.of(bits), list(parameters), kernel)
+    except EdlError as error:
+        handshake(facts, control, failure=error)
+        raise
+    facts["plan"] = {"bits": compressor.plan.bits, "codec": compressor.plan.codec}
+    facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
+    handshake(facts, control)
+    return Compression(model, optimizer, compressor, control, shadow, check_every)
+
+
+class Compression:
+    """Compressed averaging of one model's gradients, as `compress` set it up."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: torch.optim.Optimizer | None,
+        compressor: Compressor,
+        control: ProcessGroupTransport,
+        shadow: bool,
+        check_every: int,
+    ) -> None:
+        # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
+        # no garbage collector would see.
+        self.plan = compressor.plan
+        self.shadow = shadow
+        self._compressor = compressor
+        self._control = control
+        self._check_every = check_every
+        self._parameters = dict(model.module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._optimizer_steps = 0
+        self._checks = 0
+        self._pending: list[Future[Any]] = []
+        self._engine = self._make_engine()
+        if self._engine is not None:
+            model.register_comm_hook(self, _reduce_bucket)
+            self._finalizer = weakref.finalize(self, self._engine.close, _EXIT_SECONDS)
+        self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+
+    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+        """What was sent, what it cost and how much it erred, since the start or the restored checkpoint.
+
+        all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
+
+        Returns bits, codec, kernel, exact, shadow, world_size, checks, and `summary` of the meter: wire_bytes (what
+        left, size messages included), raw_bytes (the same with the identity codec), both per step, ratio,
+        bits_per_value, entropies, seconds, relative_error and a row for each parameter. A step is one synchronized
+        backward pass. bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or
+        "analytic" (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
+        """
+        state = self._compressor.meter.state_dict()
+        if all_ranks:
+            state = combined(gather_json(state, self._control))
+        source = "analytic" if self.plan.codec == "none" else "shadow" if self.shadow else "counted"
+        return {
+            "bits": self.plan.bits,
+            "codec": self.plan.codec,
+            "reason": self.plan.reason,
+            "kernel": self._compressor.codec.kernel_for(self._control.device),
+            "exact": self._compressor.codec.exact,
+            "shadow": self.shadow,
+            "world_size": self._control.world_size,
+            "checks": self._checks,
+            "bytes_source": source,
+            **summary(state),
+        }
+
+    def check(self) -> None:
+        """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged."""
+        check_equal(self._parameters, self._control, self._optimizer_steps)
+        self._checks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: plain numbers and strings, keyed by parameter name. Save one for each rank."""
+        return {
+            "rank": self._control.rank,
+            "world_size": self._control.world_size,
+            "optimizer_steps": self._optimizer_steps,
+            "compressor": self._compressor.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues exactly from this rank's `state_dict`.
+
+        At another world size the counters of bytes, values and seconds start again from zero, which is logged: they
+        belong to ranks that are no more. Raises PlanMismatch for another plan, CheckpointError for another rank,
+        model or version.
+        """
+        control = self._control
+        if state["world_size"] == control.world_size and state["rank"] != control.rank:
+            raise CheckpointError(
+                f"rank {control.rank} was given the compression state of rank {state['rank']}",
+                fix="save state_dict() on every rank, and load each rank's own",
+            )
+        fresh = self._compressor.meter.state_dict()
+        self._compressor.load_state_dict(state["compressor"])
+        self._optimizer_steps = state["optimizer_steps"]
+        if state["world_size"] != control.world_size:
+            self._compressor.meter.load_state_dict(fresh)
+            _log.warning(
+                "compression state of %d ranks, restored on %d: the byte counters start again from zero",
+                state["world_size"],
+                control.world_size,
+            )
+
+    def close(self) -> None:
+        """Ends the threads and destroys the groups it made. The model cannot train on with this hook."""
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        if self._engine is not None:
+            self._finalizer.detach()
+            self._engine.close()
+            self._engine.destroy_groups()
+
+    def _make_engine(self) -> "_Engine | None":
+        control = self._control
+        if self.plan.codec == "none":
+            return None
+        if self.shadow:
+            return _ShadowEngine(self._compressor, control)
+        return _CompressedEngine(self._compressor, control)
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        parameters = bucket.parameters()
+        names = [self._names[id(parameter)] for parameter in parameters]
+        layout = BucketLayout.of(names, [p.numel() for p in parameters], self._control.world_size)
+        assert self._engine is not None
+        if self._control.world_size == 1:
+            result: torch.futures.Future[Tensor] = torch.futures.Future()
+            result.set_result(bucket.buffer())
+        else:
+            result, done = self._engine.start(bucket.buffer(), layout)
+            self._pending.append(done)
+        if bucket.is_last():
+            # Runs at the end of backward, before DDP's own: raises what a stage raised, with its own type.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+        return result
+
+    def _finish_backward(self) -> None:
+        start = time.perf_counter()
+        pending, self._pending = self._pending, []
+        for done in pending:
+            done.result()
+        self._compressor.meter.stepped(time.perf_counter() - start)
+
+    def _after_step(self, *_: Any) -> None:
+        self._optimizer_steps += 1
+        if self._engine is None:
+            trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+            numels = {name: p.numel() for name, p in trained.items()}
+            itemsizes = {name: p.element_size() for name, p in trained.items()}
+            self._compressor.meter.add(native_tally(numels, itemsizes, self._control.world_size))
+            self._compressor.meter.stepped(exposed_seconds=0.0)
+        elif self._check_every and self._optimizer_steps % self._check_every == 0:
+            self.check()
+
+
+def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """The hook that DDP calls, in the autograd thread, when a bucket's gradients are ready."""
+    return state._reduce(bucket)
+
+
+class _Engine(Protocol):
+    """Averages buckets in the background."""
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
+        """Starts on one bucket; returns what DDP waits for, and what ends when all work on it is done."""
+        ...
+
+    def close(self, timeout: float = 10.0) -> bool: ...
+
+    def destroy_groups(self) -> None: ...
+
+
+class _CompressedEngine:
+    """Our one-shot reduction."""
+
+    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
+        exchange = control.sibling()
+        gather = control.sibling() if control.device.type == "cpu" else exchange
+        self._transports = {id(transport): transport for transport in (exchange, gather)}
+        self._reducer = OverlappedReducer(compressor, exchange, gather)
+        self.close = self._reducer.close
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
+        done = self._reducer.submit(x, layout)
+        return _as_torch_future(done, x, self._reducer.stream), done
+
+    def destroy_groups(self) -> None:
+        for transport in self._transports.values():
+            transport.close()
+
+
+class _ShadowEngine:
+    """The native all-reduce, as DDP does it, and our accounting beside it."""
+
+    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
+        self._control = control
+        self._reducer = ShadowReducer(compressor, control.rank, control.device)
+        self.close = self._reducer.close
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
+        contribution = x.clone()
+        x.mul_(1.0 / self._control.world_size)  # DDP multiplies by the inverse, too: the same last bit
+        work = dist.all_reduce(x, group=self._control.group, async_op=True)
+        assert work is not None
+        native = work.get_future()
+        done = self._reducer.submit(contribution, x, native.wait, layout)
+        return native.then(lambda future: future.value()[0]), done
+
+    def destroy_groups(self) -> None:
+        pass  # it has made none
+
+
+def _as_torch_future(
+    done: Future[Any], x: Tensor, stream: torch.cuda.Stream | None
+) -> torch.futures.Future[Tensor]:
+    """A future for DDP that ends with x, or with the exception's text, when `done` ends."""
+    future: torch.futures.Future[Any] = torch.futures.Future(devices=[x.device] if stream else None)
+
+    def finish(done: Future[Any]) -> None:
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            future.set_result(done.exception() or x)
+
+    done.add_done_callback(finish)
+    return future.then(_value)
+
+
+def _value(future: torch.futures.Future[Any]) -> Tensor:
+    value = future.value()
+    if isinstance(value, BaseException):
+        raise value
+    return value
+
+
+def _facts(module: nn.Module, shadow: bool, check_every: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    shapes = {
+        name: f"{p.dtype} {list(p.shape)} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
+        for name, p in module.named_parameters()
+    }
+    return {
+        "wire format": FORMAT_VERSION,
+        "torch": torch.__version__.partition("+")[0],
+        "shadow": shadow,
+        "check_every": check_every,
+        "parameters": shapes,
+        "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
+        "extra": dict(extra),
+    }
+
+
+def _check_supported(module: nn.Module, check_every: int) -> None:
+    if check_every < 0:
+        raise ConfigError("check_every is negative", expected="optimizer steps, or 0", found=str(check_every))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in _DTYPES:
+            raise UnsupportedTensor(
+                f"the gradients of parameter {name!r} cannot be compressed",
+                expected="float32, bfloat16 or float16",
+                found=str(parameter.dtype),
+                fix="convert the model, or exclude the parameter from DDP",
+            )
+    for name, child in module.named_modules():
+        if getattr(child, "sparse", False):
+            raise UnsupportedTensor(
+                f"module {name!r} has sparse gradients",
+                expected="dense gradients",
+                fix="build the embedding with sparse=False",
+            )
