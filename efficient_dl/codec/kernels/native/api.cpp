@@ -1,0 +1,211 @@
+// The C interface: argument checks, choice of instruction set, exceptions to error codes.
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "codecs.hpp"
+#include "edl_codec.h"
+#include "kernels.hpp"
+
+namespace {
+
+using edl::ByteReader;
+using edl::ByteWriter;
+using edl::CodecError;
+using edl::Kernels;
+
+const Kernels& best_kernels() {
+    const Kernels* avx512 = edl::avx512_kernels();
+    return avx512 != nullptr ? *avx512 : edl::portable_kernels();
+}
+
+thread_local const Kernels* thread_kernels = &best_kernels();
+
+// The format's arithmetic is IEEE: rounding to nearest, denormals kept. A caller, or a library built with
+// -ffast-math, may have set this thread otherwise.
+class IeeeArithmetic {
+public:
+#if defined(__x86_64__)
+    IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~IeeeArithmetic() { _mm_setcsr(saved_); }
+
+private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    IeeeArithmetic() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+    }
+    ~IeeeArithmetic() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+private:
+    uint64_t saved_;
+#endif
+};
+
+template <typename Work>
+int64_t guarded(Work&& work) {
+    try {
+        const IeeeArithmetic ieee;
+        return work();
+    } catch (const CodecError& error) {
+        return error.code;
+    } catch (const std::bad_alloc&) {
+        return EDL_NO_MEMORY;
+    } catch (...) {
+        return EDL_INTERNAL;
+    }
+}
+
+void require(bool condition) {
+    if (!condition) throw CodecError{EDL_BAD_ARGUMENT};
+}
+
+constexpr int64_t kMaxNumel = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
+
+bool is_dtype(int dtype) { return dtype == EDL_FLOAT32 || dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+
+void check_tensor(const void* data, int64_t numel, int dtype) {
+    require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype) && (data != nullptr || numel == 0));
+}
+
+void check_body(const uint8_t* body, int64_t num_bytes) {
+    require(num_bytes >= 0 && (body != nullptr || num_bytes == 0));
+}
+
+// `whole` is the default: one segment of all values.
+edl::Segments checked_segments(const int64_t* lengths, int64_t count, int64_t numel, const int64_t* whole) {
+    if (lengths == nullptr) {
+        require(count == 0);
+        return {whole, 1};
+    }
+    int64_t left = numel;
+    for (int64_t i = 0; i < count; ++i) {
+        require(lengths[i] >= 0 && lengths[i] <= left);
+        left -= lengths[i];
+    }
+    require(count >= 0 && left == 0);
+    return {lengths, count};
+}
+
+edl::Output checked_output(void* out, int64_t numel, int packet_dtype, int out_dtype, int accumulate) {
+    check_tensor(out, numel, packet_dtype);
+    require(out_dtype == packet_dtype || out_dtype == EDL_FLOAT32);
+    return {out, numel, out_dtype, accumulate != 0};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t edl_abi_version(void) { return EDL_ABI_VERSION; }
+
+const char* edl_error_name(int64_t code) {
+    switch (code) {
+        case EDL_BAD_ARGUMENT: return "an argument is out of range or inconsistent";
+        case EDL_CAPACITY: return "the output buffer is too small";
+        case EDL_NO_MEMORY: return "out of memory";
+        case EDL_UNSUPPORTED_ISA: return "this processor or build does not have that instruction set";
+        case EDL_INTERNAL: return "internal error";
+        case EDL_TRUNCATED: return "the packet is cut short";
+        case EDL_TRAILING_BYTES: return "the packet has bytes left over";
+        case EDL_BAD_PARAMETERS: return "the packet's parameters do not fit its tensor";
+        case EDL_BAD_TABLE: return "the frequency table is invalid";
+        case EDL_BAD_DIRECTORY: return "a tile's directory entry is invalid";
+        case EDL_BAD_CODES: return "a block's scale is out of range";
+        case EDL_BAD_TILE_SIZE: return "a tile's size does not match its content";
+        case EDL_BAD_STREAM: return "a tile's entropy-coded words do not end where its directory says";
+        case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet, or behind the end of a short block";
+        case EDL_BAD_ESCAPES: return "a tile's escapes do not match its directory entry";
+        case EDL_BAD_PADDING: return "padding is not zero";
+        default: return code >= 0 ? "success" : "unknown error";
+    }
+}
+
+const char* edl_isa(void) { return thread_kernels->name; }
+
+int64_t edl_set_isa(const char* name) {
+    if (name == nullptr) return EDL_BAD_ARGUMENT;
+    if (std::strcmp(name, "auto") == 0) {
+        thread_kernels = &best_kernels();
+    } else if (std::strcmp(name, "portable") == 0) {
+        thread_kernels = &edl::portable_kernels();
+    } else if (std::strcmp(name, "avx512") == 0 && edl::avx512_kernels() != nullptr) {
+        thread_kernels = edl::avx512_kernels();
+    } else {
+        return EDL_UNSUPPORTED_ISA;
+    }
+    return 0;
+}
+
+int64_t edl_split_max_bytes(int64_t numel, int dtype) {
+    return guarded([&] {
+        require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype));
+        return numel == 0 ? 0 : edl::split_max_bytes(numel, dtype);
+    });
+}
+
+int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int mode) {
+    return guarded([&] {
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && mode >= -1 && mode <= 1);
+        return numel == 0 ? 0 : edl::block_max_bytes(numel, num_segments < 1 ? 1 : num_segments, mode);
+    });
+}
+
+int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
+                         edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        return edl::split_encode(*thread_kernels, {x, numel, dtype}, writer, stats);
+    });
+}
+
+int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t* segments, int64_t num_segments,
+                         int64_t bits_q16, const float* steps, uint8_t* body, int64_t capacity, edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        require(steps != nullptr && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        return edl::block_encode(*thread_kernels, {x, numel, dtype}, grid, bits_q16, steps, writer, stats);
+    });
+}
+
+int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, void* out, int out_dtype,
+                         int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_body(body, body_bytes);
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::split_decode(*thread_kernels, reader, dtype, output);
+        return 0;
+    });
+}
+
+int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, const int64_t* segments,
+                         int64_t num_segments, void* out, int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_body(body, body_bytes);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::block_decode(*thread_kernels, reader, grid, output);
+        return 0;
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,318 @@
+// Encoding with the block quantizer: one pass over the values, then tables and tiles over their symbols.
+#include <cstring>
+#include <vector>
+
+#include "codecs.hpp"
+#include "quantizer.hpp"
+#include "scratch.hpp"
+#include "tile.hpp"
+
+namespace edl {
+namespace {
+
+constexpr int kFirstStep = -192;
+constexpr int16_t kEmptyLevel = 0;
+constexpr int16_t kNonFiniteLevel = -1;
+constexpr int kEmptyCode = 0;
+constexpr int kNonFiniteCode = 255;
+constexpr int kMaxCode = 254;
+constexpr int kMinBase = 3;
+constexpr int kCarriedRows = 2;  // whose symbols travel in the lanes' initial states
+constexpr int64_t kParameterBytes = 24;
+constexpr int64_t kMaxTableBytes = 32 + 384;
+constexpr int kBatchBlocks = 8;
+
+// What is kept of a block between the passes.
+struct BlockRecord {
+    int16_t level;  // or kEmptyLevel, kNonFiniteLevel
+    int16_t size;
+    int16_t num_escapes;
+};
+
+// The whole tensor, quantized. Only blocks with a level have rows and escapes, in order.
+struct Quantized {
+    BlockRecord* blocks;
+    int64_t num_blocks;
+    uint8_t* rows;
+    int64_t num_rows = 0;
+    std::vector<int16_t> escapes;
+    uint64_t counts[kMaxAlphabet] = {};
+};
+
+int32_t quantized_value(float value, float inverse_step) {
+    return std::clamp(static_cast<int32_t>(std::lrint(value * inverse_step)), -32767, 32767);
+}
+
+// Appends the values behind the set bits of a block's escape mask; returns how many symbols they are.
+int append_escapes(const SymbolMode& mode, const float* block, float inverse_step, const uint64_t* mask,
+                   std::vector<int16_t>& escapes) {
+    int count = 0;
+    for (int word = 0; word < 2 * mode.rows_per_block; ++word) {
+        for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
+            const int place = 64 * word + std::countr_zero(bits);
+            for (int part = 0; part < mode.values_per_escape; ++part)
+                escapes.push_back(
+                    static_cast<int16_t>(quantized_value(block[place + kLanes * part], inverse_step)));
+            ++count;
+        }
+    }
+    return count;
+}
+
+// Blocks go in batches, so that one block's chain of square root and division overlaps with its neighbours'.
+void quantize_all(const Kernels& kernels, const ConstValues& x, const Segments& segments, const SymbolMode& mode,
+                  float relative_step, Quantized& quantized) {
+    alignas(64) float room[kBatchBlocks][kBlockValues];
+    const float* values[kBatchBlocks];
+    int levels[kBatchBlocks];
+    Histogram histogram;
+    BlockCursor cursor(segments);
+    const int row_bytes = kLanes * mode.rows_per_block;
+    const int64_t fold_every = int64_t{1} << 20;  // blocks: the counters of 32 bits stay far from full
+    int64_t done = 0, next_fold = fold_every;
+    for (;;) {
+        int batch = 0;
+        for (Block block; batch < kBatchBlocks && cursor.next(block); ++batch) {
+            values[batch] = block_floats(kernels, x, block, room[batch]);
+            const BlockMeasure measure = kernels.measure(values[batch]);
+            const bool huge = (measure.max_bits >> 23) >= kFirstHugeExponent;
+            levels[batch] = has_scale(measure.max_bits) ? level_of(measure, block.size, relative_step)
+                            : huge                      ? kNonFiniteLevel
+                                                        : kEmptyLevel;
+            quantized.blocks[done + batch] = {static_cast<int16_t>(levels[batch]), static_cast<int16_t>(block.size),
+                                              0};
+        }
+        if (batch == 0) break;
+        for (int i = 0; i < batch; ++i) {
+            if (levels[i] <= 0) continue;
+            BlockRecord& record = quantized.blocks[done + i];
+            const float inverse = 1.0f / step_of(levels[i]);
+            uint8_t* rows = quantized.rows + quantized.num_rows * kLanes;
+            uint64_t escape_mask[4] = {};
+            if (!quantize_block(kernels, mode, values[i], inverse, rows, escape_mask)) {
+                record.level = kEmptyLevel;
+                continue;
+            }
+            if ((escape_mask[0] | escape_mask[1] | escape_mask[2] | escape_mask[3]) != 0)
+                record.num_escapes =
+                    static_cast<int16_t>(append_escapes(mode, values[i], inverse, escape_mask, quantized.escapes));
+            histogram.add(rows, row_bytes);
+            quantized.num_rows += mode.rows_per_block;
+        }
+        done += batch;
+        if (done >= next_fold) {
+            histogram.fold(quantized.counts);
+            next_fold += fold_every;
+        }
+    }
+    histogram.fold(quantized.counts);
+}
+
+int choose_base(const Quantized& quantized) {
+    int highest = 0;
+    for (int64_t i = 0; i < quantized.num_blocks; ++i) highest = std::max<int>(highest, quantized.blocks[i].level);
+    return std::max(kMinBase, highest - kMaxCode);
+}
+
+// Empties the blocks whose step is too far below the largest for an 8-bit code. Rare, so it costs a pass of its own.
+void drop_below(int base, const SymbolMode& mode, Quantized& quantized) {
+    int64_t read_row = 0, write_row = 0;
+    size_t read_escape = 0, write_escape = 0;
+    for (int64_t i = 0; i < quantized.num_blocks; ++i) {
+        BlockRecord& block = quantized.blocks[i];
+        if (block.level <= 0) continue;
+        const uint8_t* rows = quantized.rows + read_row * kLanes;
+        const int row_bytes = kLanes * mode.rows_per_block;
+        const size_t num_values = static_cast<size_t>(block.num_escapes) * static_cast<size_t>(mode.values_per_escape);
+        if (block.level <= base) {
+            for (int s = 0; s < row_bytes; ++s) --quantized.counts[rows[s]];
+            block.level = kEmptyLevel;
+            block.num_escapes = 0;
+        } else {
+            std::memmove(quantized.rows + write_row * kLanes, rows, static_cast<size_t>(row_bytes));
+            for (size_t e = 0; e < num_values; ++e)
+                quantized.escapes[write_escape + e] = quantized.escapes[read_escape + e];
+            write_row += mode.rows_per_block;
+            write_escape += num_values;
+        }
+        read_row += mode.rows_per_block;
+        read_escape += num_values;
+    }
+    quantized.num_rows = write_row;
+    quantized.escapes.resize(write_escape);
+}
+
+bool any_below(int base, const Quantized& quantized) {
+    for (int64_t i = 0; i < quantized.num_blocks; ++i)
+        if (quantized.blocks[i].level > 0 && quantized.blocks[i].level <= base) return true;
+    return false;
+}
+
+void write_codes(const Quantized& quantized, int base, ByteWriter& body) {
+    uint8_t* codes = body.reserve(quantized.num_blocks);
+    for (int64_t i = 0; i < quantized.num_blocks; ++i) {
+        const int level = quantized.blocks[i].level;
+        codes[i] = static_cast<uint8_t>(level == kNonFiniteLevel ? kNonFiniteCode
+                                        : level == kEmptyLevel   ? kEmptyCode
+                                                                 : level - base);
+    }
+    body.padding_after(quantized.num_blocks);
+}
+
+// The rows and escapes of one tile.
+struct Tile {
+    const BlockRecord* blocks;
+    int64_t num_blocks;
+    const uint8_t* rows;
+    int64_t num_rows;
+    const int16_t* escapes;
+    int64_t num_escapes;
+    int64_t stored_bytes;  // of its symbols
+};
+
+Tile next_tile(const SymbolMode& mode, const Quantized& quantized, int64_t first_block, const Tile& previous) {
+    Tile tile = {};
+    tile.blocks = quantized.blocks + first_block;
+    tile.num_blocks = std::min<int64_t>(mode.tile_blocks, quantized.num_blocks - first_block);
+    tile.rows = previous.rows + previous.num_rows * kLanes;
+    tile.escapes = previous.escapes + previous.num_escapes * mode.values_per_escape;
+    for (int64_t i = 0; i < tile.num_blocks; ++i) {
+        if (tile.blocks[i].level <= 0) continue;
+        tile.num_rows += mode.rows_per_block;
+        tile.num_escapes += tile.blocks[i].num_escapes;
+        for (int row = 0; row < mode.rows_per_block; ++row)
+            tile.stored_bytes += mode.lanes(tile.blocks[i].size, row);
+    }
+    return tile;
+}
+
+void write_stored_symbols(const SymbolMode& mode, const Tile& tile, ByteWriter& body) {
+    const uint8_t* row = tile.rows;
+    for (int64_t i = 0; i < tile.num_blocks; ++i) {
+        if (tile.blocks[i].level <= 0) continue;
+        for (int r = 0; r < mode.rows_per_block; ++r, row += kLanes) body.bytes(row, mode.lanes(tile.blocks[i].size, r));
+    }
+    body.padding_after(tile.stored_bytes);
+}
+
+double order0_bits(const SymbolMode& mode, const Quantized& quantized) {
+    uint64_t counts[2 * kByteRadius + 1] = {};
+    for (int s = 0; s < mode.alphabet - 1; ++s) {
+        if (mode.code == kPairMode.code) {
+            counts[s / kPairBase - kPairRadius + kByteRadius] += quantized.counts[s];
+            counts[s % kPairBase - kPairRadius + kByteRadius] += quantized.counts[s];
+        } else {
+            counts[s] += quantized.counts[s];
+        }
+    }
+    for (const int16_t q : quantized.escapes) ++counts[std::clamp<int>(q, -kByteRadius, kByteRadius) + kByteRadius];
+    return entropy_bits(counts, 2 * kByteRadius + 1);
+}
+
+// Everything that the passes share, in one piece of memory.
+size_t scratch_bytes(int64_t num_blocks, const SymbolMode& mode) {
+    return static_cast<size_t>(num_blocks * (kLanes * mode.rows_per_block) + mode.max_tile_rows() * kLanes * 2 +
+                               num_blocks * static_cast<int64_t>(sizeof(BlockRecord)));
+}
+
+thread_local Scratch thread_scratch;
+
+}  // namespace
+
+int64_t block_max_bytes(int64_t numel, int64_t num_segments, int mode) {
+    if (mode < 0) return std::max(block_max_bytes(numel, num_segments, 0), block_max_bytes(numel, num_segments, 1));
+    const SymbolMode& symbol_mode = mode == kPairMode.code ? kPairMode : kByteMode;
+    const int64_t num_blocks = std::min(numel, numel / kBlockValues + num_segments);
+    const int64_t num_tiles = num_blocks / symbol_mode.tile_blocks + 1;
+    // All tiles stored, every value escaped.
+    const int64_t symbols = mode == kPairMode.code ? std::min(numel, kLanes * num_blocks) : numel;
+    return kParameterBytes + num_blocks + 4 + kMaxTableBytes + num_tiles * (8 + 4 + 4) +
+           symbols * (1 + symbol_mode.escape_bytes());
+}
+
+int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16,
+                     const float* steps, ByteWriter& body, edl_stats* stats) {
+    const SymbolMode& mode = bits_q16 <= kMaxPairBitsQ16 ? kPairMode : kByteMode;
+    const int64_t num_blocks = count_blocks(segments);
+    const int64_t num_tiles = (num_blocks + mode.tile_blocks - 1) / mode.tile_blocks;
+    const int step_index = choose_step(kernels, x, segments, num_blocks, mode, bits_q16, steps);
+
+    Scratch::Lease lease(thread_scratch, scratch_bytes(num_blocks, mode));
+    Quantized quantized;
+    quantized.num_blocks = num_blocks;
+    uint16_t* words = reinterpret_cast<uint16_t*>(lease.bytes());
+    quantized.rows = reinterpret_cast<uint8_t*>(words + mode.max_tile_rows() * kLanes);
+    quantized.blocks = reinterpret_cast<BlockRecord*>(quantized.rows + num_blocks * kLanes * mode.rows_per_block);
+    quantize_all(kernels, x, segments, mode, steps[step_index - kFirstStep], quantized);
+    const int base = choose_base(quantized);
+    if (any_below(base, quantized)) drop_below(base, mode, quantized);
+
+    const bool can_code = quantized.num_rows > 0;
+    const FrequencyTable frequencies = can_code ? normalize(quantized.counts, mode.alphabet) : FrequencyTable{};
+    const int64_t table_bytes = can_code ? serialized_bytes(frequencies) : 0;
+    body.value(static_cast<uint8_t>(mode.code));
+    body.value(uint8_t{0});
+    body.value(static_cast<int16_t>(step_index));
+    body.value(static_cast<uint32_t>(mode.tile_blocks));
+    body.value(static_cast<uint32_t>(num_blocks));
+    body.value(static_cast<uint32_t>(num_tiles));
+    body.value(static_cast<uint32_t>(base));
+    uint8_t* table_bytes_field = body.position();
+    body.value(static_cast<uint32_t>(table_bytes));
+    write_codes(quantized, base, body);
+    uint8_t* table = body.reserve(table_bytes);
+    if (can_code) serialize(frequencies, table);
+    uint8_t* directory = body.reserve(8 * num_tiles);
+
+    TileEncoder encoder(kernels, frequencies, words, mode.max_tile_rows());
+    Tile tile = {};
+    tile.rows = quantized.rows;
+    tile.escapes = quantized.escapes.data();
+    int64_t num_coded = 0;
+    for (int64_t t = 0; t < num_tiles; ++t) {
+        tile = next_tile(mode, quantized, t * mode.tile_blocks, tile);
+        const int64_t before = body.written();
+        bool coded = false;
+        if (tile.num_rows > kCarriedRows) {
+            const int64_t coded_rows = tile.num_rows - kCarriedRows;
+            const uint8_t* carried = tile.rows + coded_rows * kLanes;
+            coded = encoder.encode(tile.rows, coded_rows, carried, carried + kLanes) < padded(tile.stored_bytes);
+        }
+        if (coded) encoder.write(body);
+        else write_stored_symbols(mode, tile, body);
+        body.bytes(tile.escapes, tile.num_escapes * mode.escape_bytes());
+        body.padding_after(tile.num_escapes * mode.escape_bytes());
+        num_coded += coded;
+        const uint32_t entry[2] = {static_cast<uint32_t>(body.written() - before),
+                                   (coded ? 1u : 0u) | static_cast<uint32_t>(tile.num_escapes) << 1};
+        std::memcpy(directory + 8 * t, entry, sizeof entry);
+    }
+
+    const int64_t sent_table_bytes = num_coded > 0 ? table_bytes : 0;
+    if (sent_table_bytes != table_bytes) {
+        // All tiles were stored: take the table out.
+        std::memmove(table, table + table_bytes, static_cast<size_t>(body.position() - table - table_bytes));
+        body.rewind(table_bytes);
+        std::memset(table_bytes_field, 0, 4);
+    }
+
+    if (stats != nullptr) {
+        const int64_t num_escapes = static_cast<int64_t>(quantized.escapes.size()) / mode.values_per_escape;
+        stats->order0_bits = order0_bits(mode, quantized);
+        stats->model_bits = sent_table_bytes > 0 ? table_bits(quantized.counts, frequencies)
+                                                 : 8.0 * static_cast<double>(quantized.num_rows * kLanes);
+        stats->model_bits += 8.0 * static_cast<double>(num_escapes * mode.escape_bytes());
+        stats->scale_bits = 8.0 * static_cast<double>(num_blocks);
+        stats->header_bits = 8 * (kParameterBytes + sent_table_bytes + 8 * num_tiles);
+        stats->escapes = num_escapes;
+        for (int64_t i = 0; i < num_blocks; ++i) {
+            stats->empty_blocks += quantized.blocks[i].level == kEmptyLevel;
+            stats->nonfinite_blocks += quantized.blocks[i].level == kNonFiniteLevel;
+        }
+        stats->step_index = step_index;
+        stats->coded_tiles = static_cast<int32_t>(num_coded);
+    }
+    return body.written();
+}
+
+}  // namespace edl

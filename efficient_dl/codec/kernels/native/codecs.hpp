@@ -1,0 +1,48 @@
+// The two codecs behind the C interface; they throw CodecError.
+#pragma once
+
+#include <cstdint>
+
+#include "bytes.hpp"
+#include "kernels.hpp"
+
+namespace edl {
+
+// Values passed by pointer and dtype; the pointer is aligned to the dtype.
+struct ConstValues {
+    const void* data;
+    int64_t numel;
+    int dtype;
+
+    const void* at(int64_t index) const {
+        return static_cast<const uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
+    }
+};
+
+struct Output {
+    void* data;
+    int64_t numel;
+    int dtype;
+    bool accumulate;
+
+    void* at(int64_t index) const {
+        return static_cast<uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
+    }
+};
+
+struct Segments {
+    const int64_t* lengths;
+    int64_t count;
+};
+
+int64_t split_max_bytes(int64_t numel, int dtype);
+int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats);
+void split_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, const Output& out);
+
+// mode: 0 pairs, 1 bytes, -1 the larger of the two.
+int64_t block_max_bytes(int64_t numel, int64_t num_segments, int mode);
+int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16,
+                     const float* steps, ByteWriter& body, edl_stats* stats);
+void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
+
+}  // namespace edl

@@ -1,0 +1,99 @@
+/* The C interface of the compiled codecs: bodies of lossless and block-quantized packets (docs/format.md).
+ *
+ * Plain C types and pointers only, so that any Python, fuzzer or sanitizer can load it. Every function that
+ * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Nothing is shared
+ * between threads except read-only tables; the instruction set is chosen per thread. The 32-byte packet header
+ * and the checksum are the caller's job.
+ */
+#ifndef EDL_CODEC_H
+#define EDL_CODEC_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define EDL_EXPORT __declspec(dllexport)
+#else
+#define EDL_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EDL_ABI_VERSION 1
+#define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
+
+enum edl_dtype { EDL_FLOAT32 = 0, EDL_BFLOAT16 = 1, EDL_FLOAT16 = 2 };
+
+enum edl_error {
+    /* The caller's mistakes and the machine's limits. */
+    EDL_BAD_ARGUMENT = -1,
+    EDL_CAPACITY = -2,
+    EDL_NO_MEMORY = -3,
+    EDL_UNSUPPORTED_ISA = -4,
+    EDL_INTERNAL = -5,
+    /* The packet's: everything at or below EDL_FIRST_CORRUPT. */
+    EDL_FIRST_CORRUPT = -16,
+    EDL_TRUNCATED = -16,
+    EDL_TRAILING_BYTES = -17,
+    EDL_BAD_PARAMETERS = -18,
+    EDL_BAD_TABLE = -19,
+    EDL_BAD_DIRECTORY = -20,
+    EDL_BAD_CODES = -21,
+    EDL_BAD_TILE_SIZE = -22,
+    EDL_BAD_STREAM = -23,
+    EDL_BAD_SYMBOL = -24,
+    EDL_BAD_ESCAPES = -25,
+    EDL_BAD_PADDING = -26
+};
+
+/* What an encode call measured. Bits are totals over the tensor. */
+typedef struct {
+    double order0_bits;  /* empirical entropy of the quantized values (block) or of exponents + raw bits (split) */
+    double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
+    double scale_bits;   /* block codes: 8 bits a block; 0 for split */
+    int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
+    int64_t escapes;
+    int64_t empty_blocks;
+    int64_t nonfinite_blocks;
+    int32_t step_index;  /* j of the chosen relative step; 0 for split */
+    int32_t coded_tiles;
+} edl_stats;
+
+EDL_EXPORT int64_t edl_abi_version(void);
+
+/* A sentence for an error code; never NULL. */
+EDL_EXPORT const char* edl_error_name(int64_t code);
+
+/* The instruction set this thread uses: "avx512" or "portable". */
+EDL_EXPORT const char* edl_isa(void);
+
+/* Chooses it for the calling thread: "auto", "avx512" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
+EDL_EXPORT int64_t edl_set_isa(const char* name);
+
+/* Capacity that is always enough for a body. mode: 0 pairs, 1 bytes, -1 whichever needs more. */
+EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
+EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int mode);
+
+/* Encoders return the bytes written. x: numel contiguous values. stats may be NULL. */
+EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
+                                    edl_stats* stats);
+/* segments: lengths that sum to numel, or NULL with num_segments 0 for one segment. bits_q16: target bits per
+ * value times 65536, rounded. steps: EDL_NUM_STEPS ascending floats. */
+EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
+                                    int64_t num_segments, int64_t bits_q16, const float* steps, uint8_t* body,
+                                    int64_t capacity, edl_stats* stats);
+
+/* Decoders return 0. dtype is the packet's; out_dtype the same or EDL_FLOAT32. accumulate != 0 adds to out.
+ * Any bytes are safe to pass; after an error the contents of out are unspecified. */
+EDL_EXPORT int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, void* out,
+                                    int out_dtype, int accumulate);
+EDL_EXPORT int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
+                                    const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
+                                    int accumulate);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,67 @@
+// The inner loops that exist once per instruction set, as a table of functions.
+//
+// Plain declarations only: the AVX-512 files are compiled with flags that other files must not inherit, so no
+// inline function or template may be instantiated in both.
+#pragma once
+
+#include <cstdint>
+
+#include "edl_codec.h"
+
+namespace edl {
+
+struct EncodeTable;
+struct DecodeTable;
+
+inline constexpr int kBlockValues = 256;
+
+// The part of a block's scale that does not depend on the relative step.
+struct BlockMeasure {
+    uint32_t max_bits;    // bits of max |x|, NaNs included
+    float sum_of_squares;  // of x * 2^(127 - E); only if 0 < E < 253, with E = max_bits >> 23
+};
+
+// Blocks are passed as 256 floats, zeros behind the end of a short one. Rows are 128 symbols. Escape masks have a
+// bit per symbol, in order.
+struct Kernels {
+    const char* name;
+
+    // Codes `rows` rows (last first) from the initial states; leaves the final ones. Writes words backward, the
+    // last one just before words_end, and returns how many: at most rows * 128.
+    int64_t (*encode_rows)(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
+                           uint16_t* words_end);
+    // Decodes `rows` rows; `words` holds num_words 16-bit words, at any alignment. Returns the words used, or -1
+    // if there are not enough. Never reads outside of them.
+    int64_t (*decode_rows)(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
+                           uint32_t* states, uint8_t* symbols);
+
+    // The exact codec's fields of 16-bit and 32-bit values.
+    void (*symbols_16)(const uint16_t* values, int64_t count, uint8_t* symbols);
+    void (*symbols_32)(const uint32_t* values, int64_t count, uint8_t* symbols);
+    void (*split_16)(const uint16_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0);
+    // Returns the OR of all values, which shows the planes that are all zero.
+    uint32_t (*split_32)(const uint32_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0,
+                         uint8_t* plane1, uint8_t* plane2);
+    void (*merge_16)(const uint8_t* symbols, const uint8_t* plane0, int64_t count, uint16_t* values);
+    // plane1, plane2: NULL for zeros.
+    void (*merge_32)(const uint8_t* symbols, const uint8_t* plane0, const uint8_t* plane1, const uint8_t* plane2,
+                     int64_t count, uint32_t* values);
+
+    // Between a tensor's dtype (edl_dtype) and float32. store: out = values, or out + values, rounded to dtype.
+    void (*load)(const void* values, int dtype, int64_t count, float* floats);
+    void (*store)(const float* values, int dtype, int64_t count, void* out, bool accumulate);
+
+    // The block quantizer. quantize_*: writes one row (pairs) or two (bytes), returns whether any q is not 0.
+    BlockMeasure (*measure)(const float* block);
+    bool (*quantize_pairs)(const float* block, float inverse_step, uint8_t* row, uint64_t* escape_mask);
+    bool (*quantize_bytes)(const float* block, float inverse_step, uint8_t* rows, uint64_t* escape_mask);
+    // Writes q * step, or adds it, to 256 floats; escaped values count as 0 here. Returns whether any are.
+    bool (*dequantize_pairs)(const uint8_t* row, float step, float* out, bool accumulate, uint64_t* escape_mask);
+    bool (*dequantize_bytes)(const uint8_t* rows, float step, float* out, bool accumulate, uint64_t* escape_mask);
+};
+
+const Kernels& portable_kernels();
+// NULL where this build or this processor has no AVX-512 (F, BW, DQ, VL, VBMI, VBMI2).
+const Kernels* avx512_kernels();
+
+}  // namespace edl

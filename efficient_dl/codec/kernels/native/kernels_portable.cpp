@@ -1,0 +1,312 @@
+// The inner loops in portable C++: the lanes are independent, so that compilers vectorize most of them.
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.hpp"
+#include "symbols.hpp"
+#include "tables.hpp"
+
+namespace edl {
+namespace {
+
+int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
+                    uint16_t* words_end) {
+    uint16_t* words = words_end;
+    for (int64_t row = rows - 1; row >= 0; --row) {
+        const uint8_t* symbol = symbols + row * kLanes;
+        for (int lane = kLanes - 1; lane >= 0; --lane) {
+            const EncodeTable::Entry& entry = table.entry[symbol[lane]];
+            uint32_t x = states[lane];
+            // Whether a word is due is close to a coin toss: write it anyway and move on only if it was.
+            const uint32_t due = x > entry.limit;
+            words[-1] = static_cast<uint16_t>(x);
+            words -= due;
+            x >>= 16 * due;
+            const uint32_t quotient = static_cast<uint32_t>((x * entry.reciprocal) >> 44);
+            states[lane] = x + entry.start + quotient * entry.complement;
+        }
+    }
+    return words_end - words;
+}
+
+// Decodes one row and returns where its words end; may read kLanes words from `words` on.
+inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words, uint32_t* states,
+                                 uint8_t* symbols) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t x = states[lane];
+        const uint32_t slot = table.slot[x & (kFrequencyTotal - 1)];
+        symbols[lane] = static_cast<uint8_t>(slot);
+        const uint32_t advanced = ((slot >> 20) + 1) * (x >> kFrequencyBits) + ((slot >> 8) & (kFrequencyTotal - 1));
+        uint16_t word;
+        std::memcpy(&word, words, sizeof word);
+        const bool due = advanced < (1u << 16);
+        states[lane] = due ? advanced << 16 | word : advanced;
+        words += due ? sizeof word : 0;
+    }
+    return words;
+}
+
+int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
+                    uint32_t* states, uint8_t* symbols) {
+    constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
+    const uint8_t* position = words;
+    const uint8_t* end = words + 2 * num_words;
+    int64_t row = 0;
+    for (; row < rows && end - position >= kRowReach; ++row)
+        position = decode_row(table, position, states, symbols + row * kLanes);
+    if (row == rows) return (position - words) / 2;
+
+    // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
+    uint8_t tail[2 * kRowReach] = {};
+    const int64_t tail_bytes = end - position;
+    std::memcpy(tail, position, static_cast<size_t>(tail_bytes));
+    const uint8_t* tail_position = tail;
+    for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+        tail_position = decode_row(table, tail_position, states, symbols + row * kLanes);
+    const int64_t used = (position - words + (tail_position - tail)) / 2;
+    return used <= num_words ? used : -1;
+}
+
+// ---------------------------------------------------------------- exact codec
+
+inline uint8_t symbol_of(uint32_t v) { return static_cast<uint8_t>(v >> 7); }
+inline uint8_t plane_of(uint32_t v) { return static_cast<uint8_t>(((v >> 8) & 0x80) | (v & 0x7f)); }
+inline uint32_t merged(uint32_t symbol, uint32_t plane0) {
+    return (plane0 & 0x80) << 8 | symbol << 7 | (plane0 & 0x7f);
+}
+
+void symbols_16(const uint16_t* values, int64_t count, uint8_t* symbols) {
+    for (int64_t i = 0; i < count; ++i) symbols[i] = symbol_of(values[i]);
+}
+
+void symbols_32(const uint32_t* values, int64_t count, uint8_t* symbols) {
+    for (int64_t i = 0; i < count; ++i) symbols[i] = symbol_of(values[i] >> 16);
+}
+
+void split_16(const uint16_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0) {
+    for (int64_t i = 0; i < count; ++i) {
+        symbols[i] = symbol_of(values[i]);
+        plane0[i] = plane_of(values[i]);
+    }
+}
+
+uint32_t split_32(const uint32_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0, uint8_t* plane1,
+                  uint8_t* plane2) {
+    uint32_t any = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t v = values[i];
+        any |= v;
+        symbols[i] = symbol_of(v >> 16);
+        plane0[i] = plane_of(v >> 16);
+        plane1[i] = static_cast<uint8_t>(v >> 8);
+        plane2[i] = static_cast<uint8_t>(v);
+    }
+    return any;
+}
+
+void merge_16(const uint8_t* symbols, const uint8_t* plane0, int64_t count, uint16_t* values) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<uint16_t>(merged(symbols[i], plane0[i]));
+}
+
+void merge_32(const uint8_t* symbols, const uint8_t* plane0, const uint8_t* plane1, const uint8_t* plane2,
+              int64_t count, uint32_t* values) {
+    for (int64_t i = 0; i < count; ++i) values[i] = merged(symbols[i], plane0[i]) << 16;
+    if (plane1 != nullptr)
+        for (int64_t i = 0; i < count; ++i) values[i] |= static_cast<uint32_t>(plane1[i]) << 8;
+    if (plane2 != nullptr)
+        for (int64_t i = 0; i < count; ++i) values[i] |= plane2[i];
+}
+
+// ---------------------------------------------------------------- dtypes
+
+inline float from_bfloat16(uint16_t v) { return std::bit_cast<float>(static_cast<uint32_t>(v) << 16); }
+
+inline uint16_t to_bfloat16(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+// A half's exponent and mantissa, moved to a float's place and scaled by 2^(127 - 15), are its value: exact for
+// normal and denormal halves. NaNs come out quiet with their payload, as from the processors' instructions.
+inline float from_float16(uint16_t v) {
+    const uint32_t sign = static_cast<uint32_t>(v & 0x8000) << 16;
+    const uint32_t magnitude = static_cast<uint32_t>(v & 0x7fff) << 13;
+    const float scaled = std::bit_cast<float>(magnitude) * std::bit_cast<float>((254u - 15u) << 23);
+    const uint32_t special = 0x7f800000 | magnitude | ((v & 0x3ff) != 0 ? 0x00400000 : 0);
+    const uint32_t bits = (v & 0x7c00) == 0x7c00 ? special : std::bit_cast<uint32_t>(scaled);
+    return std::bit_cast<float>(bits | sign);
+}
+
+inline uint16_t to_float16(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const uint32_t sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000) {
+        half = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+    } else if (magnitude >= 0x477ff000) {
+        half = 0x7c00;  // 65520 and above round to infinity
+    } else if (magnitude < 0x38800000) {
+        // Below 2^-14: adding 0.5 leaves the value as a multiple of 2^-24 in the mantissa, rounded to even.
+        half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+    } else {
+        half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - ((127u - 15u) << 23)) >> 13;
+    }
+    return static_cast<uint16_t>(sign | half);
+}
+
+void load(const void* values, int dtype, int64_t count, float* floats) {
+    const auto* halves = static_cast<const uint16_t*>(values);
+    if (dtype == EDL_FLOAT32) {
+        std::memcpy(floats, values, static_cast<size_t>(count) * sizeof(float));
+    } else if (dtype == EDL_BFLOAT16) {
+        for (int64_t i = 0; i < count; ++i) floats[i] = from_bfloat16(halves[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) floats[i] = from_float16(halves[i]);
+    }
+}
+
+void store(const float* values, int dtype, int64_t count, void* out, bool accumulate) {
+    auto* floats = static_cast<float*>(out);
+    auto* halves = static_cast<uint16_t*>(out);
+    if (dtype == EDL_FLOAT32) {
+        if (!accumulate)
+            std::memcpy(floats, values, static_cast<size_t>(count) * sizeof(float));
+        else
+            for (int64_t i = 0; i < count; ++i) floats[i] = floats[i] + values[i];
+    } else if (dtype == EDL_BFLOAT16) {
+        for (int64_t i = 0; i < count; ++i)
+            halves[i] = to_bfloat16(accumulate ? from_bfloat16(halves[i]) + values[i] : values[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i)
+            halves[i] = to_float16(accumulate ? from_float16(halves[i]) + values[i] : values[i]);
+    }
+}
+
+// ---------------------------------------------------------------- block quantizer
+
+BlockMeasure measure(const float* block) {
+    uint32_t max_bits = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(block[i]) & 0x7fffffff;
+        max_bits = bits > max_bits ? bits : max_bits;
+    }
+    if (!has_scale(max_bits)) return {max_bits, 0.0f};
+
+    const float factor = normalizing_factor(max_bits);
+    float sums[16] = {};
+    for (int group = 0; group < kBlockValues; group += 16) {
+        for (int i = 0; i < 16; ++i) {
+            const float y = block[group + i] * factor;
+            sums[i] += y * y;
+        }
+    }
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+    return {max_bits, sums[0]};
+}
+
+// |q| is at most about 1200: the rms of a block is at least a sixteenth of its maximum, and a step at least 2^-6 of
+// the rms. So the magic-number rounding (half to even) is exact and the format's clamp to 32767 never acts.
+inline int32_t rounded(float value) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+    return std::bit_cast<int32_t>(value + kMagic) - std::bit_cast<int32_t>(kMagic);
+}
+
+bool quantize(const float* block, float inverse_step, int32_t* q) {
+    int32_t any = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        q[i] = rounded(block[i] * inverse_step);
+        any |= q[i];
+    }
+    return any != 0;
+}
+
+void collect_mask(const uint8_t* symbols, int count, uint8_t escape, uint64_t* mask) {
+    for (int word = 0; word < count / 64; ++word) {
+        uint64_t bits = 0;
+        for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(symbols[64 * word + i] == escape) << i;
+        mask[word] = bits;
+    }
+}
+
+bool contains(const uint8_t* symbols, int count, uint8_t escape) {
+    uint8_t found = 0;
+    for (int i = 0; i < count; ++i) found |= symbols[i] == escape;
+    return found != 0;
+}
+
+bool quantize_pairs(const float* block, float inverse_step, uint8_t* row, uint64_t* escape_mask) {
+    int32_t q[kBlockValues];
+    if (!quantize(block, inverse_step, q)) return false;
+    uint32_t outside = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t a = static_cast<uint32_t>(q[lane] + kPairRadius);
+        const uint32_t b = static_cast<uint32_t>(q[kLanes + lane] + kPairRadius);
+        const bool fits = (a < kPairBase) & (b < kPairBase);
+        row[lane] = static_cast<uint8_t>(fits ? a * kPairBase + b : kPairEscape);
+        outside |= !fits;
+    }
+    escape_mask[0] = escape_mask[1] = 0;
+    if (outside != 0) collect_mask(row, kLanes, kPairEscape, escape_mask);
+    return true;
+}
+
+bool quantize_bytes(const float* block, float inverse_step, uint8_t* rows, uint64_t* escape_mask) {
+    int32_t q[kBlockValues];
+    if (!quantize(block, inverse_step, q)) return false;
+    uint32_t outside = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        const uint32_t symbol = static_cast<uint32_t>(q[i] + kByteRadius);
+        rows[i] = static_cast<uint8_t>(symbol < kByteEscape ? symbol : kByteEscape);
+        outside |= symbol >= kByteEscape;
+    }
+    std::memset(escape_mask, 0, 4 * sizeof *escape_mask);
+    if (outside != 0) collect_mask(rows, kBlockValues, kByteEscape, escape_mask);
+    return true;
+}
+
+bool dequantize_pairs(const uint8_t* row, float step, float* out, bool accumulate, uint64_t* escape_mask) {
+    float first[kPairEscape + 1], second[kPairEscape + 1];
+    float scaled[kPairBase];
+    for (int v = 0; v < kPairBase; ++v) scaled[v] = static_cast<float>(v - kPairRadius) * step;
+    for (int s = 0; s < kPairEscape; ++s) {
+        first[s] = scaled[s / kPairBase];
+        second[s] = scaled[s % kPairBase];
+    }
+    first[kPairEscape] = second[kPairEscape] = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const float a = first[row[lane]], b = second[row[lane]];
+        out[lane] = accumulate ? out[lane] + a : a;
+        out[kLanes + lane] = accumulate ? out[kLanes + lane] + b : b;
+    }
+    if (!contains(row, kLanes, kPairEscape)) return false;
+    collect_mask(row, kLanes, kPairEscape, escape_mask);
+    return true;
+}
+
+bool dequantize_bytes(const uint8_t* rows, float step, float* out, bool accumulate, uint64_t* escape_mask) {
+    for (int i = 0; i < kBlockValues; ++i) {
+        const int q = rows[i] == kByteEscape ? 0 : rows[i] - kByteRadius;
+        const float value = static_cast<float>(q) * step;
+        out[i] = accumulate ? out[i] + value : value;
+    }
+    if (!contains(rows, kBlockValues, kByteEscape)) return false;
+    collect_mask(rows, kBlockValues, kByteEscape, escape_mask);
+    return true;
+}
+
+}  // namespace
+
+const Kernels& portable_kernels() {
+    static const Kernels kernels = {
+        "portable", encode_rows, decode_rows, symbols_16, symbols_32,     split_16,
+        split_32,   merge_16,    merge_32,    load,       store,          measure,
+        quantize_pairs, quantize_bytes, dequantize_pairs, dequantize_bytes,
+    };
+    return kernels;
+}
+
+}  // namespace edl

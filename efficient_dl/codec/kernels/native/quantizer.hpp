@@ -1,0 +1,97 @@
+// Blocks, scales and symbol modes of the block quantizer.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "codecs.hpp"
+#include "symbols.hpp"
+#include "tables.hpp"
+
+namespace edl {
+
+struct SymbolMode {
+    int code;
+    int alphabet;
+    int rows_per_block;
+    int tile_blocks;
+    int values_per_escape;
+
+    int escape_bytes() const { return 2 * values_per_escape; }
+    int64_t max_tile_rows() const { return int64_t{tile_blocks} * rows_per_block; }
+    // Lanes of a block's row that hold values, for a block of `size` values.
+    int lanes(int size, int row) const { return std::clamp(size - kLanes * row, 0, kLanes); }
+};
+
+inline constexpr SymbolMode kPairMode = {0, kPairEscape + 1, 1, 512, 2};
+inline constexpr SymbolMode kByteMode = {1, kByteEscape + 1, 2, 256, 1};
+inline constexpr int64_t kMaxPairBitsQ16 = 163840;  // 2.5 bits
+
+struct Block {
+    int64_t index;
+    int64_t offset;  // of its first value
+    int size;        // 1 ... 256
+};
+
+// Walks the block grid, which restarts at each segment. Copyable: a copy walks on from the same place.
+class BlockCursor {
+public:
+    explicit BlockCursor(const Segments& segments) : segments_(segments) {}
+
+    bool next(Block& block) {
+        while (done_in_segment_ == length_) {
+            if (segment_ == segments_.count) return false;
+            length_ = segments_.lengths[segment_++];
+            done_in_segment_ = 0;
+        }
+        const int64_t size = std::min<int64_t>(kBlockValues, length_ - done_in_segment_);
+        block = {index_++, offset_, static_cast<int>(size)};
+        done_in_segment_ += size;
+        offset_ += size;
+        return true;
+    }
+
+private:
+    Segments segments_;
+    int64_t segment_ = 0, length_ = 0, done_in_segment_ = 0;
+    int64_t index_ = 0, offset_ = 0;
+};
+
+int64_t count_blocks(const Segments& segments);
+
+// The absolute scale code: the step's float has the bits level << 21, so 4 levels an octave.
+inline constexpr int kMinLevel = 4;
+inline constexpr int kMaxLevel = 1007;
+
+inline float step_of(int level) { return std::bit_cast<float>(static_cast<uint32_t>(level) << 21); }
+
+// measure must have a scale. relative_step: k.
+inline int level_of(const BlockMeasure& measure, int size, float relative_step) {
+    const float mean = measure.sum_of_squares / static_cast<float>(size);
+    const float t = std::sqrt(mean) * relative_step;
+    const int octave = 4 * (static_cast<int>(measure.max_bits >> 23) - 127);
+    const int rounded = static_cast<int>((std::bit_cast<uint32_t>(t) + (1u << 20)) >> 21);
+    return std::clamp(rounded + octave, kMinLevel, kMaxLevel);
+}
+
+// Returns the block's values as 256 floats, in place or loaded into room.
+inline const float* block_floats(const Kernels& kernels, const ConstValues& x, const Block& block, float* room) {
+    if (x.dtype == EDL_FLOAT32 && block.size == kBlockValues) return static_cast<const float*>(x.at(block.offset));
+    kernels.load(x.at(block.offset), x.dtype, block.size, room);
+    std::fill(room + block.size, room + kBlockValues, 0.0f);
+    return room;
+}
+
+inline bool quantize_block(const Kernels& kernels, const SymbolMode& mode, const float* block, float inverse_step,
+                           uint8_t* rows, uint64_t* escape_mask) {
+    return mode.code == kPairMode.code ? kernels.quantize_pairs(block, inverse_step, rows, escape_mask)
+                                       : kernels.quantize_bytes(block, inverse_step, rows, escape_mask);
+}
+
+// The index j of the relative step that a sample of the blocks asks for.
+int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t num_blocks,
+                const SymbolMode& mode, int64_t bits_q16, const float* steps);
+
+}  // namespace edl

@@ -1,0 +1,52 @@
+// The tile coder around the instruction sets' inner loops: states, carried bits, padding.
+#include "tile.hpp"
+
+#include <cstring>
+
+namespace edl {
+namespace {
+
+constexpr uint32_t kLowestState = 1u << 16;
+
+}  // namespace
+
+TileEncoder::TileEncoder(const Kernels& kernels, const FrequencyTable& table, uint16_t* words, int64_t max_rows)
+    : kernels_(kernels), table_(table), words_end_(words + max_rows * kLanes) {}
+
+int64_t TileEncoder::encode(const uint8_t* symbols, int64_t rows, const uint8_t* carry_low,
+                            const uint8_t* carry_high) {
+    for (int lane = 0; lane < kLanes; ++lane)
+        states_[lane] = kLowestState + carry_low[lane] + (static_cast<uint32_t>(carry_high[lane]) << 8);
+    num_words_ = kernels_.encode_rows(table_, symbols, rows, states_, words_end_);
+    return kStateBytes + padded(2 * num_words_);
+}
+
+void TileEncoder::write(ByteWriter& writer) const {
+    writer.bytes(states_, kStateBytes);
+    writer.bytes(words_end_ - num_words_, 2 * num_words_);
+    writer.padding_after(2 * num_words_);
+}
+
+void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,
+                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high) {
+    uint32_t states[kLanes];
+    if (stream_bytes < kStateBytes || stream_bytes % 4 != 0) throw CodecError{EDL_BAD_STREAM};
+    std::memcpy(states, stream, sizeof states);
+    const uint8_t* words = stream + kStateBytes;
+    const int64_t num_words = (stream_bytes - kStateBytes) / 2;
+    const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols);
+    // An odd number of words is padded with a zero word.
+    if (used < 0 || used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};
+    if (used != num_words && (words[2 * used] | words[2 * used + 1]) != 0) throw CodecError{EDL_BAD_PADDING};
+
+    uint32_t out_of_range = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t carry = states[lane] - kLowestState;
+        out_of_range |= carry >> 16;
+        carry_low[lane] = static_cast<uint8_t>(carry);
+        carry_high[lane] = static_cast<uint8_t>(carry >> 8);
+    }
+    if (out_of_range != 0) throw CodecError{EDL_BAD_STREAM};
+}
+
+}  // namespace edl
