@@ -2,6 +2,7 @@
 
 python -m benchmarks.paired --out benchmarks/results/paired.jsonl            # 5 seeds, some 40 minutes on 2 cores
 python -m benchmarks.paired --quick                                          # one minute
+python -m cluster.emulate --hosts 2 --rate 1gbit -- python -m benchmarks.paired --network "1 Gbit/s" --seeds 1
 Runs whose rows are in --out already are not repeated, so an interrupted benchmark goes on where it stopped.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -42,13 +44,10 @@ class Outcome:
     step_seconds: float
 
 
-def train_all(
-    worker: Worker, config: Config, runs: list[tuple[str, int]], path: Path | None
-) -> list[Outcome]:
+def train_all(worker: Worker, config: Config, case: str, runs: list[tuple[str, int]], path: Path) -> None:
     """Runs each (system, seed) in these workers, one after the other, appending rows as they finish."""
     device = worker.start(config.run)
     file = RowFile(path if worker.rank == 0 else None)
-    outcomes: list[Outcome] = []
     for system, seed in runs:
         with tempfile.TemporaryDirectory() as folder:
             here = with_overrides(config, [f"train.seed={seed}", f"run.out={folder}/run{worker.rank}"])
@@ -66,18 +65,18 @@ def train_all(
             finally:
                 progress.stop()
             dist.barrier()  # nobody removes the folder while another rank is still in it
+        counted: list[int] = [0] * worker.size
+        dist.all_gather_object(counted, trainer.kernel_bytes)
         peer = system in PEERS
         outcome = Outcome(
             summary.val_loss,
             math.nan if peer else summary.wire_bytes_per_step,
-            trainer.kernel_bytes / summary.steps,
+            sum(counted) / summary.steps,
             math.nan if peer else summary.bits_per_value,
             summary.step_seconds_median,
         )
-        outcomes.append(outcome)
-        for row in _rows(case_of(config, worker.size), system, seed, outcome):
+        for row in _rows(case, system, seed, outcome):
             file.add(row)
-    return outcomes
 
 
 def case_of(config: Config, workers: int) -> str:
@@ -171,7 +170,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
     systems: Annotated[str, typer.Option(help="bits, or torch's hooks: " + ", ".join(PEERS))] = "2.0",
     seeds: Annotated[int, typer.Option(help="paired runs of each system", min=1)] = 5,
-    workers: Annotated[int, typer.Option(help="local workers", min=1)] = 2,
+    workers: Annotated[int, typer.Option(help="workers, started here unless a launcher has", min=1)] = 2,
+    network: Annotated[str, typer.Option(help="a name for the links, part of the rows' case")] = "",
     steps: Annotated[int, typer.Option(help="optimizer steps a run", min=1)] = 1500,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, as in edl train")
@@ -191,7 +191,7 @@ def main(
         *(settings or []),
     ]
     config = with_overrides(Config(), overrides)
-    case = case_of(config, workers)
+    case = case_of(config, workers) + (f", {network}" if network else "")
     names = [REFERENCE, *(name.strip() for name in systems.split(",") if name.strip() != REFERENCE)]
     have = _measured(out)
     todo = [
@@ -202,7 +202,9 @@ def main(
     ]
     path = out or Path(tempfile.mkdtemp()) / "rows.jsonl"
     if todo:
-        launch(workers, train_all, config, todo, path)
+        launch(workers, train_all, config, case, todo, path)
+    if os.environ.get("RANK", "0") != "0":
+        return
     rows = _report(case, names, seeds, _measured(path))
     file = RowFile(out)
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,14 +19,15 @@ PEERS = {
     "PowerSGD 4": "torch's PowerSGD, rank 4, error feedback, warm start, from step 10",
     "PowerSGD 16": "the same at rank 16",
 }
-_LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+_LOOPBACK = "lo"
 
 
 class SystemTrainer(Trainer):
     """A `Trainer` for any system: one of ours by its bits, or one of `PEERS`.
 
-    `kernel_bytes`: what the loopback interface sent during training steps, by the kernel's counter; for all local
-    workers together and with TCP's headers. It counts other processes' traffic too: run nothing beside it.
+    `kernel_bytes`: what this rank's network interface (GLOO_SOCKET_IFNAME) sent during training steps, by the
+    kernel's counter, headers of TCP and below included. On the loopback interface, which all workers share, rank 0
+    counts for all of them. Other processes' traffic counts too: run nothing beside it.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class SystemTrainer(Trainer):
         return None
 
     def _train_step(self) -> dict[str, torch.Tensor | float]:
-        before = _loopback_bytes()
+        before = self._sent_bytes()
         row = super()._train_step()
-        self.kernel_bytes += _loopback_bytes() - before
+        self.kernel_bytes += self._sent_bytes() - before
         return row
 
-
-def _loopback_bytes() -> int:
-    return int(_LOOPBACK.read_text())
+    def _sent_bytes(self) -> int:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
+        if interface == _LOOPBACK and self.rank > 0:
+            return 0
+        return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())

@@ -15,13 +15,22 @@ from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
 SPECS = ("identity", "lossless", "bits:0.5", "bits:2.0", "bits:4.0", "bits:7.0")
 EXACT = ("identity", "lossless")
 LOSSY = tuple(spec for spec in SPECS if spec not in EXACT)
-KERNELS = ("reference",)
+KERNELS = ("reference", "portable", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 129, 255, 256, 257, 1000, 32768, 33000, 70001, 140000)
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def same_values(spec: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit; a lossy codec may choose which NaN stands for a lost block."""
+    if spec not in EXACT:
+        a, b = a.clone(), b.clone()
+        for values in (a, b):
+            values[values.isnan()] = torch.nan
+    return torch.equal(bits_of(a), bits_of(b))
 
 
 def any_bits(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -68,7 +77,7 @@ def test_all_kernels_write_the_same_bytes_and_read_each_others(spec: str, dtype:
                 values = [decoded(codec, packets[0], x, side) for codec in codecs]
                 for kernel, packet, value in zip(KERNELS, packets, values, strict=True):
                     assert torch.equal(packet, packets[0]), (kernel, numel, side)
-                    assert torch.equal(bits_of(value), bits_of(values[0])), (kernel, numel, side)
+                    assert same_values(spec, value, values[0]), (kernel, numel, side)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -231,7 +240,7 @@ def test_damage_without_a_checksum_never_leaves_the_output(
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_another_side_is_refused(spec: str) -> None:
-    codec = make_codec(spec, kernel="reference")
+    codec = make_codec(spec)
     x = torch.randn(1000)
     packet = codec.encode(x, Side(segments=(400, 600)))
     with pytest.raises(SideMismatch):
@@ -244,7 +253,7 @@ def test_another_side_is_refused(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_wrong_tensors_are_refused_with_a_reason(spec: str) -> None:
-    codec = make_codec(spec, kernel="reference")
+    codec = make_codec(spec)
     with pytest.raises(UnsupportedTensor, match="float64"):
         codec.encode(torch.zeros(4, dtype=torch.float64))
     with pytest.raises(UnsupportedTensor, match="contiguous"):
@@ -257,7 +266,7 @@ def test_wrong_tensors_are_refused_with_a_reason(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_encode_into_writes_what_encode_returns(spec: str) -> None:
-    codec = make_codec(spec, kernel="reference")
+    codec = make_codec(spec)
     x = gradient_like(5000, torch.bfloat16, 2).view(50, 100)
     room = torch.full((codec.max_bytes(5000, torch.bfloat16) + 64,), 9, dtype=torch.uint8)
     count = codec.encode_into(x, room)
