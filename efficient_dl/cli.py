@@ -107,13 +107,14 @@ def train(
     }
     settings = [f"{key}={value}" for key, value in given.items() if value is not None]
     flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, config)
-    with _reported(flags):
+    with _reported() as outcome:
         from efficient_dl.training import launch, launched
 
         if launched():
             launch(1, train_rank, flags)
         else:
             settled = settled_config(flags)
+            outcome.folder = Path(settled.run.out)
             launch(settled.run.workers, train_rank, flags, settled)
 
 
@@ -180,15 +181,34 @@ def settled_config(flags: TrainFlags) -> Config:
     return with_folder(config, flags.resume)
 
 
+@dataclass
+class Outcome:
+    """What a command that is stopped says about the run it leaves behind."""
+
+    folder: Path | None = None
+
+    def text(self) -> str:
+        if self.folder is None:
+            return ""
+        from efficient_dl.training.checkpoint import CheckpointFolder
+        from efficient_dl.training.run_folder import CHECKPOINTS
+
+        step = CheckpointFolder(self.folder / CHECKPOINTS).latest()
+        if step is None:
+            return "\n  There was no checkpoint yet."
+        return f"\n  The last checkpoint is of step {step}.\n  fix: edl train --out {self.folder} --resume"
+
+
 @contextlib.contextmanager
-def _reported(flags: TrainFlags | None = None) -> Iterator[None]:
+def _reported() -> Iterator[Outcome]:
     """End the command with an error's exit code and without a traceback, if the error is the user's."""
     from efficient_dl.training.console import print_error
     from efficient_dl.training.launch import WorkersFailed
     from efficient_dl.training.worker import Stopped
 
+    outcome = Outcome()
     try:
-        yield
+        yield outcome
     except EdlError as error:
         print_error(f"{type(error).__name__}: {error}")
         raise typer.Exit(error.exit_code) from None
@@ -196,22 +216,9 @@ def _reported(flags: TrainFlags | None = None) -> Iterator[None]:
         raise typer.Exit(failed.exit_code) from None
     except (Stopped, KeyboardInterrupt) as stopped:
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
-        print_error(
-            f"Stopped by {signal.Signals(number).name}; all workers have ended.{_where_it_stands(flags)}"
-        )
+        name = signal.Signals(number).name
+        print_error(f"Stopped by {name}; all workers have ended.{outcome.text()}")
         raise typer.Exit(128 + number) from None
-
-
-def _where_it_stands(flags: TrainFlags | None) -> str:
-    if flags is None or flags.out is None:
-        return ""
-    from efficient_dl.training.checkpoint import CheckpointFolder
-    from efficient_dl.training.run_folder import CHECKPOINTS
-
-    step = CheckpointFolder(flags.out / CHECKPOINTS).latest()
-    if step is None:
-        return "\n  There was no checkpoint yet."
-    return f"\n  The last checkpoint is of step {step}.\n  fix: edl train --out {flags.out} --resume"
 
 
 def main() -> None:

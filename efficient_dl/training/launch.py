@@ -129,5 +129,5 @@ def _signals_reach_only_us() -> Iterator[None]:
 def _silence_elastic() -> None:
     """Workers report their own errors; the agent's log would repeat them as tracebacks."""
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)

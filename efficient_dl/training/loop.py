@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
+from efficient_dl.integrations.ddp import Compression, compress
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import CheckpointFolder
@@ -44,6 +45,8 @@ class Trainer:
         self._prepare()
         if resumed:
             self._load()
+            if self.step >= self.config.train.steps:
+                return self._already_done()
         self.folder.open(self.config, self.step)
         self.progress.start(f"bits {self.config.compression.bits}", self.step, self.config.train.steps)
         with contextlib.closing(self.folder):
@@ -58,8 +61,7 @@ class Trainer:
                 self.progress.advance(self.step)
             summary = self._summary()
             self.folder.finish(summary)
-        if self.compression is not None:
-            self.compression.close()
+        self.compression.close()
         return summary
 
     def _prepare(self) -> None:
@@ -84,19 +86,17 @@ class Trainer:
         with measure.untouched(self.model, self.device):
             self._backward(self.ddp)
 
-    def _compress(self) -> Compression | None:
-        """The compression in DDP's all-reduce; None leaves torch's own untouched."""
+    def _compress(self) -> Compression:
+        """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
         config = self.config.compression
-        if config.bits == "none":
-            return None
-        from efficient_dl.integrations.ddp import compress
         return compress(
             self.ddp,
-            self.optimizer.parts[-1],  # whose step is the last of a training step
+            self.optimizer.parts[-1],  # whose step ends a training step
             bits=config.bits,
             shadow=config.shadow,
             check_every=config.check_every,
             timeout=self.config.run.timeout_seconds,
+            extra={"data": self.data.fingerprint},
         )
 
     def _train_step(self) -> dict[str, Tensor | float]:
@@ -165,8 +165,7 @@ class Trainer:
         shown = {"step": self.step, **{key: float(value) for key, value in row.items()}}
         shown["loss"] = self._mean_over_ranks(shown["loss"])
         shown["step_seconds"] = self.clock.median(last=self.config.train.log_every)
-        if self.compression is not None:
-            shown |= {key: value for key, value in self._traffic().items() if key in _LOGGED_TRAFFIC}
+        shown |= {key: value for key, value in self._traffic().items() if key in _LOGGED_TRAFFIC}
         self.folder.log(shown)
         self.progress.row(shown)
 
@@ -188,8 +187,24 @@ class Trainer:
             self.progress.note(note)
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
         if checkpoint.about["ranks"] == self.world_size:
-            resume.restore_rank_state(checkpoint.rank_state, self.compression, self.device)
+            same_plan = checkpoint.about["settings"]["compression.bits"] == self.config.compression.bits
+            resume.restore_rank_state(
+                checkpoint.rank_state, self.compression if same_plan else None, self.device
+            )
         self.step = checkpoint.step
+
+    def _already_done(self) -> Summary:
+        """The summary of a run that has reached its last step; made again if it is gone."""
+        self.compression.close()
+        self.progress.note(
+            f"Step {self.step} of {self.config.train.steps} was reached before: nothing to train."
+        )
+        summary = self.folder.summary()
+        if summary is None:
+            self._evaluate()
+            summary = self._summary()
+            self.folder.finish(summary)
+        return summary
 
     def _summary(self) -> Summary:
         config = self.config
@@ -208,10 +223,11 @@ class Trainer:
         )
 
     def _traffic(self) -> dict[str, Any]:
-        """Bytes a step, summed over ranks, and the codec's seconds, averaged over them."""
-        if self.compression is None:
-            return measure.native_traffic(self.model, self.world_size)
-        return measure.counted_traffic(self._over_ranks(self.compression.stats()))
+        """Bytes a step, summed over ranks, and the codec's seconds, averaged over them; since the run's start."""
+        stats = self.compression.stats(all_ranks=True)
+        kept = ("bits_per_value", "raw_bytes_per_step", "wire_bytes_per_step", "ratio", "bytes_source")
+        codec_seconds = stats["codec_seconds_per_step"] / self.world_size
+        return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
 
     def _over_ranks(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size

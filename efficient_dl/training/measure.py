@@ -1,4 +1,4 @@
-"""Times, bytes and memory of a training step, and how each is measured."""
+"""Times and memory of training steps, and how each is measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -84,41 +83,6 @@ def compute_seconds(model: nn.Module, device: torch.device, backward: Callable[[
                     backward()
             model.zero_grad(set_to_none=True)
     return clock.median()
-
-
-def native_traffic(model: nn.Module, world_size: int) -> dict[str, Any]:
-    """What torch's own all-reduce of this model's gradients sends a step, summed over ranks.
-
-    2 (n − 1) times the gradient's bytes: each value crosses the network n − 1 times to be summed and n − 1 times to
-    be spread, in a ring and in halving and doubling alike. Computed: the native collective counts nothing.
-    """
-    gradients = [p for p in model.parameters() if p.requires_grad]
-    gradient_bytes = sum(p.numel() * p.element_size() for p in gradients)
-    sent = float(2 * (world_size - 1) * gradient_bytes)
-    return {
-        "bits_per_value": 8.0 * gradient_bytes / sum(p.numel() for p in gradients),
-        "raw_bytes_per_step": sent,
-        "wire_bytes_per_step": sent,
-        "ratio": 1.0,
-        "codec_seconds_per_step": 0.0,
-        "bytes_are": "computed",
-    }
-
-
-def counted_traffic(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same from each rank's `compression.stats()`: bytes summed over ranks, seconds averaged."""
-    raw, wire, codec = (
-        sum(one[key] for one in stats)
-        for key in ("raw_bytes_per_step", "wire_bytes_per_step", "codec_seconds_per_step")
-    )
-    return {
-        "bits_per_value": sum(one["bits_per_value"] for one in stats) / len(stats),
-        "raw_bytes_per_step": raw,
-        "wire_bytes_per_step": wire,
-        "ratio": raw / wire if wire else 1.0,
-        "codec_seconds_per_step": codec / len(stats),
-        "bytes_are": "counted",
-    }
 
 
 def reset_peak_memory(device: torch.device) -> None:

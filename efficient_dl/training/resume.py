@@ -87,11 +87,11 @@ def check_position(checkpoint: Checkpoint, config: Config, world_size: int) -> l
     ]
 
 
-def rank_state(compression: HasState | None, device: torch.device) -> dict[str, Any]:
+def rank_state(compression: HasState, device: torch.device) -> dict[str, Any]:
     """This rank's own state: the generators' and the compression's. Nothing here draws from Python's or numpy's."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "compression": None if compression is None else compression.state_dict(),
+        "compression": compression.state_dict(),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -99,11 +99,11 @@ def rank_state(compression: HasState | None, device: torch.device) -> dict[str, 
 
 
 def restore_rank_state(state: Mapping[str, Any], compression: HasState | None, device: torch.device) -> None:
-    """Undo `rank_state`. A checkpoint without compression leaves the compression as it starts, and the reverse."""
+    """Undo `rank_state`. compression: None leaves it as it starts, because it follows another plan now."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-    if compression is not None and state["compression"] is not None:
+    if compression is not None:
         compression.load_state_dict(state["compression"])
 
 

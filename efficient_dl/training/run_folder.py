@@ -32,8 +32,9 @@ class Summary:
     raw_bytes_per_step, wire_bytes_per_step: gradients uncompressed and as sent, summed over ranks; ratio is their
     quotient. bits_per_value: sent bits for a gradient value each way. step_seconds_median and
     compute_seconds_median (forward and backward alone) are means over ranks of each rank's median,
-    codec_seconds_per_step of each rank's mean. peak_memory_bytes: the largest rank's. bytes_are: "counted" where
-    the meter saw every byte leave, "computed" for bits = "none", where torch's own collective sends them.
+    codec_seconds_per_step of each rank's mean. peak_memory_bytes: the largest rank's. bytes_source:
+    "counted" where the meter saw every byte leave, "analytic" for bits = "none", whose bytes torch's own collective
+    sends uncounted, "shadow" where they would have been sent.
     """
 
     val_loss: float
@@ -50,11 +51,11 @@ class Summary:
     bits: float | str
     seed: int
     world_size: int
-    bytes_are: str = "counted"
+    bytes_source: str = "counted"
 
 
 class RunFolder:
-    """Reads and writes a run's files. Only rank 0 writes (`writes`); on the others the writing methods do nothing."""
+    """Reads and writes a run's files. Only rank 0 writes (`writes`); elsewhere the writing methods do nothing."""
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path = path
@@ -76,6 +77,7 @@ class RunFolder:
             with disk_full(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._replace(CONFIG, to_toml(config))
+                (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
                 kept = [row for row in self.rows() if row["step"] <= step]
                 self._replace(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
                 self._metrics = (self.path / METRICS).open("a", buffering=1)
@@ -90,7 +92,7 @@ class RunFolder:
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Append a row with its "step" to metrics.jsonl and TensorBoard; what is not finite becomes null."""
-        if not self.writes:
+        if self._metrics is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with disk_full(self.path, "the last checkpoint is intact"):
@@ -119,6 +121,7 @@ class RunFolder:
                 self._replace(SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
 
     def close(self) -> None:
+        """Close the files; `log` needs `open` first again."""
         if self._metrics is not None:
             self._metrics.close()
         if self._tensorboard is not None:
