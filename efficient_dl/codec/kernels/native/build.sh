@@ -12,7 +12,8 @@ trap 'rm -rf "$objects"' EXIT
 # No contraction and no reassociation: the same bytes on every processor. The other two let loops vectorize.
 flags="-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 flags="$flags -Wall -Wextra ${CXXFLAGS:-}"
-avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprefer-vector-width=512"
+# GCC 12 takes its own "undefined" intrinsics for uninitialized variables.
+avx512="-Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprefer-vector-width=512"
 case $(uname -m) in
 x86_64 | amd64) ;;
 *) avx512= ;;

@@ -40,9 +40,10 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
         const uint32_t advanced = ((slot >> 20) + 1) * (x >> kFrequencyBits) + ((slot >> 8) & (kFrequencyTotal - 1));
         uint16_t word;
         std::memcpy(&word, words, sizeof word);
-        const bool due = advanced < (1u << 16);
-        states[lane] = due ? advanced << 16 | word : advanced;
-        words += due ? sizeof word : 0;
+        // Arithmetic instead of a branch that would be mispredicted every few symbols.
+        const uint32_t due = advanced < (1u << 16);
+        states[lane] = advanced << (16 * due) | (word & (0u - due));
+        words += due * sizeof word;
     }
     return words;
 }

@@ -1,3 +1,179 @@
-// placeholder
-#include "kernels.hpp"
-namespace edl { const Kernels* avx512_kernels() { return nullptr; } }
+// The tile coder for AVX-512: 128 lanes in eight registers.
+//
+// Source: interleaved rANS with vector states, Giesen 2014 (arXiv 1402.3392). Different here: the encoder finds its
+// table entries with byte permutes in registers and divides in floating point; words are packed and unpacked with
+// VBMI2's 16-bit compress and expand, two registers at a time.
+#include "avx512.hpp"
+
+#if defined(__AVX512VBMI2__)
+
+#include <cstring>
+
+#include "tables.hpp"
+
+namespace edl::avx512 {
+namespace {
+
+constexpr int kRegisters = kLanes / 16;
+
+// Entries of 64 symbols in a 256-byte row of a table. kNarrow: the symbols' low 7 bits tell them apart.
+template <bool kNarrow>
+inline __m512i look_up(const uint8_t* row, __m512i symbols, __mmask64 upper_half) {
+    const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(row), symbols, _mm512_load_si512(row + 64));
+    if (kNarrow) return lower;
+    const __m512i upper =
+        _mm512_permutex2var_epi8(_mm512_load_si512(row + 128), symbols, _mm512_load_si512(row + 192));
+    return _mm512_mask_mov_epi8(lower, upper_half, upper);
+}
+
+// One coding step of 16 lanes that have emitted their words: x -> (x / f) * 4096 + x mod f + start.
+//
+// x < 2^20 f, so the quotient is below 2^20 and a product of floats misses it by less than one: x rounded to float,
+// the inverse (4 to 5 units in the last place below 1/f) and the product have relative errors of at most 2^-24 each
+// besides the 4 units, which are 2^-22 to 2^-21. The estimate is thus below x/f, by less than 2^20 * 2^-20.4, and
+// truncates to the quotient or one less; the remainder tells which.
+inline __m512i encode_step(__m512i x, __m512i inverse, __m512i packed) {
+    const __m512i f_minus_1 = _mm512_srli_epi32(packed, 20);
+    const __m512i start = _mm512_and_si512(packed, _mm512_set1_epi32(kFrequencyTotal - 1));
+    const __m512 estimate = _mm512_mul_ps(_mm512_cvtepu32_ps(x), _mm512_castsi512_ps(inverse));
+    const __m512i quotient = _mm512_cvttps_epi32(estimate);
+    const __m512i product = _mm512_add_epi32(_mm512_mullo_epi32(quotient, f_minus_1), quotient);
+    const __m512i remainder = _mm512_sub_epi32(x, product);
+    const __m512i coded =
+        _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(quotient, kFrequencyBits), remainder), start);
+    // One more in the quotient and f less in the remainder: 4096 - f.
+    const __mmask16 one_less = _mm512_cmpgt_epu32_mask(remainder, f_minus_1);
+    const __m512i correction = _mm512_sub_epi32(_mm512_set1_epi32(kFrequencyTotal - 1), f_minus_1);
+    return _mm512_mask_add_epi32(coded, one_less, coded, correction);
+}
+
+template <bool kNarrow>
+int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
+                         uint16_t* words_end) {
+    // Low words of 32 dwords in two registers.
+    alignas(64) static const uint16_t kLowWords[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const __m512i low_words = _mm512_load_si512(kLowWords);
+    const __m512i below_limit = _mm512_set1_epi32((1 << 20) - 1);
+    __m512i x[kRegisters];
+    for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
+
+    uint16_t* words = words_end;
+    for (int64_t row = rows - 1; row >= 0; --row) {
+#pragma GCC unroll 2
+        for (int half = 1; half >= 0; --half) {
+            const __m512i symbol = transpose_dwords(_mm512_loadu_si512(symbols + row * kLanes + 64 * half));
+            const __mmask64 upper = kNarrow ? 0 : _mm512_movepi8_mask(symbol);
+            __m512i inverse_byte[4], packed_byte[4], inverse[4], packed[4];
+#pragma GCC unroll 4
+            for (int byte = 0; byte < 4; ++byte) {
+                inverse_byte[byte] = look_up<kNarrow>(table.inverse_byte[byte], symbol, upper);
+                packed_byte[byte] = look_up<kNarrow>(table.packed_byte[byte], symbol, upper);
+            }
+            interleave_bytes(inverse_byte[0], inverse_byte[1], inverse_byte[2], inverse_byte[3], inverse);
+            interleave_bytes(packed_byte[0], packed_byte[1], packed_byte[2], packed_byte[3], packed);
+            // From the last lanes to the first: words are written backward and must end up in lane order.
+#pragma GCC unroll 2
+            for (int pair = 1; pair >= 0; --pair) {
+                __m512i& low = x[4 * half + 2 * pair];
+                __m512i& high = x[4 * half + 2 * pair + 1];
+                // A state above f * 2^20 - 1 emits its low word first.
+                const __mmask16 low_due =
+                    _mm512_cmpgt_epu32_mask(low, _mm512_or_si512(packed[2 * pair], below_limit));
+                const __mmask16 high_due =
+                    _mm512_cmpgt_epu32_mask(high, _mm512_or_si512(packed[2 * pair + 1], below_limit));
+                const __mmask32 due = _mm512_kunpackw(high_due, low_due);
+                const __m512i both = _mm512_permutex2var_epi16(low, low_words, high);
+                const unsigned count = static_cast<unsigned>(_mm_popcnt_u32(due));
+                words -= count;
+                _mm512_mask_storeu_epi16(words, _bzhi_u32(~0u, count), _mm512_maskz_compress_epi16(due, both));
+                low = encode_step(_mm512_mask_srli_epi32(low, low_due, low, 16), inverse[2 * pair], packed[2 * pair]);
+                high = encode_step(_mm512_mask_srli_epi32(high, high_due, high, 16), inverse[2 * pair + 1],
+                                   packed[2 * pair + 1]);
+            }
+        }
+    }
+    for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
+    return words_end - words;
+}
+
+// Decodes one row and returns where its words end; may read kLanes words from `words` on.
+inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words, __m512i* x, uint8_t* symbols) {
+    // Low bytes of 32 dwords in two registers, in the lower half of the result.
+    alignas(64) static const uint8_t kLowBytes[64] = {0,  4,  8,  12, 16, 20, 24, 28,  32,  36,  40,
+                                                      44, 48, 52, 56, 60, 64, 68, 72,  76,  80,  84,
+                                                      88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
+    // Words 0 ... 15 (and 16 ... 31) to the upper halves of 16 dwords; the lower halves do not matter.
+    alignas(64) static const uint16_t kFirstWords[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                                         0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    const __m512i low_bytes = _mm512_load_si512(kLowBytes);
+    const __m512i first_words = _mm512_load_si512(kFirstWords);
+    const __m512i last_words = _mm512_add_epi16(first_words, _mm512_set1_epi16(16));
+    const __m512i slot_mask = _mm512_set1_epi32(kFrequencyTotal - 1);
+    const __m512i lowest = _mm512_set1_epi32(1 << 16);
+
+#pragma GCC unroll 4
+    for (int pair = 0; pair < kRegisters / 2; ++pair) {
+        __m512i entry[2];
+        __mmask16 due[2];
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+            __m512i& state = x[2 * pair + k];
+            entry[k] = _mm512_i32gather_epi32(_mm512_and_si512(state, slot_mask), table.slot, 4);
+            const __m512i high = _mm512_srli_epi32(state, kFrequencyBits);
+            const __m512i offset = _mm512_and_si512(_mm512_srli_epi32(entry[k], 8), slot_mask);
+            const __m512i product = _mm512_mullo_epi32(_mm512_srli_epi32(entry[k], 20), high);
+            state = _mm512_add_epi32(_mm512_add_epi32(high, offset), product);
+            due[k] = _mm512_cmplt_epu32_mask(state, lowest);
+        }
+        const __mmask32 both = _mm512_kunpackw(due[1], due[0]);
+        const __m512i next = _mm512_maskz_expand_epi16(both, _mm512_loadu_si512(words));
+        words += 2 * _mm_popcnt_u32(both);
+        const __m512i first = _mm512_permutexvar_epi16(first_words, next);
+        const __m512i last = _mm512_permutexvar_epi16(last_words, next);
+        x[2 * pair] = _mm512_mask_shldi_epi32(x[2 * pair], due[0], x[2 * pair], first, 16);
+        x[2 * pair + 1] = _mm512_mask_shldi_epi32(x[2 * pair + 1], due[1], x[2 * pair + 1], last, 16);
+        const __m512i symbol = _mm512_permutex2var_epi8(entry[0], low_bytes, entry[1]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols + 32 * pair), _mm512_castsi512_si256(symbol));
+    }
+    return words;
+}
+
+}  // namespace
+
+int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
+                    uint16_t* words_end) {
+    return table.is_narrow ? encode_rows_with<true>(table, symbols, rows, states, words_end)
+                           : encode_rows_with<false>(table, symbols, rows, states, words_end);
+}
+
+int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
+                    uint8_t* symbols) {
+    constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
+    __m512i x[kRegisters];
+    for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
+
+    const uint8_t* position = words;
+    const uint8_t* end = words + 2 * num_words;
+    int64_t row = 0;
+    for (; row < rows && end - position >= kRowReach; ++row)
+        position = decode_row(table, position, x, symbols + row * kLanes);
+    int64_t used = (position - words) / 2;
+    if (row < rows) {
+        // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
+        uint8_t tail[2 * kRowReach] = {};
+        const int64_t tail_bytes = end - position;
+        memcpy(tail, position, static_cast<size_t>(tail_bytes));
+        const uint8_t* tail_position = tail;
+        for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+            tail_position = decode_row(table, tail_position, x, symbols + row * kLanes);
+        used += (tail_position - tail) / 2;
+    }
+    for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
+    return used <= num_words ? used : -1;
+}
+
+}  // namespace edl::avx512
+
+#endif
