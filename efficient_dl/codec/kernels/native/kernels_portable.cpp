@@ -189,11 +189,12 @@ void store(const float* values, int dtype, int64_t count, void* out, bool accumu
 // ---------------------------------------------------------------- block quantizer
 
 BlockMeasure measure(const float* block) {
-    uint32_t max_bits = 0;
+    int32_t highest = 0;  // signed: without its sign bit, a float's bits are not negative
     for (int i = 0; i < kBlockValues; ++i) {
-        const uint32_t bits = std::bit_cast<uint32_t>(block[i]) & 0x7fffffff;
-        max_bits = bits > max_bits ? bits : max_bits;
+        const int32_t bits = std::bit_cast<int32_t>(block[i]) & 0x7fffffff;
+        highest = bits > highest ? bits : highest;
     }
+    const uint32_t max_bits = static_cast<uint32_t>(highest);
     if (!has_scale(max_bits)) return {max_bits, 0.0f};
 
     const float factor = normalizing_factor(max_bits);
@@ -211,13 +212,13 @@ BlockMeasure measure(const float* block) {
 
 // |q| is at most about 1200: the rms of a block is at least a sixteenth of its maximum, and a step at least 2^-6 of
 // the rms. So the magic-number rounding (half to even) is exact and the format's clamp to 32767 never acts.
-inline int32_t rounded(float value) {
+inline int16_t rounded(float value) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-    return std::bit_cast<int32_t>(value + kMagic) - std::bit_cast<int32_t>(kMagic);
+    return static_cast<int16_t>(std::bit_cast<int32_t>(value + kMagic) - std::bit_cast<int32_t>(kMagic));
 }
 
-bool quantize(const float* block, float inverse_step, int32_t* q) {
-    int32_t any = 0;
+bool quantize(const float* block, float inverse_step, int16_t* q) {
+    int16_t any = 0;
     for (int i = 0; i < kBlockValues; ++i) {
         q[i] = rounded(block[i] * inverse_step);
         any |= q[i];
@@ -233,22 +234,17 @@ void collect_mask(const uint8_t* symbols, int count, uint8_t escape, uint64_t* m
     }
 }
 
-bool contains(const uint8_t* symbols, int count, uint8_t escape) {
-    uint8_t found = 0;
-    for (int i = 0; i < count; ++i) found |= symbols[i] == escape;
-    return found != 0;
-}
-
 bool quantize_pairs(const float* block, float inverse_step, uint8_t* row, uint64_t* escape_mask) {
-    int32_t q[kBlockValues];
+    int16_t q[kBlockValues];
     if (!quantize(block, inverse_step, q)) return false;
-    uint32_t outside = 0;
+    uint16_t outside = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-        const uint32_t a = static_cast<uint32_t>(q[lane] + kPairRadius);
-        const uint32_t b = static_cast<uint32_t>(q[kLanes + lane] + kPairRadius);
-        const bool fits = (a < kPairBase) & (b < kPairBase);
-        row[lane] = static_cast<uint8_t>(fits ? a * kPairBase + b : kPairEscape);
-        outside |= !fits;
+        const uint16_t a = static_cast<uint16_t>(q[lane] + kPairRadius);
+        const uint16_t b = static_cast<uint16_t>(q[kLanes + lane] + kPairRadius);
+        const uint16_t symbol = static_cast<uint16_t>(a * kPairBase + b);
+        const uint16_t escaped = (a >= kPairBase) | (b >= kPairBase);
+        row[lane] = static_cast<uint8_t>(escaped ? kPairEscape : symbol);
+        outside |= escaped;
     }
     escape_mask[0] = escape_mask[1] = 0;
     if (outside != 0) collect_mask(row, kLanes, kPairEscape, escape_mask);
@@ -256,11 +252,11 @@ bool quantize_pairs(const float* block, float inverse_step, uint8_t* row, uint64
 }
 
 bool quantize_bytes(const float* block, float inverse_step, uint8_t* rows, uint64_t* escape_mask) {
-    int32_t q[kBlockValues];
+    int16_t q[kBlockValues];
     if (!quantize(block, inverse_step, q)) return false;
-    uint32_t outside = 0;
+    uint16_t outside = 0;
     for (int i = 0; i < kBlockValues; ++i) {
-        const uint32_t symbol = static_cast<uint32_t>(q[i] + kByteRadius);
+        const uint16_t symbol = static_cast<uint16_t>(q[i] + kByteRadius);
         rows[i] = static_cast<uint8_t>(symbol < kByteEscape ? symbol : kByteEscape);
         outside |= symbol >= kByteEscape;
     }
@@ -269,32 +265,41 @@ bool quantize_bytes(const float* block, float inverse_step, uint8_t* rows, uint6
     return true;
 }
 
+// Writes or adds q * step.
+void put_scaled(const int8_t* q, int count, float step, float* out, bool accumulate) {
+    if (accumulate)
+        for (int i = 0; i < count; ++i) out[i] = out[i] + static_cast<float>(q[i]) * step;
+    else
+        for (int i = 0; i < count; ++i) out[i] = static_cast<float>(q[i]) * step;
+}
+
 bool dequantize_pairs(const uint8_t* row, float step, float* out, bool accumulate, uint64_t* escape_mask) {
-    float first[kPairEscape + 1], second[kPairEscape + 1];
-    float scaled[kPairBase];
-    for (int v = 0; v < kPairBase; ++v) scaled[v] = static_cast<float>(v - kPairRadius) * step;
-    for (int s = 0; s < kPairEscape; ++s) {
-        first[s] = scaled[s / kPairBase];
-        second[s] = scaled[s % kPairBase];
-    }
-    first[kPairEscape] = second[kPairEscape] = 0.0f;
+    int8_t q[kBlockValues];
+    uint8_t escaped = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-        const float a = first[row[lane]], b = second[row[lane]];
-        out[lane] = accumulate ? out[lane] + a : a;
-        out[kLanes + lane] = accumulate ? out[kLanes + lane] + b : b;
+        const bool is_escape = row[lane] == kPairEscape;
+        escaped |= is_escape;
+        const uint16_t symbol = is_escape ? kPairEscape / 2 : row[lane];  // the middle one is two zeros
+        const uint16_t first = static_cast<uint16_t>(symbol * 187u) >> 11;  // symbol / 11, for symbols up to 121
+        q[lane] = static_cast<int8_t>(first - kPairRadius);
+        q[kLanes + lane] = static_cast<int8_t>(symbol - first * kPairBase - kPairRadius);
     }
-    if (!contains(row, kLanes, kPairEscape)) return false;
+    put_scaled(q, kBlockValues, step, out, accumulate);
+    if (escaped == 0) return false;
     collect_mask(row, kLanes, kPairEscape, escape_mask);
     return true;
 }
 
 bool dequantize_bytes(const uint8_t* rows, float step, float* out, bool accumulate, uint64_t* escape_mask) {
+    int8_t q[kBlockValues];
+    uint8_t escaped = 0;
     for (int i = 0; i < kBlockValues; ++i) {
-        const int q = rows[i] == kByteEscape ? 0 : rows[i] - kByteRadius;
-        const float value = static_cast<float>(q) * step;
-        out[i] = accumulate ? out[i] + value : value;
+        const bool is_escape = rows[i] == kByteEscape;
+        escaped |= is_escape;
+        q[i] = static_cast<int8_t>(is_escape ? 0 : rows[i] - kByteRadius);
     }
-    if (!contains(rows, kBlockValues, kByteEscape)) return false;
+    put_scaled(q, kBlockValues, step, out, accumulate);
+    if (escaped == 0) return false;
     collect_mask(rows, kBlockValues, kByteEscape, escape_mask);
     return true;
 }
