@@ -51,7 +51,7 @@ def gradients(config: Config, steps: int) -> tuple[dict[str, Tensor], dict[str, 
 def measure(flat: Tensor, numels: dict[str, int], spec: str, ranks: int) -> PacketStats:
     """The packets of all shards of a gradient, added up."""
     codec = make_codec(spec, checksum=False)
-    layout = BucketLayout(tuple(numels), tuple(numels.values()), ranks)
+    layout = BucketLayout.of(tuple(numels), tuple(numels.values()), ranks)
     total = PacketStats()
     for shard in layout.shards:
         stats = PacketStats()

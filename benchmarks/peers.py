@@ -20,6 +20,7 @@ PEERS = {
     "PowerSGD 16": "the same at rank 16",
 }
 _LOOPBACK = "lo"
+_SENT_BYTES_FIELD = 8  # of a line of /proc/net/dev
 
 
 class SystemTrainer(Trainer):
@@ -37,21 +38,19 @@ class SystemTrainer(Trainer):
         self.system = system
         self.kernel_bytes = 0
 
-    def _compress(self) -> Compression | None:
+    def _compress(self) -> Compression:
+        compression = super()._compress()  # bits = "none" for a peer: nothing of ours is in its way
         if self.system == "fp16 hook":
             self.ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif self.system.startswith("PowerSGD "):
-            rank = int(self.system.removeprefix("PowerSGD "))
             state = powerSGD_hook.PowerSGDState(
                 None,
-                matrix_approximation_rank=rank,
+                matrix_approximation_rank=int(self.system.removeprefix("PowerSGD ")),
                 start_powerSGD_iter=10,
                 random_seed=self.config.train.seed,
             )
             self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        else:
-            return super()._compress()
-        return None
+        return compression
 
     def _train_step(self) -> dict[str, torch.Tensor | float]:
         before = self._sent_bytes()
@@ -63,4 +62,9 @@ class SystemTrainer(Trainer):
         interface = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
         if interface == _LOOPBACK and self.rank > 0:
             return 0
-        return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+        # /proc, not /sys: the latter may show another network namespace's interfaces.
+        lines = Path("/proc/net/dev").read_text().splitlines()
+        counters = next(
+            line.split(":")[1].split() for line in lines if line.strip().startswith(f"{interface}:")
+        )
+        return int(counters[_SENT_BYTES_FIELD])

@@ -70,7 +70,13 @@ class Trainer:
         self.compute_seconds = measure.compute_seconds(
             self.model, self.device, lambda: self._backward(self.model)
         )
-        self.ddp = DistributedDataParallel(self.model, device_ids=[self.device] if self._on_gpu else None)
+        # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
+        trained_buffers = self.model.state_dict().keys() & dict(self.model.named_buffers()).keys()
+        self.ddp = DistributedDataParallel(
+            self.model,
+            device_ids=[self.device] if self._on_gpu else None,
+            broadcast_buffers=bool(trained_buffers),
+        )
         self._settle_buckets()
         self.compression = self._compress()
         torch.manual_seed(
