@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Trainer:
         self.ddp = DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self._on_gpu else None,
-            broadcast_buffers=bool(trained_buffers),
+            **{_SYNC_BUFFERS: bool(trained_buffers)},
         )
         self._settle_buckets()
         self.compression = self._compress()
@@ -257,4 +258,7 @@ class Trainer:
         return self.device.type == "cuda"
 
 
+# torch 2.13 renamed the argument.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
 _LOGGED_TRAFFIC = ("wire_bytes_per_step", "bits_per_value")
