@@ -73,10 +73,11 @@ class Trainer:
         )
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
         trained_buffers = self.model.state_dict().keys() & dict(self.model.named_buffers()).keys()
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: bool(trained_buffers)}
         self.ddp = DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self._on_gpu else None,
-            **{_SYNC_BUFFERS: bool(trained_buffers)},
+            **buffers,
         )
         self._settle_buckets()
         self.compression = self._compress()
@@ -126,7 +127,7 @@ class Trainer:
         for part in range(accumulate):
             inputs, targets = self._batch(part)
             waiting = part < accumulate - 1 and isinstance(model, DistributedDataParallel)
-            with model.no_sync() if waiting else contextlib.nullcontext():
+            with self.ddp.no_sync() if waiting else contextlib.nullcontext():
                 with self._autocast():
                     outputs = model(inputs)
                 loss = self.task.loss(outputs, targets) / accumulate
