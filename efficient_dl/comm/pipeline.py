@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -62,11 +63,12 @@ class Pipeline(Generic[J]):
 
     def close(self, timeout: float = 10.0) -> bool:
         """Lets the queued jobs finish and ends the threads; False if one of them is still stuck after timeout."""
+        deadline = time.monotonic() + timeout
         if not self._closed:
             self._closed = True
             self._entry.put(None)
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(deadline - time.monotonic(), 0.0))
         return not any(thread.is_alive() for thread in self._threads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -12,17 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm.transport import Work
-from efficient_dl.errors import TransportError
+from efficient_dl.errors import ConfigError, TransportError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _SIZE_BYTES = 8
+_GLOO_SOURCE = re.compile(r"^\[.*?\] |\. This is typically caused.*")  # its source line, its general advice
 
 
 class ProcessGroupTransport:
     """Implements `Transport` on a process group that no one else uses meanwhile.
 
     group: a process group of torch.distributed with a backend for `device`.
-    device: cpu (gloo) or a CUDA device (NCCL; written after its documentation, not yet run on a GPU).
+    device: cpu (gloo) or a CUDA device (NCCL; written after its documentation, not yet run on a GPU). Raises
+        ConfigError if the group has another backend for it.
     timeout: seconds that one transfer may take. On NCCL a dead peer is noticed by NCCL's own watchdog instead.
     """
 
@@ -34,6 +38,7 @@ class ProcessGroupTransport:
     ) -> None:
         self.group = group
         self.device = device or torch.device("cpu")
+        _check_backend(group, self.device)
         self.timeout = timeout
         self.rank = group.rank()
         self.world_size = group.size()
@@ -53,19 +58,20 @@ class ProcessGroupTransport:
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
             dist.get_process_group_ranks(self.group),
             timeout=timedelta(seconds=self.timeout),
-            backend="gloo" if self.device.type == "cpu" else "nccl",
+            backend=_BACKENDS[self.device.type],
             use_local_synchronization=True,
         )
         assert isinstance(group, dist.ProcessGroup)
         return ProcessGroupTransport(group, self.device, self.timeout)
 
     def close(self) -> None:
-        """Destroys the group, unless torch.distributed has been shut down already."""
+        """Destroys the group, unless torch.distributed was shut down before, and closes its connections."""
         with suppress(ValueError):
             dist.destroy_process_group(self.group)
+        del self.group
 
     @contextmanager
-    def blaming(self, peer: int, doing: str) -> Generator[None]:
+    def naming(self, peer: int, doing: str) -> Generator[None]:
         """Turns a failure of torch.distributed into a TransportError that names the peer."""
         try:
             yield
@@ -73,10 +79,25 @@ class ProcessGroupTransport:
             ranks = dist.get_process_group_ranks(self.group)
             raise TransportError(
                 f"rank {ranks[self.rank]} lost rank {ranks[peer]} while {doing}",
-                found=str(error).strip().splitlines()[0],
+                found=_GLOO_SOURCE.sub("", str(error).strip().splitlines()[0]),
                 where=f"a transfer among {self.world_size} ranks, limited to {self.timeout:g} s",
                 fix=f"read the end of rank {ranks[peer]}'s log: it has stopped, is stuck or cannot be reached",
             ) from error
+
+
+def _check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
+    expected = _BACKENDS.get(device.type, "none yet")
+    try:
+        found = group._get_backend(device).name()  # pyright: ignore[reportPrivateUsage]
+    except RuntimeError:
+        found = "none"
+    if found != expected:
+        raise ConfigError(
+            f"no transport for tensors on {device.type} over this process group",
+            expected=f"the backend {expected} for {device.type}",
+            found=found,
+            fix='dist.init_process_group("cpu:gloo,cuda:nccl")',
+        )
 
 
 class _PairwiseWork:
@@ -110,17 +131,17 @@ class _PairwiseWork:
         return incoming
 
     def _receive(self, message: Tensor, source: int) -> dist.Work | None:
-        with self._transport.blaming(source, "receiving"):
+        with self._transport.naming(source, "receiving"):
             return dist.irecv(message, group=self._transport.group, group_src=source)
 
     def _send(self, message: Tensor, target: int) -> dist.Work | None:
-        with self._transport.blaming(target, "sending"):
+        with self._transport.naming(target, "sending"):
             return dist.isend(message, group=self._transport.group, group_dst=target)
 
     def _finish(self, work: dist.Work | None, peer: int, deadline: float) -> None:
         if work is not None:
             seconds = max(deadline - time.monotonic(), 0.001)
-            with self._transport.blaming(peer, "waiting for it"):
+            with self._transport.naming(peer, "waiting for it"):
                 work.wait(timedelta(seconds=seconds))
 
 

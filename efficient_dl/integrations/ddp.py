@@ -66,7 +66,7 @@ def compress(
     check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never.
     timeout: seconds after which a transfer that makes no progress raises TransportError, naming the rank.
     kernel: which kernels code CPU tensors, as in `make_codec`.
-    extra: further facts that must agree on all ranks, for example {"data": hash}; JSON values.
+    extra: further facts that must agree on all ranks, for example {"data": hash}; compared as text.
 
     With one rank there is nothing to send: nothing is encoded or quantized.
 
@@ -83,14 +83,14 @@ def compress(
             expected="a torch.nn.parallel.DistributedDataParallel",
             fix="compress(DistributedDataParallel(model), optimizer)",
         )
-    parameters = dict(model.module.named_parameters())
+    parameters = _averaged_parameters(model)
     device = next(iter(parameters.values())).device
     reducing_group = group or model.process_group
     assert reducing_group is not None  # DDP has one
     control = ProcessGroupTransport(reducing_group, device, timeout)
-    facts = _facts(model.module, shadow, check_every if optimizer else 0, extra or {})
+    facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
     try:
-        _check_supported(model.module, check_every)
+        _check_supported(model.module, parameters, check_every)
         compressor = Compressor(Plan.of(bits), list(parameters), kernel)
     except EdlError as error:
         handshake(facts, control, failure=error)
@@ -120,7 +120,7 @@ class Compression:
         self._compressor = compressor
         self._control = control
         self._check_every = check_every
-        self._parameters = dict(model.module.named_parameters())
+        self._parameters = _averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._optimizer_steps = 0
         self._checks = 0
@@ -197,13 +197,16 @@ class Compression:
                 control.world_size,
             )
 
-    def close(self) -> None:
-        """Ends the threads and destroys the groups it made. The model cannot train on with this hook."""
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the threads and destroys the groups it made; the model cannot train on with this hook.
+
+        timeout: seconds to wait for threads that a peer keeps waiting; they are left behind then, and end with the
+        process. A process that ends without close() does not hang either.
+        """
         if self._step_hook is not None:
             self._step_hook.remove()
-        if self._engine is not None:
-            self._finalizer.detach()
-            self._engine.close()
+        if self._engine is not None and self._finalizer.detach():
+            self._engine.close(timeout)
             self._engine.destroy_groups()
 
     def _make_engine(self) -> "_Engine | None":
@@ -233,8 +236,12 @@ class Compression:
     def _finish_backward(self) -> None:
         start = time.perf_counter()
         pending, self._pending = self._pending, []
-        for done in pending:
-            done.result()
+        try:
+            for done in pending:
+                done.result()
+        except BaseException:
+            self.close(timeout=1.0)  # the peers lose the connection now, not after a time-out
+            raise
         self._compressor.meter.stepped(time.perf_counter() - start)
 
     def _after_step(self, *_: Any) -> None:
@@ -327,10 +334,20 @@ def _value(future: torch.futures.Future[Any]) -> Tensor:
     return value
 
 
-def _facts(module: nn.Module, shadow: bool, check_every: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in model.module.named_parameters()
+        if name not in model.parameters_to_ignore
+    }
+
+
+def _facts(
+    parameters: Mapping[str, nn.Parameter], shadow: bool, check_every: int, extra: Mapping[str, Any]
+) -> dict[str, Any]:
     shapes = {
         name: f"{p.dtype} {list(p.shape)} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
-        for name, p in module.named_parameters()
+        for name, p in parameters.items()
     }
     return {
         "wire format": FORMAT_VERSION,
@@ -339,14 +356,17 @@ def _facts(module: nn.Module, shadow: bool, check_every: int, extra: Mapping[str
         "check_every": check_every,
         "parameters": shapes,
         "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
-        "extra": dict(extra),
+        "extra": {name: str(value) for name, value in extra.items()},
     }
 
 
-def _check_supported(module: nn.Module, check_every: int) -> None:
+def _check_supported(module: nn.Module, parameters: Mapping[str, nn.Parameter], check_every: int) -> None:
     if check_every < 0:
         raise ConfigError("check_every is negative", expected="optimizer steps, or 0", found=str(check_every))
-    for name, parameter in module.named_parameters():
+    devices = sorted({str(parameter.device) for parameter in parameters.values()})
+    if len(devices) > 1:
+        raise UnsupportedTensor("the model's parameters must be on one device", found=", ".join(devices))
+    for name, parameter in parameters.items():
         if parameter.requires_grad and parameter.dtype not in _DTYPES:
             raise UnsupportedTensor(
                 f"the gradients of parameter {name!r} cannot be compressed",
