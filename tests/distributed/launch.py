@@ -26,7 +26,10 @@ _context.set_forkserver_preload(
 
 @dataclass
 class Outcome:
-    """How one rank ended: with a value, with an exception, or with nothing but an exit code."""
+    """How one rank ended: with a value, with an exception, or with nothing but an exit code.
+
+    seconds: from the start of all ranks to this one's report; -1.0 without one.
+    """
 
     rank: int
     value: Any
@@ -81,17 +84,16 @@ class _Rank:
         child.close()
 
     def outcome(self, start: float, timeout: float) -> Outcome:
-        value, error, trace = None, None, ""
+        value, error, trace, end = None, None, "", start - 1.0
         try:
             if not self.connection.poll(max(start + timeout - time.monotonic(), 0.0)):
                 raise AssertionError(f"rank {self.rank} still runs after {timeout} s")
-            value, error, trace = pickle.loads(self.connection.recv_bytes())
+            value, error, trace, end = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             pass  # killed before it could say anything
-        seconds = time.monotonic() - start
         self.process.join(max(start + timeout - time.monotonic(), 1.0))
         assert self.process.exitcode is not None, f"rank {self.rank} does not end"
-        return Outcome(self.rank, value, error, trace, self.process.exitcode, seconds)
+        return Outcome(self.rank, value, error, trace, self.process.exitcode, end - start)
 
     def end(self) -> None:
         if self.process.is_alive():
@@ -118,9 +120,9 @@ def _main(
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
-        report = (function(rank, *arguments), None, "")
+        report = (function(rank, *arguments), None, "", time.monotonic())
     except BaseException as error:
-        report = (None, error, traceback.format_exc())
+        report = (None, error, traceback.format_exc(), time.monotonic())
     # Not send(): torch would hand tensors over as file descriptors of this process, which is about to end.
     connection.send_bytes(pickle.dumps(report))
     connection.close()

@@ -1,0 +1,197 @@
+"""One contract for all transports: in memory, and over torch.distributed with gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efficient_dl.comm import LoopbackHub, ProcessGroupTransport, Transport
+from efficient_dl.errors import ConfigError, TransportError
+from tests.distributed.launch import run_failing_ranks, run_ranks
+from tests.unit.ranks import on_ranks
+
+Script = Callable[..., Any]
+Runner = Callable[..., list[Any]]
+
+SIZES = [0, 1, 7, 300, 1_000_003]  # a message from a to b has SIZES[(3 a + b) % 5] bytes
+
+
+def _on_loopback(script: Script, world_size: int, *arguments: Any) -> list[Any]:
+    return on_ranks(world_size, lambda transport: script(transport, *arguments))
+
+
+def _on_gloo(script: Script, world_size: int, *arguments: Any) -> list[Any]:
+    return run_ranks(_gloo_rank, world_size, script, *arguments)
+
+
+def _gloo_rank(rank: int, script: Script, *arguments: Any) -> Any:
+    group = dist.group.WORLD
+    assert group is not None
+    return script(ProcessGroupTransport(group), *arguments)
+
+
+@pytest.fixture(params=[_on_loopback, _on_gloo], ids=["loopback", "gloo"])
+def run(request: pytest.FixtureRequest) -> Runner:
+    return request.param
+
+
+def message(source: int, target: int, turn: int = 0) -> Tensor:
+    size = SIZES[(3 * source + target) % len(SIZES)]
+    return ((torch.arange(size) + 31 * source + 7 * target + turn) % 251).to(torch.uint8)
+
+
+def exchange(transport: Transport) -> tuple[list[bool], int]:
+    work = transport.exchange([message(transport.rank, target) for target in range(transport.world_size)])
+    incoming = work.wait()
+    expected = [message(source, transport.rank) for source in range(transport.world_size)]
+    return [torch.equal(a, b) for a, b in zip(incoming, expected, strict=True)], work.sent_bytes
+
+
+def gather(transport: Transport) -> tuple[list[bool], int]:
+    work = transport.gather(message(transport.rank, 1))
+    incoming = work.wait()
+    expected = [message(source, 1) for source in range(transport.world_size)]
+    return [torch.equal(a, b) for a, b in zip(incoming, expected, strict=True)], work.sent_bytes
+
+
+def many(transport: Transport) -> bool:
+    """Transfers in a row, the faster ranks ahead of the slower ones."""
+    ranks = range(transport.world_size)
+    for turn in range(20):
+        if turn % transport.world_size == transport.rank:
+            time.sleep(0.005)
+        outgoing = [message(transport.rank, target, turn) for target in ranks]
+        incoming = transport.exchange(outgoing).wait() if turn % 3 else transport.gather(outgoing[0]).wait()
+        for source in ranks:
+            if source != transport.rank:
+                target = transport.rank if turn % 3 else 0
+                assert torch.equal(incoming[source], message(source, target, turn))
+    return True
+
+
+def keep(transport: Transport) -> bool:
+    """What was received must not change with what is sent or received later."""
+    outgoing = [torch.full((5,), transport.rank, dtype=torch.uint8) for _ in range(transport.world_size)]
+    first = transport.exchange(outgoing).wait()
+    transport.gather(torch.full((5,), 99, dtype=torch.uint8)).wait()
+    outgoing[0].fill_(77)
+    return all(
+        first[source].tolist() == [source] * 5
+        for source in range(transport.world_size)
+        if source != transport.rank
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_message_to_rank_i_arrives_at_rank_i(run: Runner, world_size: int) -> None:
+    for arrived, _ in run(exchange, world_size):
+        assert arrived == [True] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_gathered_message_arrives_at_all_ranks(run: Runner, world_size: int) -> None:
+    for arrived, _ in run(gather, world_size):
+        assert arrived == [True] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sent_bytes_are_the_messages_to_others_and_their_sizes(run: Runner, world_size: int) -> None:
+    for rank, (_, sent_bytes) in enumerate(run(exchange, world_size)):
+        others = [message(rank, target) for target in range(world_size) if target != rank]
+        assert sent_bytes == sum(len(m) for m in others) + 8 * len(others)
+    for rank, (_, sent_bytes) in enumerate(run(gather, world_size)):
+        assert sent_bytes == (len(message(rank, 1)) + 8) * (world_size - 1)
+
+
+def test_transfers_in_a_row_stay_in_order(run: Runner) -> None:
+    assert run(many, 3) == [True] * 3
+
+
+def test_received_messages_stay_as_they_are(run: Runner) -> None:
+    assert run(keep, 3) == [True] * 3
+
+
+def wait_in_vain(transport: Transport) -> tuple[str, float]:
+    """Rank 1 sends nothing; the others give up after half a second."""
+    start = time.monotonic()
+    if transport.rank == 1:
+        time.sleep(1.5)
+        return "", 0.0
+    try:
+        transport.exchange([torch.ones(3, dtype=torch.uint8)] * transport.world_size).wait(timeout=0.5)
+    except TransportError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_a_silent_peer_is_named_after_the_time_out(run: Runner) -> None:
+    text, seconds = run(wait_in_vain, 2)[0]
+    assert "rank 0" in text.splitlines()[0]
+    assert "rank 1" in text.splitlines()[0]
+    assert 0.4 < seconds < 1.4
+
+
+def test_a_lost_loopback_rank_is_named_at_once() -> None:
+    hub = LoopbackHub(2)
+    hub.disconnect(1)
+    with pytest.raises(TransportError, match="rank 0 lost rank 1"):
+        hub.transport(0).gather(torch.ones(3, dtype=torch.uint8)).wait()
+
+
+def die(rank: int) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    transport = ProcessGroupTransport(group)
+    transport.gather(torch.ones(3, dtype=torch.uint8)).wait()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    transport.gather(torch.ones(3, dtype=torch.uint8)).wait()
+
+
+def test_a_killed_gloo_rank_is_named_at_once() -> None:
+    first, second = run_failing_ranks(die, 2)
+    assert isinstance(first.error, TransportError)
+    assert "rank 0 lost rank 1" in str(first.error)
+    assert first.seconds < 20
+    assert second.exit_code == -signal.SIGKILL
+
+
+def refused(rank: int) -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        ProcessGroupTransport(group, torch.device("cuda"))
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_group_without_a_backend_for_the_device_is_refused() -> None:
+    (text,) = run_ranks(refused, 1)
+    assert "expected: the backend nccl for cuda" in text
+
+
+def siblings(rank: int) -> tuple[bool, bool, str]:
+    group = dist.group.WORLD
+    assert group is not None
+    parent = ProcessGroupTransport(group)
+    own = parent.sibling()
+    works = exchange(own)[0] == [True] * own.world_size
+    own.close()
+    still = exchange(parent)[0] == [True] * own.world_size
+    late = parent.sibling()
+    dist.destroy_process_group()
+    late.close()
+    return works, still, f"{own.rank} of {own.world_size}"
+
+
+def test_a_sibling_has_connections_of_its_own_and_closes_at_any_time() -> None:
+    assert run_ranks(siblings, 2) == [(True, True, "0 of 2"), (True, True, "1 of 2")]
