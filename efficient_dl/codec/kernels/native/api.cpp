@@ -1,5 +1,4 @@
 // The C interface: argument checks, choice of instruction set, exceptions to error codes.
-#include <atomic>
 #include <cstring>
 #include <new>
 
@@ -50,7 +49,7 @@ private:
 template <typename Work>
 int64_t guarded(Work&& work) {
     try {
-        const IeeeArithmetic ieee;
+        [[maybe_unused]] IeeeArithmetic ieee;
         return work();
     } catch (const CodecError& error) {
         return error.code;

@@ -1,0 +1,297 @@
+"""The compiled kernels: equal bytes on every instruction set, exact arithmetic, safe with any bytes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import PacketStats
+from efficient_dl.codec.kernels.native import library
+from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
+from efficient_dl.codec.kernels.native.library import NativeLibrary, load_library
+from efficient_dl.codec.kernels.reference.bodies import ReferenceBlock, ReferenceSplit
+from efficient_dl.errors import CorruptPacket, NativeLibraryMissing
+
+HERE = Path(__file__).resolve().parent
+NATIVE = Path(library.__file__).resolve().parent
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2"]
+AVX512_FLAGS += ["-mbmi", "-mbmi2", "-mpopcnt"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISAS = sorted({load_library().isa, "portable"})
+
+Body = NativeSplit | NativeBlock | ReferenceSplit | ReferenceBlock
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def laplace_like(numel: int, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=seeded(seed)) * torch.randn(numel, generator=seeded(seed + 1))
+
+
+def encoded(kernel: Body, x: Tensor, segments: tuple[int, ...] | None = None) -> Tensor:
+    segments = segments or (x.numel(),)
+    room = torch.full((kernel.max_bytes(x.numel(), x.dtype, len(segments)),), 0xEE, dtype=torch.uint8)
+    return room[: kernel.encode(x, segments, room, None)]
+
+
+def decoded(kernel: Body, body: Tensor, like: Tensor, segments: tuple[int, ...] | None = None) -> Tensor:
+    out = torch.full_like(like, 3.0)
+    kernel.decode(body, like.dtype, segments or (like.numel(),), out, False)
+    return out
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def exponents_of_both_halves() -> Tensor:
+    """Values whose exponent bytes share low 7 bits: small and huge ones, and zeros."""
+    exponent = torch.randint(-60, 60, (40_000,), generator=seeded(1)).float()
+    x = torch.ldexp(laplace_like(40_000), torch.where(exponent < -40, -127 - exponent, exponent))
+    x[::7] = 0
+    return x
+
+
+def widely_scaled() -> Tensor:
+    """Blocks whose steps are too far apart for one byte: the finest become empty."""
+    scale = torch.linspace(-110, 110, 600).repeat_interleave(256)
+    return torch.ldexp(laplace_like(600 * 256), scale.round())
+
+
+def spiky() -> Tensor:
+    x = laplace_like(70_000) * 1e-3
+    x[::50] *= 1e4
+    return x
+
+
+def special_tensors() -> Iterator[tuple[str, Tensor]]:
+    yield "exponents of both halves", exponents_of_both_halves()
+    yield "scales far apart", widely_scaled()
+    yield "many escapes", spiky()
+    yield "one symbol", torch.full((33_000,), -0.0)
+    yield "denormals", (torch.arange(40_000) % 1000).int().view(torch.float32)
+    yield "two planes", (laplace_like(40_000).view(torch.int32) & ~0xFF).view(torch.float32)
+    yield "one plane", laplace_like(40_000).bfloat16().float()
+    yield "bfloat16", laplace_like(70_000).bfloat16()
+    yield "float16 with denormals", (laplace_like(70_000) * 1e-4).half()
+    yield "dominated by one symbol", laplace_like(100_000) * (torch.rand(100_000, generator=seeded(2)) < 0.02)
+
+
+@pytest.mark.parametrize("x", [pytest.param(x, id=name) for name, x in special_tensors()])
+def test_special_tensors_give_the_reference_bytes(x: Tensor) -> None:
+    pairs: list[tuple[Body, list[Body]]] = [(ReferenceSplit(), [NativeSplit(), NativeSplit(portable=True)])]
+    for bits in (0.5, 2.0, 4.0):
+        pairs.append((ReferenceBlock(bits), [NativeBlock(bits), NativeBlock(bits, portable=True)]))
+    for reference, natives in pairs:
+        expected = encoded(reference, x)
+        values = decoded(reference, expected, x)
+        for native in natives:
+            assert torch.equal(encoded(native, x), expected)
+            assert torch.equal(bits_of(decoded(native, expected, x)), bits_of(values))
+
+
+def test_many_short_segments_give_the_reference_bytes() -> None:
+    segments = (0, 1, 2, 255, 256, 257, 0, 1000, *([3] * 2000), 70_000, 0)
+    x = laplace_like(sum(segments))
+    for bits in (1.0, 3.0):
+        expected = encoded(ReferenceBlock(bits), x, segments)
+        for native in (NativeBlock(bits), NativeBlock(bits, portable=True)):
+            assert torch.equal(encoded(native, x, segments), expected)
+            out = decoded(native, expected, x, segments)
+            assert torch.equal(out, decoded(ReferenceBlock(bits), expected, x, segments))
+
+
+def test_a_caller_that_flushes_denormals_changes_nothing() -> None:
+    x = (torch.arange(40_000) % 5000).int().view(torch.float32) * 2.0**4
+    quiet = [encoded(kernel, x) for kernel in (NativeSplit(), NativeBlock(2.0))]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        assert all(
+            torch.equal(encoded(kernel, x), body)
+            for kernel, body in zip((NativeSplit(), NativeBlock(2.0)), quiet, strict=True)
+        )
+        out = decoded(NativeBlock(2.0), quiet[1], x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out, decoded(NativeBlock(2.0), quiet[1], x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nan"), [(torch.float32, 0x7FC00000), (torch.bfloat16, 0x7FC0), (torch.float16, 0x7E00)]
+)
+def test_a_nonfinite_block_has_one_bit_pattern(dtype: torch.dtype, nan: int) -> None:
+    x = laplace_like(1000).to(dtype)
+    x[300] = -torch.inf
+    for kernel in (NativeBlock(2.0), NativeBlock(2.0, portable=True)):
+        out = decoded(kernel, encoded(kernel, x), x)
+        assert (bits_of(out[256:512]) == nan).all()
+        out = torch.zeros_like(x)
+        kernel.decode(encoded(kernel, x), dtype, (1000,), out, True)
+        assert (bits_of(out[256:512]) == nan).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [NativeSplit, NativeBlock])
+def test_every_instruction_set_rounds_sums_alike(
+    kernel: type[NativeSplit] | type[NativeBlock], dtype: torch.dtype
+) -> None:
+    x, start = laplace_like(5000, 3).to(dtype), (laplace_like(5000, 5) * 1e-3).to(dtype)
+    totals: list[Tensor] = []
+    for portable in (False, True):
+        body_kernel = NativeSplit(portable) if kernel is NativeSplit else NativeBlock(2.0, portable)
+        for out in (start.clone(), start.to(torch.float32, copy=True)):
+            body_kernel.decode(encoded(body_kernel, x), dtype, (5000,), out, True)
+            totals.append(out)
+    assert torch.equal(totals[0], totals[2]) and torch.equal(totals[1], totals[3])
+
+
+def test_stats_agree_between_instruction_sets_and_with_the_packet() -> None:
+    x = spiky()
+    reports: list[PacketStats] = []
+    for portable in (False, True):
+        for kernel in (NativeSplit(portable), NativeBlock(2.0, portable)):
+            stats = PacketStats()
+            room = torch.empty(kernel.max_bytes(x.numel(), x.dtype, 1), dtype=torch.uint8)
+            body_bytes = kernel.encode(x, (x.numel(),), room, stats)
+            assert 8 * body_bytes >= stats.model_bits + stats.header_bits
+            reports.append(stats)
+    assert reports[:2] == reports[2:]
+    assert reports[1].escapes > 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_cut_raises_and_no_byte_crashes(isa: str) -> None:
+    portable = isa == "portable"
+    x = torch.cat([laplace_like(700), torch.zeros(300), spiky()[:2000]])
+    for kernel in (NativeSplit(portable), NativeBlock(2.0, portable), NativeBlock(4.0, portable)):
+        body = encoded(kernel, x)
+        for length in range(0, body.numel(), 1 if body.numel() < 1500 else 7):
+            with pytest.raises(CorruptPacket):
+                decoded(kernel, body[:length].clone(), x)
+        with pytest.raises(CorruptPacket, match="left over"):
+            decoded(kernel, torch.cat([body, body[:4]]), x)
+        for position in range(body.numel()):
+            damaged = body.clone()
+            damaged[position] ^= 0x55
+            try:
+                decoded(kernel, damaged, x)
+            except CorruptPacket:
+                pass
+
+
+def test_stored_symbols_outside_of_the_alphabet_are_refused() -> None:
+    x = laplace_like(100)
+    body = encoded(NativeBlock(2.0), x)
+    # 24 bytes of parameters, a code and padding, no table; the directory's only entry says: stored.
+    assert body[32] & 1 == 0
+    body[36] = 122
+    for kernel in (NativeBlock(2.0), NativeBlock(2.0, portable=True)):
+        with pytest.raises(CorruptPacket, match="alphabet"):
+            decoded(kernel, body, x)
+
+
+def test_the_instruction_set_belongs_to_the_codec_not_to_the_process() -> None:
+    x = laplace_like(300_000)
+    kernels = [NativeBlock(2.0, portable=i % 2 == 1) for i in range(8)]
+    assert kernels[0].name == f"native-{load_library().isa}" and kernels[1].name == "native-portable"
+    expected = encoded(kernels[0], x)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(
+            torch.equal(body, expected) for body in pool.map(lambda kernel: encoded(kernel, x), kernels)
+        )
+
+
+def test_wrong_arguments_are_refused() -> None:
+    native = load_library()
+    x, room = laplace_like(5000), torch.zeros(30_000, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="too small"):
+        native.split_encode(x.data_ptr(), 5000, 0, room.data_ptr(), 100)
+    with pytest.raises(ValueError, match="argument"):
+        native.split_encode(x.data_ptr(), 5000, 3, room.data_ptr(), 30_000)
+    with pytest.raises(ValueError, match="argument"):
+        native.split_max_bytes(2**31, 0)
+    with pytest.raises(ValueError, match="argument"):
+        native.block_decode(room.data_ptr(), 100, 0, 5000, (4000, 999), x.data_ptr(), 0, False)
+    with pytest.raises(ValueError, match="instruction set"):
+        load_library("sse9")
+
+
+def test_a_missing_or_foreign_library_says_how_to_build_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(NativeLibraryMissing, match=r"build\.sh"):
+        load_library("auto", tmp_path / "nothing.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(NativeLibraryMissing, match="cannot be loaded"):
+        load_library("auto", tmp_path / "text.so")
+    monkeypatch.setattr(library, "ABI_VERSION", 999)
+    copy = shutil.copy(library.find_library(), tmp_path / "old.so")
+    with pytest.raises(NativeLibraryMissing, match="interface 999"):
+        load_library("auto", Path(copy))
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "c++"))
+    if found is None:
+        pytest.skip("this machine lacks a C++ compiler")
+    return found
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
+    flags = ["-O3", "-std=c++20", "-ffp-contract=off", *(AVX512_FLAGS if IS_X86 else [])]
+    program = tmp_path / "division"
+    run(compiler(), *flags, "-w", HERE / "native/division.cpp", NATIVE / "tables.cpp", "-o", program)
+    assert run(program, load_library().isa).startswith("ok ")
+
+
+@pytest.mark.slow
+def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
+    compiler()
+    run("sh", NATIVE / "build.sh", tmp_path / "built.so")
+    built: NativeLibrary = load_library("auto", tmp_path / "built.so")
+    assert built.isa == load_library().isa
+    x, room = laplace_like(5000), torch.empty(30_000, dtype=torch.uint8)
+    size = built.split_encode(x.data_ptr(), 5000, 0, room.data_ptr(), 30_000)
+    assert torch.equal(room[:size], encoded(NativeSplit(), x))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
+    sanitize = ["-O1", "-std=c++20", "-ffp-contract=off", "-w", "-fsanitize=address,undefined"]
+    sanitize += ["-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    can_sanitize = subprocess.run(
+        [compiler(), *sanitize, probe, "-o", tmp_path / "probe"], capture_output=True
+    )
+    if can_sanitize.returncode:
+        pytest.skip("this compiler lacks the address or undefined-behaviour sanitizer")
+    objects: list[Path] = []
+    for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native/fuzz.cpp"]:
+        extra = AVX512_FLAGS if IS_X86 and source.stem.endswith("_avx512") else []
+        objects.append(tmp_path / f"{source.stem}.o")
+        run(compiler(), *sanitize, *extra, "-c", source, "-o", objects[-1])
+    program = tmp_path / "fuzz"
+    run(compiler(), *sanitize, *objects, "-o", program)
+    outcomes = {run(program, isa, "200", "7") for isa in ISAS}
+    assert len(outcomes) == 1 and outcomes.pop().startswith("ok refused ")
