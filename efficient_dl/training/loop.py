@@ -37,6 +37,8 @@ class Trainer:
         self.task = task_for(data.spec.kind)
         self.model = build_model(config.model, data.spec, config.train.seed).to(device)
         self.optimizer = Optimizer(self.model, config.optimizer)
+        persistent = self.model.state_dict().keys()
+        self.trained_buffers = [one for name, one in self.model.named_buffers() if name in persistent]
         self.clock = measure.StepClock(device)
         self.step = 0
         self.val_loss = float("nan")
@@ -72,8 +74,7 @@ class Trainer:
             self.model, self.device, lambda: self._backward(self.model)
         )
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
-        trained_buffers = self.model.state_dict().keys() & dict(self.model.named_buffers()).keys()
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: bool(trained_buffers)}
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: bool(self.trained_buffers)}
         self.ddp = DistributedDataParallel(
             self.model,
             device_ids=[self.device] if self._on_gpu else None,
@@ -146,6 +147,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """The mean loss and metrics over the evaluation's batches, dealt out to the ranks in turn."""
         config = self.config
+        self._sync_buffers()
         self.model.eval()
         sums: dict[str, float] = {}
         for index, batch in enumerate(
@@ -177,11 +179,17 @@ class Trainer:
         self.folder.log(shown)
         self.progress.row(shown)
 
+    def _sync_buffers(self) -> None:
+        """Take rank 0's running statistics everywhere, as the next training step would do anyway."""
+        for buffer in self.trained_buffers:
+            dist.broadcast(buffer, src=0)
+
     def _save(self) -> None:
         about = {
             "samples_per_step": resume.samples_per_step(self.config, self.world_size),
             "settings": self.config.settings(),
         }
+        self._sync_buffers()
         state = resume.rank_state(self.compression, self.device)
         self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, about)
 
