@@ -55,11 +55,14 @@ class ProcessGroupTransport:
 
     def sibling(self) -> ProcessGroupTransport:
         """A transport on a new group of the same ranks; all of them call it, in the same order."""
+        ranks = dist.get_process_group_ranks(self.group)
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
-            dist.get_process_group_ranks(self.group),
+            ranks,
             timeout=timedelta(seconds=self.timeout),
             backend=_BACKENDS[self.device.type],
-            use_local_synchronization=True,
+            # A part of the ranks synchronizes alone. All ranks do without, because torch then names groups by
+            # a counter: names made from ranks come again after `close`, and with them the old group's addresses.
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         assert isinstance(group, dist.ProcessGroup)
         return ProcessGroupTransport(group, self.device, self.timeout)
