@@ -38,21 +38,22 @@ Cost cost_of(const Kernels& kernels, const SymbolMode& mode, const SampleBlock* 
         uint64_t escape_mask[4] = {};
         if (!quantize_block(kernels, mode, block.values, inverse, rows, escape_mask)) continue;
         histogram.add(rows, kLanes * mode.rows_per_block);
-        for (const uint64_t mask : escape_mask) escapes += std::popcount(mask);
+        if ((escape_mask[0] | escape_mask[1] | escape_mask[2] | escape_mask[3]) != 0)
+            for (const uint64_t mask : escape_mask) escapes += std::popcount(mask);
         cost.rows += mode.rows_per_block;
     }
 
     // At most 127 blocks of 256 symbols: counts and their sum fit 32 bits.
     uint64_t counts[kMaxAlphabet] = {};
     histogram.fold(counts);
-    uint32_t numbers[kMaxAlphabet], logarithms[kMaxAlphabet];
-    for (int s = 0; s < mode.alphabet; ++s) numbers[s] = static_cast<uint32_t>(counts[s]);
-    integer_log2(numbers, mode.alphabet, logarithms);
-    const uint32_t total = static_cast<uint32_t>(cost.rows * kLanes);
-    uint32_t log_total;
-    integer_log2(&total, 1, &log_total);
+    uint32_t numbers[kMaxAlphabet + 1], logarithms[kMaxAlphabet + 1];  // of the symbols that occur, and their total
+    int num_present = 0;
     for (int s = 0; s < mode.alphabet; ++s)
-        cost.bits_q16 += static_cast<int64_t>(numbers[s]) * (int64_t{log_total} - logarithms[s]);
+        if (counts[s] > 0) numbers[num_present++] = static_cast<uint32_t>(counts[s]);
+    numbers[num_present] = static_cast<uint32_t>(cost.rows * kLanes);
+    integer_log2(numbers, num_present + 1, logarithms);
+    for (int i = 0; i < num_present; ++i)
+        cost.bits_q16 += int64_t{numbers[i]} * (int64_t{logarithms[num_present]} - logarithms[i]);
     cost.bits_q16 += escapes * 8 * mode.escape_bytes() * kOneBit;
     return cost;
 }

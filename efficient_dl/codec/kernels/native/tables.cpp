@@ -22,8 +22,8 @@ void Histogram::add(const uint8_t* symbols, int64_t num_symbols) {
 }
 
 void Histogram::fold(uint64_t* totals) {
-    for (int s = 0; s < kMaxAlphabet; ++s)
-        for (int copy = 0; copy < kCopies; ++copy) totals[s] += counts_[copy][s];
+    for (int copy = 0; copy < kCopies; ++copy)
+        for (int s = 0; s < kMaxAlphabet; ++s) totals[s] += counts_[copy][s];
     clear();
 }
 
@@ -133,7 +133,7 @@ FrequencyTable parse_table(const uint8_t* bytes, int64_t num_bytes, int alphabet
 }
 
 void integer_log2(const uint32_t* numbers, int count, uint32_t* logarithms) {
-    uint32_t mantissa[kMaxAlphabet];  // 1.30 fixed point, in [1, 2)
+    uint32_t mantissa[kMaxAlphabet + 1];  // 1.30 fixed point, in [1, 2)
     for (int i = 0; i < count; ++i) {
         const uint32_t n = numbers[i] == 0 ? 1 : numbers[i];
         const uint32_t exponent = static_cast<uint32_t>(std::bit_width(n)) - 1;

@@ -40,7 +40,7 @@ void serialize(const FrequencyTable& table, uint8_t* bytes);
 // Throws EDL_BAD_TABLE unless bytes are exactly what serialize writes for some table.
 FrequencyTable parse_table(const uint8_t* bytes, int64_t num_bytes, int alphabet);
 
-// 16.16 fixed-point base-2 logarithms of numbers in [1, 2^30], by repeated squaring. Zero gives zero.
+// 16.16 fixed-point base-2 logarithms of up to 257 numbers in [1, 2^31), by repeated squaring. Zero gives zero.
 void integer_log2(const uint32_t* numbers, int count, uint32_t* logarithms);
 
 // Total bits of counts under their own distribution, and under a table.
