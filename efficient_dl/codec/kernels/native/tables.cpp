@@ -183,7 +183,7 @@ EncodeTable::EncodeTable(const FrequencyTable& table) {
         entry[s].start = table.start[s];
         entry[s].complement = static_cast<uint16_t>(kFrequencyTotal - f);
 
-        // Four units in the last place below the nearest float to 1/f; see divide() in rans_avx512.cpp.
+        // Four units in the last place below the nearest float to 1/f; see encode_step() in rans_avx512.cpp.
         const uint32_t inverse = std::bit_cast<uint32_t>(1.0f / static_cast<float>(f)) - 4;
         const uint32_t packed = (f - 1) << 20 | table.start[s];
         for (int byte = 0; byte < 4; ++byte) {
