@@ -120,9 +120,7 @@ def train(
 
 @app.command(epilog=DEMO_EXAMPLE)
 def demo(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the steps, to see that it works.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the steps: see that it works.")] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of each of the three runs.")] = None,
     workers: Annotated[int, typer.Option(help="Local workers.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Where the three runs and the plot go.")] = None,

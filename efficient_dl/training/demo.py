@@ -18,8 +18,8 @@ from efficient_dl.training.run_folder import CONFIG, RunFolder, Summary
 
 BITS = ("none", "lossless", "2.0")
 LABELS = {"none": "uncompressed", "lossless": "lossless", "2.0": "2 bits"}
-STEPS = 160  # three times this, evaluations and start included, take 80 s on two cores
-QUICK_STEPS = 16
+STEPS = 400  # three times this, evaluations and start included, take about 80 s on two cores
+QUICK_STEPS = 40
 OUT = Path("runs/demo")
 
 
@@ -30,7 +30,7 @@ def demo_configs(steps: int, workers: int, out: Path) -> list[Config]:
             Config(),
             [
                 "model.name=gpt",
-                "model.size=micro",
+                "model.size=nano",
                 "data.name=stdlib",
                 "data.batch_size=8",
                 "optimizer.name=adamw",
@@ -39,7 +39,7 @@ def demo_configs(steps: int, workers: int, out: Path) -> list[Config]:
                 f"train.steps={steps}",
                 f"train.eval_every={max(1, steps // 4)}",
                 "train.eval_batches=16",
-                f"train.log_every={max(1, steps // 32)}",
+                f"train.log_every={max(1, steps // 20)}",
                 "train.checkpoint_every=0",
                 f"compression.bits={bits}",
                 f"run.workers={workers}",
@@ -111,9 +111,9 @@ def save_plot(folders: Sequence[RunFolder], summaries: Sequence[Summary], out: P
         by_step.plot(
             [row["step"] for row in checks], [row["val_loss"] for row in checks], "o", color=line.get_color()
         )
-    by_step.set(xlabel="steps", ylabel="loss (nats a byte; dots: validation)", title="same steps, same loss")
+    by_step.set(xlabel="steps", ylabel="loss (nats a byte; dots: validation)", title="loss by steps")
     by_step.legend()
-    by_bytes.set(xlabel="MB sent by all workers", xscale="log", title="same loss, fewer bytes")
+    by_bytes.set(xlabel="MB sent by all workers", xscale="log", title="loss by bytes")
     bars = totals.bar(labels, [one.wire_bytes_per_step / 1e6 for one in summaries], color=["C0", "C1", "C2"])
     totals.bar_label(bars, [byte_text(one.wire_bytes_per_step) for one in summaries])
     totals.set(ylabel="MB a step, all workers", title="bytes sent a step")

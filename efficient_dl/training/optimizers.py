@@ -22,7 +22,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts = _BUILDERS[config.name](model, parameters, config)
-        self._names = {parameter: name for name, parameter in parameters.items()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
 
     def step(self, lr: float) -> None:
         """Take one step with this learning rate in every part."""

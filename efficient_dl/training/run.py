@@ -36,11 +36,10 @@ def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False)
     worker.agree(list(configs))
     summaries = []
     for index, config in enumerate(configs):
-        if worker.local_rank == 0:  # a download happens once a machine
-            worker.together(f"fetch/{index}", partial(_data, config))
-        else:
-            worker.together(f"fetch/{index}", lambda: None)
-        prepared = worker.together(f"prepare/{index}", partial(_prepared, config, resumed))
+        settled, notes = worker.together(f"settle/{index}", partial(_settled, config, resumed))
+        fetch = partial(_data, settled) if worker.local_rank == 0 else lambda: None
+        worker.together(f"fetch/{index}", fetch)  # a download happens once a machine
+        prepared = worker.together(f"prepare/{index}", partial(_prepared, settled, notes))
         summaries.append(_train(prepared, device, resumed))
     return summaries
 
@@ -53,7 +52,7 @@ def run(config: Config, resumed: bool = False, progress: Progress | None = None)
     local = dist.get_rank() % max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 0
     on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    prepared = _prepared(config, resumed)
+    prepared = _prepared(*_settled(config, resumed))
     dist.barrier()  # every rank has looked for other runs in the folder before one writes
     return _train(prepared, device, resumed, progress)
 
@@ -62,12 +61,12 @@ def run(config: Config, resumed: bool = False, progress: Progress | None = None)
 class _Prepared:
     config: Config
     data: Dataset
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
-def _prepared(config: Config, resumed: bool) -> _Prepared:
-    """The configuration completed, its data loaded, and all that can be wrong with both found out."""
-    notes = []
+def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
+    """The configuration without "auto", with its folder, fit for a resume; and what the user should know of that."""
+    notes: list[str] = []
     if config.compression.bits == "auto":
         config = _with(config, "compression", bits=AUTO_BITS)
         notes.append(
@@ -79,10 +78,14 @@ def _prepared(config: Config, resumed: bool) -> _Prepared:
         notes += resume.check_same_training(before, config)
         if not config.data.fingerprint:
             config = _with(config, "data", fingerprint=before.data.fingerprint)
+    return config, notes
+
+
+def _prepared(config: Config, notes: list[str]) -> _Prepared:
+    """The data loaded and its fingerprint recorded; raises what model and optimizer have against each other."""
     data = _data(config)
-    config = _with(config, "data", fingerprint=data.fingerprint)
     Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
-    return _Prepared(config, data, tuple(notes))
+    return _Prepared(_with(config, "data", fingerprint=data.fingerprint), data, notes)
 
 
 def _train(

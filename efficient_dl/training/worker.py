@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _START_TIMEOUT = datetime.timedelta(seconds=120)
-_REPORT_SECONDS = 2.0  # how long a failed rank waits for the others' view of what went wrong
+_REPORT_SECONDS = 3.0  # how long a failed rank waits for the others' view of what went wrong
 
 
 class Stopped(BaseException):
@@ -56,24 +56,27 @@ class Worker:
     store: dist.Store
 
     def together(self, name: str, step: Callable[[], T]) -> T:
-        """Run `step` on every rank; if it raises on any of them, no rank goes on.
+        """Run `step` on every rank; if it raises an EdlError on any of them, no rank goes on.
 
-        A rank's own error is raised on it, a peer's as PeerFailed. name: the same on all ranks, used once.
+        The first rank with an error raises it, and so do those with another one; the rest raise PeerFailed.
+        name: the same on all ranks, used once.
         """
         try:
             result, error = step(), None
         except EdlError as caught:
             result, error = None, caught
-        codes = self.gather(f"together/{name}", None if error is None else error.exit_code)
-        if error is not None:
-            raise error
-        if failed := [code for code in codes if code is not None]:
-            raise PeerFailed(failed[0])
-        return result  # type: ignore[return-value]  # there was no error, so it is step's
+        errors: list[EdlError | None] = self.gather(f"together/{name}", error)
+        found = [(rank, one) for rank, one in enumerate(errors) if one is not None]
+        if not found:
+            return result  # type: ignore[return-value]  # there was no error, so it is step's
+        said = [str(one) for rank, one in found if rank < self.rank]
+        if error is None or str(error) in said:
+            raise PeerFailed(found[0][1].exit_code)
+        raise error
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """Every rank's value in rank order, without a process group. name: the same on all ranks, used once."""
-        self.store.set(f"{name}/{self.rank}", pickle.dumps(value))
+        self.store.set(f"{name}/{self.rank}", _bytes(value))
         return [pickle.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
 
     def start(self, run: RunConfig) -> torch.device:
@@ -95,18 +98,22 @@ class Worker:
         return device
 
     def agree(self, configs: list[Config]) -> None:
-        """Raise PlanMismatch on every rank unless all were given the same configurations as rank 0."""
-        ignore = ("run.device", "run.threads", "run.workers")
+        """End the run with a PlanMismatch, raised on rank 0, unless all ranks were given the same configurations."""
         per_rank: list[list[Config]] = self.gather("configs", configs)
-        for rank, theirs in enumerate(per_rank):
-            pairs = list(zip(theirs, per_rank[0], strict=False))
-            lines = [line for one, first in pairs for line in one.differences(first, ignore)]
-            if lines or len(theirs) != len(per_rank[0]):
-                raise PlanMismatch(
-                    f"rank {rank} was configured otherwise than rank 0",
-                    differs="; ".join(lines) + f" (rank {rank}, rank 0)",
-                    fix="start every rank with the same flags and the same configuration file",
-                )
+        self.together("agree", lambda: _compare(per_rank))
+
+
+def _compare(per_rank: list[list[Config]]) -> None:
+    ignore = ("run.device", "run.threads", "run.workers")
+    for rank, theirs in enumerate(per_rank):
+        pairs = list(zip(theirs, per_rank[0], strict=False))
+        lines = [line for one, first in pairs for line in one.differences(first, ignore)]
+        if lines or len(theirs) != len(per_rank[0]):
+            raise PlanMismatch(
+                f"rank {rank} was configured otherwise than rank 0",
+                differs="; ".join(lines) + f" (rank {rank}, rank 0)",
+                fix="start every rank with the same flags and the same configuration file",
+            )
 
 
 def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
@@ -210,6 +217,8 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
             print_error(f"Stopped by {signal.Signals(number).name}.")
         return 128 + number
     if isinstance(error, PeerFailed):
+        if worker is not None:
+            _publish(worker, ("", error.exit_code, True))
         return error.exit_code
     known = error if isinstance(error, EdlError) else _as_transport_error(error)
     text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))
@@ -235,8 +244,8 @@ def _others_view(worker: Worker, text: str, code: int, consequence: bool) -> int
     seen: dict[int, tuple[str, int, bool]] = {}
     deadline = time.monotonic() + _REPORT_SECONDS
     hosts_store = worker.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    _publish(worker, (text, code, consequence))
     try:
-        worker.store.set(f"errors/{worker.rank}", pickle.dumps((text, code, consequence)))
         while time.monotonic() < deadline and len(seen) < len(others):
             for rank in others:
                 if rank not in seen and worker.store.check([f"errors/{rank}"]):
@@ -253,6 +262,12 @@ def _others_view(worker: Worker, text: str, code: int, consequence: bool) -> int
         theirs for rank, (theirs, _, follows) in seen.items() if rank < worker.rank and follows == consequence
     ]
     return code if text in lower or (consequence and lower) else None
+
+
+def _publish(worker: Worker, view: tuple[str, int, bool]) -> None:
+    """Tell the other ranks how this one ends: its message, its exit code, whether another rank's end caused it."""
+    with contextlib.suppress(dist.DistError, RuntimeError):  # the store went with its rank
+        worker.store.set(f"errors/{worker.rank}", _bytes(view))
 
 
 def _settled(rank: int, seen: dict[int, tuple[str, int, bool]], consequence: bool) -> bool:
@@ -281,6 +296,11 @@ def _as_transport_error(error: BaseException) -> TransportError | None:
             fix="look at the other ranks' messages; the last checkpoint is intact: --resume",
         )
     return None
+
+
+def _bytes(value: Any) -> Any:
+    """Pickled. Any, because torch's stub of Store.set knows only str, and a str may hold no such bytes."""
+    return pickle.dumps(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,309 @@
+"""Training runs on several ranks: what is written, what is resumed, and how what goes wrong is reported."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficient_dl.config import Config, load_config, with_overrides
+from efficient_dl.training import run
+from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.run_folder import RunFolder
+from tests.distributed.edl_ranks import EdlRanks, edl
+from tests.distributed.launch import run_ranks
+
+SUMMARY_KEYS = {
+    "val_loss", "steps", "tokens_or_samples", "bits_per_value", "raw_bytes_per_step", "wire_bytes_per_step", "ratio",
+    "step_seconds_median", "compute_seconds_median", "codec_seconds_per_step", "peak_memory_bytes", "bits", "seed",
+    "world_size",
+}  # fmt: skip
+DIGITS = ("train", "--model", "mlp-nano", "--data", "digits")
+
+
+def tiny(out: Path, *settings: str) -> Config:
+    base = ["model.name=mlp", "model.size=nano", "data.name=digits", "train.eval_batches=2", f"run.out={out}"]
+    return with_overrides(Config(), [*base, *settings])
+
+
+# What a resume must reproduce: exact and lossy codecs, all optimizers, dropout's generator, batch norm's buffers,
+# several buckets' order, accumulation.
+RESUMED = {
+    "native-adamw": ["compression.bits=none"],
+    "native-sgd": ["compression.bits=none", "optimizer.name=sgd", "train.accumulate=2"],
+    "lossless-adamw-dropout": ["compression.bits=lossless", "model.dropout=0.2"],
+    "lossless-sgd": ["compression.bits=lossless", "optimizer.name=sgd"],
+    "2bit-adamw": ["compression.bits=2.0"],
+    "2bit-sgd-dropout": ["compression.bits=2.0", "optimizer.name=sgd", "model.dropout=0.2"],
+    "2bit-muon-gpt": [
+        "compression.bits=2.0", "optimizer.name=muon", "model.name=gpt", "model.context=32", "data.name=stdlib",
+        "model.dropout=0.1", "train.precision=bf16",
+    ],
+    "2bit-resnet": ["compression.bits=2.0", "model.name=resnet18", "data.batch_size=4"],
+}  # fmt: skip
+
+
+def resume_each(rank: int, folder: Path) -> dict[str, list[str]]:
+    """For every case, what differs between 6 steps in one go and 3 steps, a crash at step 5, and a resume."""
+    return {name: resume_differences(rank, folder / name, settings) for name, settings in RESUMED.items()}
+
+
+def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str]:
+    intervals = ["train.steps=6", "train.checkpoint_every=3", "train.log_every=1", "train.eval_every=2"]
+    whole, crashed = folder / "whole", folder / "crashed"
+    run(tiny(whole, *intervals, *settings))
+    if rank == 0:
+        shutil.copytree(whole, crashed)
+        shutil.rmtree(crashed / "checkpoints" / "step-000006")
+        metrics = crashed / "metrics.jsonl"
+        rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= 5]
+        metrics.write_text("\n".join(rows) + '\n{"step": 6, "lo')  # cut off by the crash
+    torch.distributed.barrier()
+    torch.manual_seed(99)
+    run(tiny(crashed, *intervals, *settings), resumed=True)
+
+    ends = [CheckpointFolder(one / "checkpoints").load(6) for one in (whole, crashed)]
+    differences = [
+        key for key in ends[0].tensors if not torch.equal(ends[0].tensors[key], ends[1].tensors[key])
+    ]
+    if ends[0].tensors.keys() != ends[1].tensors.keys():
+        differences.append("names of tensors")
+    if not torch.equal(ends[0].rank_state["torch"], ends[1].rank_state["torch"]):
+        differences.append("generator")
+    rows = [[without_times(row) for row in RunFolder(one, writes=False).rows()] for one in (whole, crashed)]
+    if rows[0] != rows[1] or len(rows[0]) != 9:
+        differences.append(f"metrics: {rows}")
+    return differences
+
+
+def without_times(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if "seconds" not in key}
+
+
+@pytest.mark.slow
+def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
+    for differences in run_ranks(resume_each, 2, tmp_path, timeout=110):
+        assert differences == {name: [] for name in RESUMED}
+
+
+def test_ranks_of_a_launcher_train_and_write_a_run_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ended = edl(tmp_path, *DIGITS, "--bits", "auto", "--steps", "4", "--out", str(out), "--workers", "2")
+    assert [one.code for one in ended] == [0, 0], ended
+    assert "bits auto: 2 bits" in ended[0].out
+    assert ended[1].out == ended[1].err == ""
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() == SUMMARY_KEYS | {"bytes_source"}
+    assert (summary["steps"], summary["world_size"], summary["bits"]) == (4, 2, 2.0)
+    assert summary["tokens_or_samples"] == 4 * 2 * 8
+    assert summary["wire_bytes_per_step"] < summary["raw_bytes_per_step"] / 4
+    assert load_config(out / "config.toml").data.fingerprint.startswith("xxh3:")
+    assert list((out / "tensorboard").iterdir())
+    assert CheckpointFolder(out / "checkpoints").steps() == [4]
+
+
+def test_a_run_at_its_last_step_is_not_trained_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    edl(tmp_path, *DIGITS, "--steps", "2", "--out", str(out), ranks=1)
+    before = (out / "summary.json").read_text()
+    ended = edl(tmp_path, "train", "--resume", "--out", str(out), ranks=1)
+    assert ended[0].code == 0
+    assert "nothing to train" in ended[0].out
+    assert (out / "summary.json").read_text() == before
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    edl(tmp_path, *DIGITS, "--steps", "1", "--out", str(out), ranks=1)
+    ended = edl(tmp_path, *DIGITS, "--steps", "1", "--out", str(out), ranks=1)
+    assert ended[0].code == 2
+    assert "--resume" in ended[0].err
+
+
+def test_resume_refuses_another_model_other_data_and_other_samples_per_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    edl(tmp_path, *DIGITS, "--steps", "1", "--out", str(out), ranks=1)
+    again = ("train", "--resume", "--out", str(out), "--steps", "2")
+    for change, words in {
+        "--model=mlp-micro": "model.size",
+        "--data=stdlib": "data.name",
+        "--set=data.fingerprint=xxh3:0": "xxh3:0",
+        "--seed=1": "train.seed",
+        "--batch-size=4": "number of samples",
+    }.items():
+        ended = edl(tmp_path, *again, change, ranks=1)
+        assert ended[0].code == 7, (change, ended)
+        assert words in ended[0].err
+        assert "Traceback" not in ended[0].err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--data", "tokens:/nowhere"], 3, "/nowhere"),
+        (["--model", "gtp"], 2, "did you mean gpt"),
+        (["--bits", "99"], 2, "at most 8"),
+        (["--set", "train.stepz=3"], 2, "did you mean steps"),
+        (["--data", "digits"], 2, "gpt cannot be trained on this data"),
+        (["--workers", "3"], 9, "WORLD_SIZE"),
+        (["--model", "resnet18", "--data", "digits", "--optimizer", "muon"], 2, "muon"),
+    ],
+)
+def test_an_error_is_reported_once_and_without_a_traceback(
+    words: list[str], code: int, text: str, tmp_path: Path
+) -> None:
+    first, second = edl(tmp_path, "train", "--out", str(tmp_path / "run"), *words)
+    assert (first.code, second.code) == (code, code)
+    assert text in first.err
+    assert second.err == "", "rank 0 has said it"
+    assert "Traceback" not in first.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_different_settings_on_different_ranks_are_named(tmp_path: Path) -> None:
+    words = [*DIGITS, "--out", str(tmp_path / "run"), "--steps", "2"]
+    first, second = EdlRanks(tmp_path, [*words, "--bits", "2.0"], [*words, "--bits", "1.5"]).end()
+    assert (first.code, second.code) == (4, 4)
+    assert "PlanMismatch" in first.err
+    assert "compression.bits = 1.5, 2.0" in first.err
+    assert second.err == ""
+
+
+def test_an_error_on_one_rank_ends_all_and_is_named_by_that_rank(tmp_path: Path) -> None:
+    words = [*DIGITS, "--out", str(tmp_path / "run")]
+    first, second = EdlRanks(tmp_path, words, [*words, "--bits", "99"]).end()
+    assert (first.code, second.code) == (2, 2)
+    assert first.err == ""
+    assert second.err.startswith("rank 1: ConfigError")
+
+
+def test_a_killed_rank_ends_the_others_with_a_transport_error(tmp_path: Path) -> None:
+    ranks = EdlRanks(
+        tmp_path, *[[*DIGITS, "--bits", "2.0", "--steps", "1000000", "--out", str(tmp_path / "run")]] * 2
+    )
+    ranks.wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    assert ranks._ranks[1].pid
+    os.kill(ranks._ranks[1].pid, signal.SIGKILL)
+    first, second = ranks.end()
+    assert second.code == -signal.SIGKILL
+    assert first.code == 6, first
+    assert "TransportError" in first.err
+    assert "Traceback" not in first.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_every_rank_and_keeps_the_last_checkpoint(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = [*DIGITS, "--steps", "1000000", "--out", str(out), "--set", "train.checkpoint_every=5"]
+    ranks = EdlRanks(tmp_path, words, words)
+    ranks.wait_for((out / "checkpoints" / "step-000005").exists)
+    ranks.signal(number)
+    first, second = ranks.end(timeout=20)
+    assert (first.code, second.code) == (code, code)
+    assert "Traceback" not in first.err + second.err
+    step = CheckpointFolder(out / "checkpoints").latest()
+    assert step
+    assert edl(tmp_path, "train", "--out", str(out), "--resume", "--steps", str(step + 1))[0].code == 0
+
+
+def test_a_file_size_limit_is_a_full_disk_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert edl(tmp_path, *DIGITS, "--steps", "3", "--out", str(out))[0].code == 0
+    first, second = edl(tmp_path, "train", "--resume", "--out", str(out), "--steps", "6", file_bytes=20_000)
+    assert 8 in (first.code, second.code)
+    assert "DiskFull" in first.err + second.err
+    assert "Traceback" not in first.err + second.err
+    assert CheckpointFolder(out / "checkpoints").steps() == [3]
+    assert [row["step"] for row in RunFolder(out, writes=False).rows()][-1] >= 3
+    assert not list((out / "checkpoints").glob(".*")), "a part of a checkpoint was left"
+    assert edl(tmp_path, "train", "--out", str(out), "--resume", "--steps", "6")[0].code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_full_disk_keeps_the_checkpoints_before(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        settings = ("--set", "train.checkpoint_every=1", "--set", "train.keep_checkpoints=100")
+        first, second = edl(tmp_path, *DIGITS, "--steps", "50", "--out", str(disk / "run"), *settings)
+        assert 8 in (first.code, second.code), (first, second)
+        assert "DiskFull: the disk is full" in first.err + second.err
+        assert "Traceback" not in first.err + second.err
+        checkpoints = CheckpointFolder(disk / "run" / "checkpoints")
+        latest = checkpoints.latest()
+        assert latest
+        assert checkpoints.load(latest).step == latest
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_edl_starts_its_own_workers_and_leaves_none_after_ctrl_c(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    words = [*DIGITS, "--steps", "1000000", "--out", str(out), "--workers", "2"]
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "efficient_dl.cli", *words, "--set", "train.checkpoint_every=5"]
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=without_launcher()
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "checkpoints" / "step-000005").exists():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert len(members(process.pid)) >= 3, "edl and two workers"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(30) == 130
+        deadline = time.monotonic() + 5
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)  # multiprocessing's own tracker ends when its pipe closes
+        assert members(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Traceback" not in log.read_text()
+    assert re.search(r"last checkpoint is of step \d+", log.read_text())
+    assert f"edl train --out {out} --resume" in log.read_text()
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_torchrun_joins_and_edl_alone_give_the_same_loss(tmp_path: Path) -> None:
+    words = ["-m", "efficient_dl.cli", *DIGITS, "--steps", "3", "--bits", "2.0", "--workers", "2", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in ([sys.executable, *words, "alone"], [*torchrun, *words, "joined"]):
+        subprocess.run(command, check=True, cwd=tmp_path, env=without_launcher(), capture_output=True)
+    alone, joined = (RunFolder(tmp_path / name, writes=False).summary() for name in ("alone", "joined"))
+    assert alone and joined
+    assert (alone.val_loss, alone.wire_bytes_per_step) == (joined.val_loss, joined.wire_bytes_per_step)
+
+
+def without_launcher() -> dict[str, str]:
+    repository = str(Path(__file__).parents[2])
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return {**kept, "PYTHONPATH": repository}
