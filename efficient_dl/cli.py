@@ -34,7 +34,7 @@ TRAIN_EXAMPLE = """
 
   edl train --out runs/first --resume --steps 400
 
-  torchrun --nproc-per-node 4 -m efficient_dl train --model resnet18 --data fashion-mnist --bits lossless
+  torchrun --nproc-per-node 4 -m efficient_dl.cli train --model resnet18 --data fashion-mnist --bits lossless
 
 Settings come from --config (or, with --resume, from the run's folder), then the flags, then --set; later wins.
 """
