@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,31 @@ def test_a_lost_loopback_rank_is_named_at_once() -> None:
         hub.transport(0).gather(torch.ones(3, dtype=torch.uint8)).wait()
 
 
+def abort(transport: Transport) -> tuple[str, float]:
+    """Rank 0 gives up while it, and rank 1, wait for a message of rank 0 or 1 that never comes."""
+    start = time.monotonic()
+    work = None
+    if transport.rank == 0:
+        threading.Timer(0.3, transport.abort).start()
+        work = transport.exchange([torch.ones(3, dtype=torch.uint8)] * 3)
+    elif transport.rank == 1:
+        work = transport.exchange([torch.ones(3, dtype=torch.uint8)] * 3)
+    else:
+        time.sleep(1.5)
+        return "", 0.0
+    try:
+        work.wait(timeout=20)
+    except TransportError as error:
+        return str(error), time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_an_abort_wakes_who_waits_here_and_elsewhere(run: Runner) -> None:
+    for text, seconds in run(abort, 3)[:2]:
+        assert "lost rank" in text
+        assert seconds < 1.4
+
+
 def die(rank: int) -> None:
     group = dist.group.WORLD
     assert group is not None
@@ -185,6 +211,7 @@ def siblings(rank: int) -> tuple[bool, bool, str]:
     parent = ProcessGroupTransport(group)
     own = parent.sibling()
     works = exchange(own)[0] == [True] * own.world_size
+    own.close()
     own.close()
     still = exchange(parent)[0] == [True] * own.world_size
     late = parent.sibling()

@@ -119,6 +119,8 @@ def decode(body: Tensor, grid: BlockGrid) -> Tensor:
             symbols = _decode_coded(content, frequency, lanes.numel(), info >> 1, mode)
         else:
             symbols = _decode_stored(content, lanes)
+        if bool((symbols >= mode.alphabet).any()):
+            raise CorruptPacket("a symbol outside of the alphabet", where=f"tile {i}")
         content.align4()
         escape_bytes = content.take((info >> 1) * mode.escape_bytes)
         content.align4()
@@ -191,10 +193,7 @@ def _decode_coded(content: Reader, frequency: Tensor | None, rows: int, escapes:
     stream = from_bytes(content.take(stream_bytes), 2)
     num_rows = torch.tensor([rows - _CARRIED_ROWS], device=states.device)
     symbols, carry = tiles.decode(states[None], [stream], num_rows, frequency)
-    symbols = torch.cat([symbols[0], carry & 0xFF, carry >> 8])
-    if bool((symbols >= mode.alphabet).any()):
-        raise CorruptPacket("a symbol outside of the alphabet")
-    return symbols
+    return torch.cat([symbols[0], carry & 0xFF, carry >> 8])
 
 
 def _decode_stored(content: Reader, lanes: Tensor) -> Tensor:
