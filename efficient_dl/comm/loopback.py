@@ -30,9 +30,10 @@ class LoopbackHub:
         return LoopbackTransport(self, rank)
 
     def disconnect(self, rank: int) -> None:
-        """Ends a rank as a crash would: whoever waits for it gets a TransportError at once."""
-        for target in range(self.world_size):
-            self._links[rank, target].put(None)
+        """Ends a rank as a crash would: whoever waits for it, or it for others, gets a TransportError at once."""
+        for peer in range(self.world_size):
+            self._links[rank, peer].put(None)
+            self._links[peer, rank].put(None)
 
     def send(self, source: int, target: int, message: Tensor) -> None:
         """Delivers a copy, as a network would."""
@@ -70,6 +71,13 @@ class LoopbackTransport:
     def gather(self, packet: Tensor) -> LoopbackWork:
         """See `Transport.gather`."""
         return self.exchange([packet] * self.world_size)
+
+    def abort(self) -> None:
+        """See `Transport.abort`."""
+        self._hub.disconnect(self.rank)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
 
 
 class LoopbackWork:

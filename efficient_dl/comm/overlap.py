@@ -20,14 +20,15 @@ class OverlappedReducer:
 
     compressor: encodes, decodes and counts.
     exchange, gather: one transport for each phase, on groups that nothing else uses, so that the exchange of one
-        bucket runs beside the gathering of the one before it. On CUDA devices pass one transport twice: a bucket's
-        steps then run in one thread, because the collectives of two NCCL groups in flight at once could start in
-        another order on another rank.
+        bucket runs beside the gathering of the one before it; they are this object's own from now on. On CUDA devices
+        pass one transport twice: a bucket's steps then run in one thread, because the collectives of two NCCL groups
+        in flight at once could start in another order on another rank.
     """
 
     def __init__(self, compressor: Compressor, exchange: Transport, gather: Transport) -> None:
         self._compressor = compressor
         self._rank = exchange.rank
+        self._transports = [exchange] if exchange is gather else [exchange, gather]
 
         def exchange_step(reduction: Reduction) -> None:
             reduction.exchange_and_reduce(exchange)
@@ -56,6 +57,19 @@ class OverlappedReducer:
             x.record_stream(self.stream)
         return self._pipeline.submit(Reduction(x, layout, self._compressor, self._rank, op))
 
-    def close(self, timeout: float = 10.0) -> bool:
-        """Ends the threads after what is queued; False if a peer keeps one of them waiting."""
-        return self._pipeline.close(timeout)
+    def abort(self) -> None:
+        """Breaks the connections: the peers get a TransportError now, not after a time-out."""
+        for transport in self._transports:
+            transport.abort()
+
+    def stop(self, timeout: float) -> None:
+        """Lets what is queued finish and ends the threads; breaks the connections if a peer keeps them waiting."""
+        if not self._pipeline.close(timeout):
+            self.abort()
+            self._pipeline.close(timeout)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the threads, as `stop`, and closes the transports."""
+        self.stop(timeout)
+        for transport in self._transports:
+            transport.close()

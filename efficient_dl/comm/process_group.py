@@ -18,6 +18,7 @@ from efficient_dl.errors import ConfigError, TransportError
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _SIZE_BYTES = 8
+_ABORT_TAG = 1  # messages have tag 0
 _GLOO_SOURCE = re.compile(r"^\[.*?\] |\. This is typically caused.*")  # its source line, its general advice
 
 
@@ -67,11 +68,22 @@ class ProcessGroupTransport:
         assert isinstance(group, dist.ProcessGroup)
         return ProcessGroupTransport(group, self.device, self.timeout)
 
+    def abort(self) -> None:
+        """See `Transport.abort`."""
+        if self.device.type == "cuda":
+            self.group.abort()
+        elif self.world_size > 1:
+            # gloo's own abort does nothing, but a time-out of any operation closes all connections of the group.
+            with suppress(RuntimeError):
+                peer = (self.rank + 1) % self.world_size
+                work = dist.irecv(torch.empty(1), group=self.group, group_src=peer, tag=_ABORT_TAG)
+                assert work is not None
+                work.wait(timedelta(milliseconds=1))
+
     def close(self) -> None:
-        """Destroys the group, unless torch.distributed was shut down before, and closes its connections."""
+        """See `Transport.close`. Does nothing once torch.distributed was shut down."""
         with suppress(ValueError):
             dist.destroy_process_group(self.group)
-        del self.group
 
     @contextmanager
     def naming(self, peer: int, doing: str) -> Generator[None]:

@@ -33,9 +33,9 @@ class ShadowReducer:
             ShadowReduction(contribution, result, wait, layout, self._compressor, self._rank)
         )
 
-    def close(self, timeout: float = 10.0) -> bool:
-        """Ends the threads after what is queued; False if one is stuck."""
-        return self._pipeline.close(timeout)
+    def stop(self, timeout: float) -> None:
+        """Lets what is queued finish, and ends the threads."""
+        self._pipeline.close(timeout)
 
 
 class ShadowReduction:

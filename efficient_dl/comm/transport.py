@@ -59,3 +59,11 @@ class Transport(Protocol):
     def gather(self, packet: Tensor) -> Work[list[Tensor]]:
         """Sends one message to all ranks; the result's i-th message came from rank i."""
         ...
+
+    def abort(self) -> None:
+        """Breaks all connections: whoever waits for this rank, here or elsewhere, gets a TransportError now."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what the transport holds; at any time, also twice."""
+        ...

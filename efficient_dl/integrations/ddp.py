@@ -2,13 +2,12 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with classes.
 
-import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +20,8 @@ from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
     BucketLayout,
     Compressor,
-    OverlappedReducer,
     Plan,
     ProcessGroupTransport,
-    ShadowReducer,
     check_equal,
     combined,
     gather_json,
@@ -33,6 +30,7 @@ from efficient_dl.comm import (
     summary,
 )
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
+from efficient_dl.integrations.ddp_buckets import BucketEngine, CompressedEngine, HeldStep, ShadowEngine
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +88,7 @@ def compress(
     control = ProcessGroupTransport(reducing_group, device, timeout)
     facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
     try:
-        _check_supported(model.module, parameters, check_every)
+        _check_supported(model, parameters, check_every)
         compressor = Compressor(Plan.of(bits), list(parameters), kernel)
     except EdlError as error:
         handshake(facts, control, failure=error)
@@ -125,10 +123,13 @@ class Compression:
         self._optimizer_steps = 0
         self._checks = 0
         self._pending: list[Future[Any]] = []
+        self._step_buckets: list[list[str]] = []
+        self._buckets: list[list[str]] = []
+        self._held: HeldStep | None = None
         self._engine = self._make_engine()
         if self._engine is not None:
             model.register_comm_hook(self, _reduce_bucket)
-            self._finalizer = weakref.finalize(self, self._engine.close, _EXIT_SECONDS)
+            self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
@@ -170,15 +171,17 @@ class Compression:
             "rank": self._control.rank,
             "world_size": self._control.world_size,
             "optimizer_steps": self._optimizer_steps,
+            "buckets": [list(names) for names in self._buckets],
             "compressor": self._compressor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly from this rank's `state_dict`.
+        """Continues exactly from this rank's `state_dict`, which was taken after at least two steps.
 
-        At another world size the counters of bytes, values and seconds start again from zero, which is logged: they
-        belong to ranks that are no more. Raises PlanMismatch for another plan, CheckpointError for another rank,
-        model or version.
+        The next step is reduced in the buckets that the saved run had, because DDP rebuilds its own only after that;
+        it does not overlap backward. At another world size the counters of bytes, values and seconds start again from
+        zero, which is logged: they belong to ranks that are no more. Raises PlanMismatch for another plan,
+        CheckpointError for another rank, model or version.
         """
         control = self._control
         if state["world_size"] == control.world_size and state["rank"] != control.rank:
@@ -189,7 +192,10 @@ class Compression:
         fresh = self._compressor.meter.state_dict()
         self._compressor.load_state_dict(state["compressor"])
         self._optimizer_steps = state["optimizer_steps"]
-        if state["world_size"] != control.world_size:
+        if state["world_size"] == control.world_size:
+            self._buckets = [list(names) for names in state["buckets"]]
+            self._hold_next_step()
+        else:
             self._compressor.meter.load_state_dict(fresh)
             _log.warning(
                 "compression state of %d ranks, restored on %d: the byte counters start again from zero",
@@ -197,52 +203,80 @@ class Compression:
                 control.world_size,
             )
 
+    def _hold_next_step(self) -> None:
+        if not self._buckets or self.shadow or self._engine is None:
+            return
+        averaged = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        if averaged == {name for names in self._buckets for name in names}:
+            self._held = HeldStep(self._buckets)
+        else:
+            _log.warning(
+                "other parameters are trained than before: the next step is not reduced as it was to be"
+            )
+
     def close(self, timeout: float = 10.0) -> None:
         """Ends the threads and destroys the groups it made; the model cannot train on with this hook.
 
-        timeout: seconds to wait for threads that a peer keeps waiting; they are left behind then, and end with the
-        process. A process that ends without close() does not hang either.
+        timeout: seconds that a peer may keep the threads waiting; then the connections are broken. A process that ends
+        without close() ends its threads in the same way.
         """
         if self._step_hook is not None:
             self._step_hook.remove()
         if self._engine is not None and self._finalizer.detach():
             self._engine.close(timeout)
-            self._engine.destroy_groups()
 
-    def _make_engine(self) -> "_Engine | None":
-        control = self._control
+    def _make_engine(self) -> BucketEngine | None:
         if self.plan.codec == "none":
             return None
         if self.shadow:
-            return _ShadowEngine(self._compressor, control)
-        return _CompressedEngine(self._compressor, control)
+            return ShadowEngine(self._compressor, self._control)
+        return CompressedEngine(self._compressor, self._control)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
         names = [self._names[id(parameter)] for parameter in parameters]
-        layout = BucketLayout.of(names, [p.numel() for p in parameters], self._control.world_size)
-        assert self._engine is not None
+        self._step_buckets.append(names)
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
+        elif self._held is not None:
+            result = self._held.hold(bucket.buffer(), self._layout(names, [p.numel() for p in parameters]))
         else:
-            result, done = self._engine.start(bucket.buffer(), layout)
-            self._pending.append(done)
+            result = self._start(bucket.buffer(), names, [p.numel() for p in parameters])
         if bucket.is_last():
+            if self._held is not None:
+                self._held.start(self._start)
+                self._wait()
+                self._held.finish()
+                self._held = None
             # Runs at the end of backward, before DDP's own: raises what a stage raised, with its own type.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
         return result
 
+    def _start(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> torch.futures.Future[Tensor]:
+        assert self._engine is not None
+        result, done = self._engine.start(x, self._layout(names, numels))
+        self._pending.append(done)
+        return result
+
+    def _layout(self, names: Sequence[str], numels: Sequence[int]) -> BucketLayout:
+        return BucketLayout.of(names, numels, self._control.world_size)
+
     def _finish_backward(self) -> None:
         start = time.perf_counter()
-        pending, self._pending = self._pending, []
+        self._wait()
+        self._pending = []
+        self._buckets, self._step_buckets = self._step_buckets, []
+        self._compressor.meter.stepped(time.perf_counter() - start)
+
+    def _wait(self) -> None:
         try:
-            for done in pending:
+            for done in self._pending:
                 done.result()
         except BaseException:
-            self.close(timeout=1.0)  # the peers lose the connection now, not after a time-out
+            assert self._engine is not None
+            self._engine.abort()  # the peers learn of it now, not after a time-out
             raise
-        self._compressor.meter.stepped(time.perf_counter() - start)
 
     def _after_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
@@ -259,79 +293,6 @@ class Compression:
 def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The hook that DDP calls, in the autograd thread, when a bucket's gradients are ready."""
     return state._reduce(bucket)
-
-
-class _Engine(Protocol):
-    """Averages buckets in the background."""
-
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
-        """Starts on one bucket; returns what DDP waits for, and what ends when all work on it is done."""
-        ...
-
-    def close(self, timeout: float = 10.0) -> bool: ...
-
-    def destroy_groups(self) -> None: ...
-
-
-class _CompressedEngine:
-    """Our one-shot reduction."""
-
-    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
-        exchange = control.sibling()
-        gather = control.sibling() if control.device.type == "cpu" else exchange
-        self._transports = {id(transport): transport for transport in (exchange, gather)}
-        self._reducer = OverlappedReducer(compressor, exchange, gather)
-        self.close = self._reducer.close
-
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
-        done = self._reducer.submit(x, layout)
-        return _as_torch_future(done, x, self._reducer.stream), done
-
-    def destroy_groups(self) -> None:
-        for transport in self._transports.values():
-            transport.close()
-
-
-class _ShadowEngine:
-    """The native all-reduce, as DDP does it, and our accounting beside it."""
-
-    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
-        self._control = control
-        self._reducer = ShadowReducer(compressor, control.rank, control.device)
-        self.close = self._reducer.close
-
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[torch.futures.Future[Tensor], Future[Any]]:
-        contribution = x.clone()
-        x.mul_(1.0 / self._control.world_size)  # DDP multiplies by the inverse, too: the same last bit
-        work = dist.all_reduce(x, group=self._control.group, async_op=True)
-        assert work is not None
-        native = work.get_future()
-        done = self._reducer.submit(contribution, x, native.wait, layout)
-        return native.then(lambda future: future.value()[0]), done
-
-    def destroy_groups(self) -> None:
-        pass  # it has made none
-
-
-def _as_torch_future(
-    done: Future[Any], x: Tensor, stream: torch.cuda.Stream | None
-) -> torch.futures.Future[Tensor]:
-    """A future for DDP that ends with x, or with the exception's text, when `done` ends."""
-    future: torch.futures.Future[Any] = torch.futures.Future(devices=[x.device] if stream else None)
-
-    def finish(done: Future[Any]) -> None:
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            future.set_result(done.exception() or x)
-
-    done.add_done_callback(finish)
-    return future.then(_value)
-
-
-def _value(future: torch.futures.Future[Any]) -> Tensor:
-    value = future.value()
-    if isinstance(value, BaseException):
-        raise value
-    return value
 
 
 def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
@@ -360,7 +321,13 @@ def _facts(
     }
 
 
-def _check_supported(module: nn.Module, parameters: Mapping[str, nn.Parameter], check_every: int) -> None:
+def _check_supported(
+    model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], check_every: int
+) -> None:
+    if getattr(model, "_comm_hooks", None):
+        raise ConfigError(
+            "the model has a communication hook already", fix="call compress() once, and no other hook"
+        )
     if check_every < 0:
         raise ConfigError("check_every is negative", expected="optimizer steps, or 0", found=str(check_every))
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
@@ -374,7 +341,7 @@ def _check_supported(module: nn.Module, parameters: Mapping[str, nn.Parameter], 
                 found=str(parameter.dtype),
                 fix="convert the model, or exclude the parameter from DDP",
             )
-    for name, child in module.named_modules():
+    for name, child in model.module.named_modules():
         if getattr(child, "sparse", False):
             raise UnsupportedTensor(
                 f"module {name!r} has sparse gradients",

@@ -1,0 +1,143 @@
+"""How DDP's buckets are averaged: by our reduction, or natively with our accounting in the shadow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efficient_dl.comm import (
+    BucketLayout,
+    Compressor,
+    OverlappedReducer,
+    ProcessGroupTransport,
+    ShadowReducer,
+)
+
+TorchFuture = torch.futures.Future
+
+
+class BucketEngine(Protocol):
+    """Averages buckets in the background."""
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
+        """Starts on one bucket; returns what DDP waits for, and what ends when all work on it is done."""
+        ...
+
+    def abort(self) -> None:
+        """Breaks the connections to the peers."""
+        ...
+
+    def stop(self, timeout: float) -> None:
+        """Ends the threads."""
+        ...
+
+    def close(self, timeout: float) -> None:
+        """Ends the threads and gives up the process groups."""
+        ...
+
+
+class CompressedEngine:
+    """Our one-shot reduction, on process groups of its own."""
+
+    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
+        exchange = control.sibling()
+        gather = control.sibling() if control.device.type == "cpu" else exchange
+        self._reducer = OverlappedReducer(compressor, exchange, gather)
+        self.abort = self._reducer.abort
+        self.stop = self._reducer.stop
+        self.close = self._reducer.close
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
+        """See `BucketEngine.start`."""
+        done = self._reducer.submit(x, layout)
+        return _as_torch_future(done, x, self._reducer.stream), done
+
+
+class ShadowEngine:
+    """The native all-reduce, as DDP does it, and our accounting beside it.
+
+    DDP multiplies a gradient by 1 / n while it copies it into its bucket, and so does this. It divides gradients that
+    already lie in their buckets (gradient_as_bucket_view=True with zero_grad(set_to_none=False)), which differs in the
+    last bit unless n is a power of two.
+    """
+
+    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
+        self._control = control
+        self._reducer = ShadowReducer(compressor, control.rank, control.device)
+        self.stop = self.close = self._reducer.stop
+
+    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
+        """See `BucketEngine.start`."""
+        contribution = x.clone()
+        x.mul_(1.0 / self._control.world_size)
+        work = dist.all_reduce(x, group=self._control.group, async_op=True)
+        assert work is not None
+        native = work.get_future()
+        done = self._reducer.submit(contribution, x, native.wait, layout)
+        return native.then(lambda future: future.value()[0]), done
+
+    def abort(self) -> None:
+        """It has no connections of its own."""
+
+
+class HeldStep:
+    """The first step after a restart, in which DDP's buckets are not yet what they were.
+
+    DDP rebuilds its buckets after the first step of a process. A lossy codec sees other shards in other buckets, so the
+    first step is reduced in the buckets of the run that is continued: held back until all gradients are there.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[str]]) -> None:
+        self._buckets = buckets
+        self._parts: dict[str, Tensor] = {}
+        self._results: list[tuple[TorchFuture[Tensor], Tensor]] = []
+        self._started: list[tuple[list[Tensor], TorchFuture[Tensor]]] = []
+
+    def hold(self, x: Tensor, layout: BucketLayout) -> TorchFuture[Tensor]:
+        """Takes one of DDP's buckets, and returns what DDP waits for."""
+        self._parts |= zip(layout.names, x.split(layout.numels), strict=True)
+        result: TorchFuture[Tensor] = TorchFuture(devices=[x.device] if x.is_cuda else None)
+        self._results.append((result, x))
+        return result
+
+    def start(
+        self, all_reduce: Callable[[Tensor, Sequence[str], Sequence[int]], TorchFuture[Tensor]]
+    ) -> None:
+        """Starts on all buckets of the continued run. all_reduce(x, names, numels) starts on one."""
+        for names in self._buckets:
+            parts = [self._parts[name] for name in names]
+            averaged = all_reduce(torch.cat(parts), names, [part.numel() for part in parts])
+            self._started.append((parts, averaged))
+
+    def finish(self) -> None:
+        """Waits for the averages, puts them where DDP wants them, and ends what DDP waits for."""
+        for parts, averaged in self._started:
+            for part, values in zip(parts, averaged.wait().split([p.numel() for p in parts]), strict=True):
+                part.copy_(values)
+        for result, x in self._results:
+            result.set_result(x)
+
+
+def _as_torch_future(done: Future[Any], x: Tensor, stream: torch.cuda.Stream | None) -> TorchFuture[Tensor]:
+    """A future for DDP that ends with x, or with the exception's text, when `done` ends."""
+    future: TorchFuture[Any] = TorchFuture(devices=[x.device] if stream else None)
+
+    def finish(done: Future[Any]) -> None:
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            future.set_result(done.exception() or x)
+
+    done.add_done_callback(finish)
+    return future.then(_value)
+
+
+def _value(future: TorchFuture[Any]) -> Tensor:
+    value = future.value()
+    if isinstance(value, BaseException):
+        raise value
+    return value
