@@ -1,0 +1,291 @@
+"""What goes wrong stops every rank, soon, with an error that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import efficient_dl as edl
+from efficient_dl.errors import (
+    ConfigError,
+    CorruptPacket,
+    EdlError,
+    PlanMismatch,
+    RanksDiverged,
+    TransportError,
+    UnsupportedTensor,
+)
+from tests.distributed.launch import run_failing_ranks, run_ranks
+
+SOON = 20.0  # seconds, on a machine that may be busy; time-outs are longer
+
+
+def ddp(**options: Any) -> DistributedDataParallel:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 5))
+    return DistributedDataParallel(net, bucket_cap_mb=0.05, **options)
+
+
+def step(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(8, 20)).square().mean().backward()
+    optimizer.step()
+
+
+def with_options(rank: int, options: list[dict[str, Any]]) -> None:
+    model = ddp()
+    edl.compress(model, torch.optim.SGD(model.parameters(), lr=0.1), **options[rank])
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ([{"bits": 2.0}, {"bits": 1.5}, {"bits": 2.0}], "plan.bits = 1.5 (rank 1), 2.0 (rank 0)"),
+        ([{}, {}, {"bits": "none"}], "plan.bits = none (rank 2), auto (rank 0)"),
+        ([{}, {"shadow": True}, {}], "shadow = True (rank 1), False (rank 0)"),
+        ([{}, {"check_every": 7}, {}], "check_every = 7 (rank 1), 50 (rank 0)"),
+        ([{}, {}, {"kernel": "reference"}], "kernel = reference (rank 2), native (rank 0)"),
+        ([{"extra": {"data": "a"}}, {"extra": {"data": "b"}}, {}], "extra.data = b (rank 1), a (rank 0)"),
+    ],
+)
+def test_different_options_are_named_on_every_rank(options: list[dict[str, Any]], difference: str) -> None:
+    for outcome in run_failing_ranks(with_options, 3, options):
+        assert isinstance(outcome.error, PlanMismatch)
+        assert difference in str(outcome.error)
+        assert outcome.seconds < SOON
+
+
+def test_an_impossible_option_on_one_rank_stops_all() -> None:
+    outcomes = run_failing_ranks(with_options, 3, [{}, {"bits": 99}, {}])
+    assert isinstance(outcomes[1].error, ConfigError)
+    for rank in (0, 2):
+        assert isinstance(outcomes[rank].error, PlanMismatch)
+        assert "rank 1 cannot start: ConfigError" in str(outcomes[rank].error)
+    assert all(outcome.seconds < SOON for outcome in outcomes)
+
+
+def frozen_on_one_rank(rank: int) -> None:
+    model = ddp()
+    if rank == 1:
+        model.module[0].weight.requires_grad_(False)
+    edl.compress(model)
+
+
+def test_a_parameter_frozen_on_one_rank_is_named() -> None:
+    for outcome in run_failing_ranks(frozen_on_one_rank, 2):
+        assert isinstance(outcome.error, PlanMismatch)
+        assert "parameters.0.weight = torch.float32 [200, 20] on cpu, frozen (rank 1)" in str(outcome.error)
+
+
+def leaving(rank: int, how: str, timeout: float, options: dict[str, Any]) -> None:
+    model = ddp(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    edl.compress(model, optimizer, timeout=timeout)
+    for number in range(6):
+        if rank == 1 and number == 3:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "silent":
+                time.sleep(6)
+            if how == "raises":
+                raise ValueError("the user's own")
+        step(model, optimizer)
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
+def test_a_killed_rank_is_a_transport_error_on_the_others(options: dict[str, Any]) -> None:
+    outcomes = run_failing_ranks(leaving, 3, "killed", 60.0, options)
+    for rank in (0, 2):
+        assert isinstance(outcomes[rank].error, TransportError)
+        assert f"rank {rank} lost rank" in str(outcomes[rank].error)
+        assert outcomes[rank].seconds < SOON
+
+
+def test_an_exception_on_one_rank_ends_the_others() -> None:
+    outcomes = run_failing_ranks(leaving, 3, "raises", 60.0, {})
+    assert [type(outcome.error) for outcome in outcomes] == [TransportError, ValueError, TransportError]
+    assert all(outcome.seconds < SOON for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_given_up_after_the_time_out() -> None:
+    outcomes = run_failing_ranks(leaving, 2, "silent", 2.0, {})
+    assert isinstance(outcomes[0].error, TransportError)
+    assert "rank 0 lost rank 1" in str(outcomes[0].error)
+    assert 2.0 < outcomes[0].seconds < 6.0
+
+
+def diverging(rank: int) -> int:
+    model = ddp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    edl.compress(model, optimizer, bits="identity", check_every=3)
+    for number in range(6):
+        step(model, optimizer)
+        if rank == 2 and number == 1:
+            with torch.no_grad():
+                model.module[2].bias[3] += 1e-6
+    return 0
+
+
+def test_diverged_parameters_are_named_on_every_rank() -> None:
+    for outcome in run_failing_ranks(diverging, 3):
+        assert isinstance(outcome.error, RanksDiverged)
+        assert "after step 3" in str(outcome.error)
+        assert "rank 2 from rank 0" in str(outcome.error)
+        assert "first in '2.bias'; in 1 of 6 parameters" in str(outcome.error)
+
+
+def corrupting(rank: int, stay_seconds: float) -> None:
+    """Rank 1 damages what it sends. Whoever notices stays alive for a while, so that only we can tell the others."""
+    model = ddp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = edl.compress(model, optimizer, bits=2.0, timeout=60.0)
+    encode = compression._compressor.encode
+
+    def damaged(*arguments: Any, **options: Any) -> Tensor:
+        packet = encode(*arguments, **options)
+        packet[-1] ^= 1
+        return packet
+
+    if rank == 1:
+        compression._compressor.encode = damaged  # type: ignore[method-assign]
+    try:
+        step(model, optimizer)
+    except EdlError as error:
+        found = time.monotonic()
+        if isinstance(error, CorruptPacket):
+            time.sleep(stay_seconds)
+        raise type(error)(error.problem, found=str(found)) from error
+
+
+def test_a_damaged_packet_stops_every_rank_while_the_one_that_noticed_lives_on() -> None:
+    outcomes = run_failing_ranks(corrupting, 3, 8.0)
+    kinds = [type(outcome.error) for outcome in outcomes]
+    assert CorruptPacket in kinds
+    assert set(kinds) <= {CorruptPacket, TransportError}
+    noticed = [
+        float(outcome.error.details["found"]) for outcome in outcomes if isinstance(outcome.error, EdlError)
+    ]
+    assert len(noticed) == 3
+    assert max(noticed) - min(noticed) < 5.0
+
+
+def refused(rank: int) -> list[str]:
+    """The kinds of errors for models that cannot be compressed."""
+    double = DistributedDataParallel(nn.Linear(3, 3, dtype=torch.float64))
+    sparse = DistributedDataParallel(nn.Sequential(nn.Embedding(5, 3, sparse=True)))
+    hooked = ddp()
+    edl.compress(hooked)
+    found = []
+    for model, options in [
+        (nn.Linear(3, 3), {}),
+        (double, {}),
+        (sparse, {}),
+        (hooked, {}),
+        (ddp(), {"check_every": -1}),
+        (ddp(), {"bits": "losless"}),
+        (ddp(), {"kernel": "cuda"}),
+    ]:
+        try:
+            edl.compress(model, **options)
+        except (ConfigError, UnsupportedTensor) as error:
+            found.append(f"{type(error).__name__}: {error.problem}")
+    return found
+
+
+def test_what_cannot_be_compressed_is_refused_with_the_reason() -> None:
+    assert (
+        run_ranks(refused, 2)
+        == [
+            [
+                "ConfigError: compress() cannot take a Linear",
+                "UnsupportedTensor: the gradients of parameter 'weight' cannot be compressed",
+                "UnsupportedTensor: module '0' has sparse gradients",
+                "ConfigError: the model has a communication hook already",
+                "ConfigError: check_every is negative",
+                "ConfigError: unknown compression 'losless'",
+                "ConfigError: unknown codec kernel",
+            ]
+        ]
+        * 2
+    )
+
+
+def closed(rank: int) -> str:
+    model = ddp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = edl.compress(model, optimizer)
+    step(model, optimizer)
+    compression.close()
+    compression.close()
+    try:
+        step(model, optimizer)
+    except Exception as error:
+        return str(error)
+    return "no error"
+
+
+def test_training_on_after_close_is_an_error() -> None:
+    assert all("after close()" in text for text in run_ranks(closed, 2))
+
+
+SCRIPT = """
+    import sys, time
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    import efficient_dl as edl
+
+    rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    model = DistributedDataParallel(nn.Linear(300, 300))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = edl.compress(model, optimizer)
+    for step in range(3):
+        if how == "in flight" and step == 2:
+            if rank == 0:          # leave while our threads wait for rank 1
+                started = compression._engine.start(torch.zeros(90300), LAYOUT)
+                raise SystemExit(7)
+            time.sleep(30)
+        model(torch.randn(4, 300)).sum().backward()
+        optimizer.step()
+    if how == "destroyed":
+        dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["nothing", "destroyed", "in flight"])
+def test_a_process_that_never_closes_ends_by_itself(tmp_path: Path, how: str) -> None:
+    script = textwrap.dedent(SCRIPT).replace(
+        "LAYOUT", "__import__('efficient_dl.comm').comm.BucketLayout.of(['weight', 'bias'], [90000, 300], 2)"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), how], env=environment, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    try:
+        waited_for = ranks[:1] if how == "in flight" else ranks
+        errors = [rank.communicate(timeout=60)[1].decode() for rank in waited_for]
+        codes = [rank.returncode for rank in waited_for]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == ([7] if how == "in flight" else [0, 0]), errors

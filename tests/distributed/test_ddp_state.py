@@ -1,0 +1,108 @@
+"""The state of a compression goes through a checkpoint, or is refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import efficient_dl as edl
+from efficient_dl.errors import CheckpointError, PlanMismatch
+from tests.distributed.launch import run_ranks
+
+
+def compressed(bits: str | float) -> tuple[DistributedDataParallel, Any, edl.Compression]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 5))
+    model = DistributedDataParallel(net, bucket_cap_mb=0.01)  # several buckets, rebuilt after the first step
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, edl.compress(model, optimizer, bits, check_every=3)
+
+
+def steps(rank: int, model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        model(torch.randn(8, 20, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def counted(stats: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stats.items() if "seconds" not in key and key != "checks"}
+
+
+def interrupted(rank: int, bits: str | float) -> tuple[dict[str, Any], dict[str, Any], bool, bool]:
+    model, optimizer, compression = compressed(bits)
+    steps(rank, model, optimizer, 0, 6)
+    whole, straight = counted(compression.stats()), list(model.parameters())
+
+    model, optimizer, compression = compressed(bits)
+    steps(rank, model, optimizer, 0, 4)
+    saved, weights, moments = compression.state_dict(), model.state_dict(), optimizer.state_dict()
+    model, optimizer, compression = compressed(bits)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    compression.load_state_dict(saved)
+    exact = compression.state_dict() == saved
+    steps(rank, model, optimizer, 4, 6)
+    same = all(torch.equal(a, b) for a, b in zip(straight, model.parameters(), strict=True))
+    return whole, counted(compression.stats()), exact, same
+
+
+@pytest.mark.parametrize("bits", ["lossless", 2.0])
+def test_a_resumed_run_is_one_that_was_never_interrupted(bits: str | float) -> None:
+    for whole, resumed, exact, same in run_ranks(interrupted, 2, bits):
+        assert exact
+        assert same
+        assert resumed == whole
+
+
+def refusals(rank: int, state: dict[str, Any]) -> list[str]:
+    _, _, compression = compressed(2.0)
+    other = compression.state_dict()
+    cases = [other | {"rank": 1 - rank}, state]
+    texts = []
+    for case in cases:
+        try:
+            compression.load_state_dict(case)
+        except (CheckpointError, PlanMismatch) as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+def saved_state(rank: int, bits: str | float) -> dict[str, Any]:
+    model, optimizer, compression = compressed(bits)
+    steps(rank, model, optimizer, 0, 2)
+    return compression.state_dict()
+
+
+def test_another_ranks_or_plans_state_is_refused() -> None:
+    state = run_ranks(saved_state, 2, "lossless")[0]
+    for rank, texts in enumerate(run_ranks(refusals, 2, {**state, "world_size": 5})):
+        assert texts[0].startswith(
+            f"CheckpointError: rank {rank} was given the compression state of rank {1 - rank}"
+        )
+        assert texts[1].startswith("PlanMismatch: the checkpoint was written under plan")
+
+
+def resized(rank: int, state: dict[str, Any]) -> tuple[int, list[str]]:
+    _, _, compression = compressed(2.0)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("efficient_dl").addHandler(handler)
+    compression.load_state_dict(state)
+    return compression.stats()["wire_bytes"], messages
+
+
+def test_at_another_world_size_the_counters_start_again_and_say_so() -> None:
+    state = run_ranks(saved_state, 2, 2.0)[0]
+    for wire_bytes, messages in run_ranks(resized, 3, state):
+        assert wire_bytes == 0
+        assert messages == [
+            "compression state of 2 ranks, restored on 3: the byte counters start again from zero"
+        ]
