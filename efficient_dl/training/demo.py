@@ -72,12 +72,10 @@ def run_demo(
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:
     """One row a run."""
-    table = Table(
-        title="Bytes are sums over all workers; the uncompressed run's are computed, the others counted"
-    )
-    table.add_column("gradients")
-    for heading in ("validation loss", "sent a step", "bits a value", "ratio", "step time", "of it codec"):
-        table.add_column(heading, justify="right")
+    table = Table(caption="bytes: of all workers; computed for the uncompressed run, counted for the others")
+    table.add_column("gradients", no_wrap=True)
+    for heading in ("val loss", "sent/step", "bits/value", "ratio", "step", "codec"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for one in summaries:
         table.add_row(
             LABELS[str(one.bits)],
@@ -103,7 +101,8 @@ def save_plot(folders: Sequence[RunFolder], summaries: Sequence[Summary], out: P
     for folder, summary, label in zip(folders, summaries, labels, strict=True):
         rows = [row for row in folder.rows() if "loss" in row]
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-        (line,) = by_step.plot(steps, losses, label=label, linewidth=1)
+        width = 4 if summary.bits == "none" else 1  # lossless lies exactly on it
+        (line,) = by_step.plot(steps, losses, label=label, linewidth=width, alpha=0.4 if width > 1 else 1)
         by_bytes.plot(
             [step * summary.wire_bytes_per_step / 1e6 for step in steps], losses, color=line.get_color()
         )
