@@ -35,11 +35,11 @@ def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False)
     device = worker.start(configs[0].run)
     worker.agree(list(configs))
     summaries = []
-    for index, config in enumerate(configs):
-        settled, notes = worker.together(f"settle/{index}", partial(_settled, config, resumed))
+    for config in configs:
+        settled, notes = worker.together("settle", partial(_settled, config, resumed))
         fetch = partial(_data, settled) if worker.local_rank == 0 else lambda: None
-        worker.together(f"fetch/{index}", fetch)  # a download happens once a machine
-        prepared = worker.together(f"prepare/{index}", partial(_prepared, settled, notes))
+        worker.together("fetch", fetch)  # a download happens once a machine
+        prepared = worker.together("prepare", partial(_prepared, settled, notes))
         summaries.append(_train(prepared, device, resumed))
     return summaries
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import pickle
 import signal
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -54,12 +55,13 @@ class Worker:
     size: int
     local_rank: int
     store: dist.Store
+    calls: Iterator[int] = field(default_factory=itertools.count)  # equal on all ranks; makes keys unique
 
     def together(self, name: str, step: Callable[[], T]) -> T:
         """Run `step` on every rank; if it raises an EdlError on any of them, no rank goes on.
 
         The first rank with an error raises it, and so do those with another one; the rest raise PeerFailed.
-        name: the same on all ranks, used once.
+        name: what is done, the same on all ranks.
         """
         try:
             result, error = step(), None
@@ -75,9 +77,10 @@ class Worker:
         raise error
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """Every rank's value in rank order, without a process group. name: the same on all ranks, used once."""
-        self.store.set(f"{name}/{self.rank}", _bytes(value))
-        return [pickle.loads(self.store.get(f"{name}/{rank}")) for rank in range(self.size)]
+        """Every rank's value in rank order, without a process group. name: what it is, the same on all ranks."""
+        key = f"{name}/{next(self.calls)}"
+        self.store.set(f"{key}/{self.rank}", _bytes(value))
+        return [pickle.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
 
     def start(self, run: RunConfig) -> torch.device:
         """Share out the cores, choose the device, and make the default process group.
