@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -37,6 +38,13 @@ class SystemTrainer(Trainer):
         super().__init__(config, data, device, progress)
         self.system = system
         self.kernel_bytes = 0
+
+    def _ddp_arguments(self) -> dict[str, Any]:
+        arguments = super()._ddp_arguments()
+        if self.system.startswith("PowerSGD "):
+            # Collectives of two buckets race on gloo with the default buckets, and end the process.
+            arguments["bucket_cap_mb"] = 100
+        return arguments
 
     def _compress(self) -> Compression:
         compression = super()._compress()  # bits = "none" for a peer: nothing of ours is in its way

@@ -73,18 +73,18 @@ class Trainer:
         self.compute_seconds = measure.compute_seconds(
             self.model, self.device, lambda: self._backward(self.model)
         )
-        # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: bool(self.trained_buffers)}
         self.ddp = DistributedDataParallel(
-            self.model,
-            device_ids=[self.device] if self._on_gpu else None,
-            **buffers,
+            self.model, device_ids=[self.device] if self._on_gpu else None, **self._ddp_arguments()
         )
         self._settle_buckets()
         self.compression = self._compress()
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
+
+    def _ddp_arguments(self) -> dict[str, Any]:
+        # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
+        return {_SYNC_BUFFERS: bool(self.trained_buffers)}
 
     def _settle_buckets(self) -> None:
         """Let DDP arrange its buckets before the first step, so that every step of every run has the same ones.
