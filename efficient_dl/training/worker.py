@@ -126,8 +126,9 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     own_launcher: the parent process reports signals.
     """
     worker: Worker | None = None
+    stops: list[Stopped] = []
     try:
-        with _signals_raise_stopped():
+        with _signals_raise_stopped(stops):
             worker = _find_peers()
             result = main(worker, *args)
             if dist.is_initialized():
@@ -139,18 +140,22 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     except BaseException as error:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # reporting is short and bounded; let it finish
-        code = _report(error, worker, own_launcher)
+        # After a signal every error is its consequence; torch turns one raised inside a hook into a RuntimeError.
+        code = _report(stops[0] if stops else error, worker, own_launcher)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # threads stuck in collectives would keep a normal exit waiting
 
 
 @contextlib.contextmanager
-def _signals_raise_stopped() -> Iterator[None]:
+def _signals_raise_stopped(stops: list[Stopped]) -> Iterator[None]:
+    """Inside, a signal raises Stopped in the main thread, which is also put into stops."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         for one in SIGNALS:
             signal.signal(one, signal.SIG_IGN)  # once is enough
-        raise Stopped(number)
+        stops.append(Stopped(number))
+        raise stops[0]
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
