@@ -4,13 +4,22 @@ An all-reduce is one-shot. Every rank owns one shard of a bucket:
 
     encode the others' shards -> exchange -> decode and sum in rank order -> encode the sum -> gather -> decode
 
-so a value is rounded once on its way up and once on its way down, however many ranks there are, and what is applied
-is what was decoded from the owner's packet, on the owner too: all ranks end bitwise equal.
+so a value is rounded once on its way up and once on its way down, however many ranks there are (a ring rounds at every
+hop), and what is applied is what was decoded from the owner's packet, on the owner too: all ranks end bitwise equal.
 
-`Transport` moves bytes (`LoopbackHub`: threads of one process; `ProcessGroupTransport`: torch.distributed).
-`BucketLayout` cuts buckets into shards. `Compressor` is codec + plan + meter. `all_reduce` does it at once, and
-`OverlappedReducer` beside the
-caller, in the steps of `Reduction`, one thread each. `handshake` and `check_equal` compare ranks.
+What each part promises:
+
+- `Transport` moves bytes and never looks inside. Messages have any length, which the receiver does not know; the sizes
+  travel first and are counted. One transfer at a time, in one order on all ranks; whoever waits in vain gets a
+  `TransportError` that names the peer. `LoopbackHub` joins threads of one process, `ProcessGroupTransport` processes.
+- `BucketLayout` cuts a flat bucket of named parameters into one shard a rank, on the codecs' block boundaries.
+- `Compressor` is plan + codec + meter. Its state is keyed by parameter names, never by buckets.
+- `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
+  `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
+  the same on all ranks. A failure ends all that is queued.
+- `ShadowReducer` counts what that would have sent, beside the native collective.
+- `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
+- `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
 """
 
 from efficient_dl.comm.collectives import Reduction, all_reduce

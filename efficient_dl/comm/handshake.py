@@ -45,7 +45,7 @@ def handshake(facts: Mapping[str, Any], transport: Transport, failure: EdlError 
         raise PlanMismatch(
             f"rank {rank} is set up differently from rank 0",
             differs=_first_difference(first, everyone[rank]["facts"], rank),
-            where=f"of {len(everyone)} ranks, {_listed(differing)} differ from rank 0",
+            where=f"different from rank 0: {_listed(differing)}, of {len(everyone)} ranks",
             fix=_FIX,
         )
 

@@ -29,6 +29,8 @@ class ShadowReducer:
         self, contribution: Tensor, result: Tensor, wait: Callable[[], object], layout: BucketLayout
     ) -> Future[ShadowReduction]:
         """Queues the accounting of one bucket; see `ShadowReduction`."""
+        if self._pipeline.stream is not None:
+            contribution.record_stream(self._pipeline.stream)
         return self._pipeline.submit(
             ShadowReduction(contribution, result, wait, layout, self._compressor, self._rank)
         )

@@ -34,6 +34,7 @@ from efficient_dl.integrations.ddp_buckets import BucketEngine, CompressedEngine
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REBUILD_STEPS = 4  # DDP rebuilds its buckets after the first step, or with a static graph after the second
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
@@ -126,6 +127,7 @@ class Compression:
         self._step_buckets: list[list[str]] = []
         self._buckets: list[list[str]] = []
         self._held: HeldStep | None = None
+        self._steps_to_hold = 0
         self._engine = self._make_engine()
         if self._engine is not None:
             model.register_comm_hook(self, _reduce_bucket)
@@ -146,12 +148,16 @@ class Compression:
         state = self._compressor.meter.state_dict()
         if all_ranks:
             state = combined(gather_json(state, self._control))
-        source = "analytic" if self.plan.codec == "none" else "shadow" if self.shadow else "counted"
+        kernel, source = self._compressor.codec.kernel_for(self._control.device), "counted"
+        if self.plan.codec == "none":
+            kernel, source = "none", "analytic"
+        elif self.shadow:
+            source = "shadow"
         return {
             "bits": self.plan.bits,
             "codec": self.plan.codec,
             "reason": self.plan.reason,
-            "kernel": self._compressor.codec.kernel_for(self._control.device),
+            "kernel": kernel,
             "exact": self._compressor.codec.exact,
             "shadow": self.shadow,
             "world_size": self._control.world_size,
@@ -178,8 +184,8 @@ class Compression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues exactly from this rank's `state_dict`, which was taken after at least two steps.
 
-        The next step is reduced in the buckets that the saved run had, because DDP rebuilds its own only after that;
-        it does not overlap backward. At another world size the counters of bytes, values and seconds start again from
+        The next steps are reduced in the buckets that the saved run had, until DDP has rebuilt its own; they do not
+        overlap backward. At another world size the counters of bytes, values and seconds start again from
         zero, which is logged: they belong to ranks that are no more. Raises PlanMismatch for another plan,
         CheckpointError for another rank, model or version.
         """
@@ -194,7 +200,7 @@ class Compression:
         self._optimizer_steps = state["optimizer_steps"]
         if state["world_size"] == control.world_size:
             self._buckets = [list(names) for names in state["buckets"]]
-            self._hold_next_step()
+            self._hold_steps()
         else:
             self._compressor.meter.load_state_dict(fresh)
             _log.warning(
@@ -203,15 +209,15 @@ class Compression:
                 control.world_size,
             )
 
-    def _hold_next_step(self) -> None:
+    def _hold_steps(self) -> None:
         if not self._buckets or self.shadow or self._engine is None:
             return
         averaged = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         if averaged == {name for names in self._buckets for name in names}:
-            self._held = HeldStep(self._buckets)
+            self._steps_to_hold = _REBUILD_STEPS
         else:
             _log.warning(
-                "other parameters are trained than before: the next step is not reduced as it was to be"
+                "other parameters are trained than before: the next steps are not reduced as they were to be"
             )
 
     def close(self, timeout: float = 10.0) -> None:
@@ -239,7 +245,8 @@ class Compression:
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
-        elif self._held is not None:
+        elif self._steps_to_hold:
+            self._held = self._held or HeldStep(self._buckets)
             result = self._held.hold(bucket.buffer(), self._layout(names, [p.numel() for p in parameters]))
         else:
             result = self._start(bucket.buffer(), names, [p.numel() for p in parameters])
@@ -266,7 +273,15 @@ class Compression:
         start = time.perf_counter()
         self._wait()
         self._pending = []
-        self._buckets, self._step_buckets = self._step_buckets, []
+        buckets, self._step_buckets = self._step_buckets, []
+        if self._steps_to_hold and buckets != self._buckets:
+            self._steps_to_hold -= 1
+            if not self._steps_to_hold:
+                _log.warning(
+                    "DDP builds other buckets than before the restart: a lossy run is not bit for bit the same"
+                )
+        else:
+            self._buckets, self._steps_to_hold = buckets, 0
         self._compressor.meter.stepped(time.perf_counter() - start)
 
     def _wait(self) -> None:

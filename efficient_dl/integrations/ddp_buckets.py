@@ -87,10 +87,10 @@ class ShadowEngine:
 
 
 class HeldStep:
-    """The first step after a restart, in which DDP's buckets are not yet what they were.
+    """A step after a restart, in which DDP's buckets are not yet what they were.
 
-    DDP rebuilds its buckets after the first step of a process. A lossy codec sees other shards in other buckets, so the
-    first step is reduced in the buckets of the run that is continued: held back until all gradients are there.
+    DDP rebuilds its buckets after the first steps of a process. A lossy codec sees other shards in other buckets, so
+    until then steps are reduced in the buckets of the run that is continued: held back until all gradients are there.
     """
 
     def __init__(self, buckets: Sequence[Sequence[str]]) -> None:

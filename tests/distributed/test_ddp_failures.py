@@ -169,6 +169,7 @@ def corrupting(rank: int, stay_seconds: float) -> None:
         raise type(error)(error.problem, found=str(found)) from error
 
 
+@pytest.mark.slow
 def test_a_damaged_packet_stops_every_rank_while_the_one_that_noticed_lives_on() -> None:
     outcomes = run_failing_ranks(corrupting, 3, 8.0)
     kinds = [type(outcome.error) for outcome in outcomes]

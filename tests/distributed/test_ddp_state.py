@@ -11,14 +11,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
-from efficient_dl.errors import CheckpointError, PlanMismatch
+from efficient_dl.errors import CheckpointError, PlanMismatch, TransportError
 from tests.distributed.launch import run_ranks
 
 
-def compressed(bits: str | float) -> tuple[DistributedDataParallel, Any, edl.Compression]:
+def compressed(bits: str | float, **options: bool) -> tuple[DistributedDataParallel, Any, edl.Compression]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 5))
-    model = DistributedDataParallel(net, bucket_cap_mb=0.01)  # several buckets, rebuilt after the first step
+    model = DistributedDataParallel(
+        net, bucket_cap_mb=0.01, **options
+    )  # several buckets, rebuilt after the first step
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return model, optimizer, edl.compress(model, optimizer, bits, check_every=3)
 
@@ -35,15 +37,17 @@ def counted(stats: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in stats.items() if "seconds" not in key and key != "checks"}
 
 
-def interrupted(rank: int, bits: str | float) -> tuple[dict[str, Any], dict[str, Any], bool, bool]:
-    model, optimizer, compression = compressed(bits)
+def interrupted(
+    rank: int, bits: str | float, options: dict[str, bool]
+) -> tuple[dict[str, Any], dict[str, Any], bool, bool]:
+    model, optimizer, compression = compressed(bits, **options)
     steps(rank, model, optimizer, 0, 6)
     whole, straight = counted(compression.stats()), list(model.parameters())
 
-    model, optimizer, compression = compressed(bits)
+    model, optimizer, compression = compressed(bits, **options)
     steps(rank, model, optimizer, 0, 4)
     saved, weights, moments = compression.state_dict(), model.state_dict(), optimizer.state_dict()
-    model, optimizer, compression = compressed(bits)
+    model, optimizer, compression = compressed(bits, **options)
     model.load_state_dict(weights)
     optimizer.load_state_dict(moments)
     compression.load_state_dict(saved)
@@ -54,11 +58,32 @@ def interrupted(rank: int, bits: str | float) -> tuple[dict[str, Any], dict[str,
 
 
 @pytest.mark.parametrize("bits", ["lossless", 2.0])
-def test_a_resumed_run_is_one_that_was_never_interrupted(bits: str | float) -> None:
-    for whole, resumed, exact, same in run_ranks(interrupted, 2, bits):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}],
+)
+def test_a_resumed_run_is_one_that_was_never_interrupted(bits: str | float, options: dict[str, bool]) -> None:
+    for whole, resumed, exact, same in run_ranks(interrupted, 2, bits, options):
         assert exact
         assert same
         assert resumed == whole
+
+
+def lost_after_resuming(rank: int, state: list[dict[str, Any]]) -> str:
+    model, optimizer, compression = compressed(2.0)
+    compression.load_state_dict(state[rank])
+    if rank == 1:
+        return ""
+    try:
+        steps(rank, model, optimizer, 2, 3)
+    except TransportError as error:
+        return error.problem
+    return "no error"
+
+
+def test_a_rank_that_is_lost_in_the_first_step_after_resuming_is_named() -> None:
+    state = run_ranks(saved_state, 2, 2.0)
+    assert run_ranks(lost_after_resuming, 2, state)[0].startswith("rank 0 lost rank 1")
 
 
 def refusals(rank: int, state: dict[str, Any]) -> list[str]:

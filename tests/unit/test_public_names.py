@@ -1,0 +1,24 @@
+"""What `import efficient_dl` offers, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import efficient_dl
+
+
+def test_every_public_name_exists() -> None:
+    assert all(callable(getattr(efficient_dl, name)) for name in efficient_dl.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="compres"):
+        efficient_dl.compres  # noqa: B018
+
+
+def test_importing_the_package_alone_does_not_load_torch() -> None:
+    check = "import efficient_dl, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
