@@ -18,8 +18,8 @@ from efficient_dl.training.run_folder import CONFIG, RunFolder, Summary
 
 BITS = ("none", "lossless", "2.0")
 LABELS = {"none": "uncompressed", "lossless": "lossless", "2.0": "2 bits"}
-STEPS = 500  # three times this, evaluations and start included, take about 75 s on two cores
-QUICK_STEPS = 50
+STEPS = 400  # three times this, evaluations and start included, took 60 s on two cores
+QUICK_STEPS = 40
 OUT = Path("runs/demo")
 
 
