@@ -148,8 +148,12 @@ def _report(
         losses = values(system, "val_loss")
         mean, half = relative_differences(losses, values(REFERENCE, "val_loss")[: len(losses)])
         rows += [
-            Row(BENCH, case, system, "relative_loss_difference", mean, "fraction", False),
-            Row(BENCH, case, system, "relative_loss_difference_upper95", mean + half, "fraction", False),
+            Row(BENCH, f"{case}, {len(losses)} pairs", system, metric, value, "fraction", False)
+            for metric, value in (
+                ("relative_loss_difference", mean),
+                ("relative_loss_difference_upper95", mean + half),
+            )
+            if system != REFERENCE and not math.isnan(value)
         ]
         sent = statistics.mean(values(system, "kernel_bytes_per_step")) / 1e6
         table.add_row(
