@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.comm.compressor import Compressor
-from efficient_dl.comm.layout import BucketLayout
+from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.transport import Transport, Work
 
@@ -40,31 +40,41 @@ class Reduction:
         self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
         self._outgoing: list[Tensor] = []
         self._packet = x.new_empty(0, dtype=torch.uint8)
+        self._buffers: list[Tensor] = []
 
     def encode(self) -> None:
         """Step 1: encodes the shards of the other ranks."""
         self._outgoing = [
-            self._packet
-            if owner == self.rank
-            else self._compressor.encode(self._shards[owner], shard, self._tally, copies=1)
+            self._packet if owner == self.rank else self._encode(self._shards[owner], shard, copies=1)
             for owner, shard in enumerate(self.layout.shards)
         ]
 
     def exchange_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, sums up the own shard and encodes the sum."""
         incoming = self._transfer(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
-        self._outgoing = []
+        self._give_back()
         reduced = self._sum(incoming).to(self.x.dtype)
-        world_size = len(self._shards)
-        shard = self.layout.shards[self.rank]
-        self._packet = self._compressor.encode(reduced, shard, self._tally, copies=world_size - 1)
+        self._packet = self._encode(reduced, self.layout.shards[self.rank], copies=len(self._shards) - 1)
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
         packets = self._transfer(transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1))
         for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
             self._compressor.decode(packet, part, shard, self._tally)
+        self._give_back()
         self._compressor.meter.add(self._tally)
+
+    def _encode(self, x: Tensor, shard: Shard, copies: int) -> Tensor:
+        room = self._take(self._compressor.max_bytes(shard, x.dtype))
+        return self._compressor.encode(x, room, shard, self._tally, copies)
+
+    def _take(self, num_bytes: int) -> Tensor:
+        self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))
+        return self._buffers[-1][:num_bytes]
+
+    def _give_back(self) -> None:
+        self._compressor.buffers.give(self._buffers)
+        self._buffers = []
 
     def _transfer(self, work: Work[list[Tensor]], packet_bytes: int) -> list[Tensor]:
         start = time.perf_counter()
@@ -75,7 +85,7 @@ class Reduction:
 
     def _sum(self, incoming: list[Tensor]) -> Tensor:
         own = self._shards[self.rank]
-        total = torch.empty_like(own, dtype=torch.float32)
+        total = self._take(4 * own.numel()).view(torch.float32)
         for source, packet in enumerate(incoming):
             if source != self.rank:
                 shard = self.layout.shards[self.rank]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import Codec, PacketStats, make_codec
+from efficient_dl.comm.buffers import BufferPool
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
 from efficient_dl.comm.plan import Plan
@@ -33,6 +34,7 @@ class Compressor:
         # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
         self.codec: Codec = make_codec("identity" if plan.codec == "none" else plan.codec, kernel=kernel)
         self.meter = Meter(names)
+        self.buffers = BufferPool()
         self._identity = make_codec("identity")
 
     @property
@@ -40,16 +42,18 @@ class Compressor:
         """Whether the packets of this step are also measured for their error."""
         return not self.codec.exact and self.meter.steps % SAMPLE_EVERY_STEPS == 0
 
-    def encode(self, x: Tensor, shard: Shard, tally: Tally, copies: int) -> Tensor:
-        """Returns the packet of x, the values of a shard, and counts that it leaves in so many copies."""
+    def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
+        """The largest packet of a shard."""
+        return self.codec.max_bytes(shard.numel, dtype, shard.side)
+
+    def encode(self, x: Tensor, room: Tensor, shard: Shard, tally: Tally, copies: int) -> Tensor:
+        """Returns the packet of x, the values of a shard, and counts that it leaves in so many copies.
+
+        room: uint8, at least `max_bytes`; the packet is its front.
+        """
         stats = PacketStats()
         start = time.perf_counter()
-        room = torch.empty(
-            self.codec.max_bytes(x.numel(), x.dtype, shard.side), dtype=torch.uint8, device=x.device
-        )
-        packet = room[
-            : int(self.codec.encode_into(x, room, shard.side, stats))
-        ]  # without the copy of encode()
+        packet = room[: int(self.codec.encode_into(x, room, shard.side, stats))]
         tally.encoded(stats, time.perf_counter() - start)
         tally.sent(shard, packet.numel(), self._identity.max_bytes(x.numel(), x.dtype), copies)
         if self.samples_error:

@@ -43,6 +43,7 @@ class ProcessGroupTransport:
         self.timeout = timeout
         self.rank = group.rank()
         self.world_size = group.size()
+        self._receive_buffers: dict[int, Tensor] = {}
 
     def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
         """See `Transport.exchange`."""
@@ -62,11 +63,20 @@ class ProcessGroupTransport:
             timeout=timedelta(seconds=self.timeout),
             backend=_BACKENDS[self.device.type],
             # A part of the ranks synchronizes alone. All ranks do without, because torch then names groups by
-            # a counter: names made from ranks come again after `close`, and with them the old group's addresses.
+            # a counter: names made from ranks and the number of groups come again after a group is destroyed, and
+            # with them the old group's addresses.
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         assert isinstance(group, dist.ProcessGroup)
         return ProcessGroupTransport(group, self.device, self.timeout)
+
+    def receive_buffer(self, source: int, num_bytes: int) -> Tensor:
+        """Memory for a message from this rank, used again for its next one: fresh pages are slow (`BufferPool`)."""
+        buffer = self._receive_buffers.get(source)
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)
+            self._receive_buffers[source] = buffer
+        return buffer[:num_bytes]
 
     def abort(self) -> None:
         """See `Transport.abort`."""
@@ -83,7 +93,10 @@ class ProcessGroupTransport:
     def close(self) -> None:
         """See `Transport.close`. Does nothing once torch.distributed was shut down."""
         with suppress(ValueError):
-            dist.destroy_process_group(self.group)
+            if self.world_size < dist.get_world_size():
+                self.abort()  # but it stays registered, because of the names; see `sibling`
+            else:
+                dist.destroy_process_group(self.group)
 
     @contextmanager
     def naming(self, peer: int, doing: str) -> Generator[None]:
@@ -135,7 +148,7 @@ class _PairwiseWork:
         incoming = list(self._outgoing)
         for source, target in self._rounds:
             self._finish(self._receiving[source], source, deadline)
-            message = torch.empty(int(self._sizes[source]), dtype=torch.uint8)
+            message = self._transport.receive_buffer(source, int(self._sizes[source]))
             receiving = self._receive(message, source) if message.numel() else None
             sending = self._send(self._outgoing[target], target) if self._outgoing[target].numel() else None
             self._finish(receiving, source, deadline)

@@ -25,15 +25,17 @@ class ShadowReducer:
         stages = [ShadowReduction.encode, ShadowReduction.encode_result]
         self._pipeline: Pipeline[ShadowReduction] = Pipeline("edl-shadow", stages, device)
 
-    def submit(
-        self, contribution: Tensor, result: Tensor, wait: Callable[[], object], layout: BucketLayout
-    ) -> Future[ShadowReduction]:
-        """Queues the accounting of one bucket; see `ShadowReduction`."""
+    def watch(self, x: Tensor, layout: BucketLayout) -> ShadowReduction:
+        """Copies a bucket before the native all-reduce changes it."""
+        reduction = ShadowReduction(x, layout, self._compressor, self._rank)
         if self._pipeline.stream is not None:
-            contribution.record_stream(self._pipeline.stream)
-        return self._pipeline.submit(
-            ShadowReduction(contribution, result, wait, layout, self._compressor, self._rank)
-        )
+            reduction.contribution.record_stream(self._pipeline.stream)
+        return reduction
+
+    def submit(self, reduction: ShadowReduction, wait: Callable[[], object]) -> Future[ShadowReduction]:
+        """Queues the accounting of a bucket; wait() returns when the native all-reduce is complete."""
+        reduction.wait = wait
+        return self._pipeline.submit(reduction)
 
     def stop(self, timeout: float) -> None:
         """Lets what is queued finish, and ends the threads."""
@@ -43,47 +45,51 @@ class ShadowReducer:
 class ShadowReduction:
     """Encodes and decodes what a `Reduction` would, sends nothing, and counts as if it had.
 
-    contribution: this rank's values of the bucket; nothing else may change them.
-    result: what the native all-reduce makes of it, complete when wait() returns; only read.
+    x: a bucket with this rank's values, copied here and now; the native all-reduce then replaces them by its result,
+        which is read after `wait`.
     """
 
-    def __init__(
-        self,
-        contribution: Tensor,
-        result: Tensor,
-        wait: Callable[[], object],
-        layout: BucketLayout,
-        compressor: Compressor,
-        rank: int,
-    ) -> None:
-        self._contribution = contribution
-        self._result = result
-        self._wait = wait
+    wait: Callable[[], object]
+
+    def __init__(self, x: Tensor, layout: BucketLayout, compressor: Compressor, rank: int) -> None:
+        self._result = x
         self._layout = layout
         self._compressor = compressor
         self._rank = rank
         self._tally = Tally(layout)
+        self._buffers: list[Tensor] = []
+        self.contribution = self._take(x.numel() * x.element_size()).view(x.dtype).copy_(x)
 
     def encode(self) -> None:
         """Step 1: the packets to the shards' owners. Decoding them stands for decoding as many from the others."""
         for owner, shard in enumerate(self._layout.shards):
             if owner != self._rank:
-                part = self._contribution[shard.start : shard.stop]
-                self._decode(self._compressor.encode(part, shard, self._tally, copies=1), shard)
+                part = self.contribution[shard.start : shard.stop]
+                self._decode(self._encode(part, shard, copies=1), shard)
 
     def encode_result(self) -> None:
         """Step 2: the packet of the own shard's result. Decoding it stands for decoding all shards' results."""
-        self._wait()
+        self.wait()
         shards = self._layout.shards
         shard = shards[self._rank]
         copies = len(shards) - 1
-        part = self._result[shard.start : shard.stop]
-        packet = self._compressor.encode(part, shard, self._tally, copies)
+        packet = self._encode(self._result[shard.start : shard.stop], shard, copies)
         for _ in shards:
             self._decode(packet, shard)
+        self._compressor.buffers.give(self._buffers)
         self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
 
+    def _encode(self, x: Tensor, shard: Shard, copies: int) -> Tensor:
+        room = self._take(self._compressor.max_bytes(shard, x.dtype))
+        return self._compressor.encode(x, room, shard, self._tally, copies)
+
     def _decode(self, packet: Tensor, shard: Shard) -> None:
-        out = torch.empty(shard.numel, dtype=torch.float32, device=packet.device)
+        buffer = self._compressor.buffers.take(4 * shard.numel, packet.device)
+        out = buffer[: 4 * shard.numel].view(torch.float32)
         self._compressor.decode(packet, out, shard, self._tally)
+        self._compressor.buffers.give([buffer])
+
+    def _take(self, num_bytes: int) -> Tensor:
+        self._buffers.append(self._compressor.buffers.take(num_bytes, self._result.device))
+        return self._buffers[-1][:num_bytes]

@@ -31,7 +31,8 @@ class Transport(Protocol):
 
     Messages are contiguous 1-D uint8 tensors on `device`, of any length, zero included, different for each pair of
     ranks and unknown to the receiver beforehand. All ranks call the same methods in the same order, and wait for
-    one transfer before they start the next on the same transport. After an error a transport is unusable.
+    one transfer before they start the next on the same transport; what was received is valid until then, because
+    its memory is used again. After an error a transport is unusable.
     """
 
     @property

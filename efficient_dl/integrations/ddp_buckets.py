@@ -74,12 +74,12 @@ class ShadowEngine:
 
     def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
         """See `BucketEngine.start`."""
-        contribution = x.clone()
+        watched = self._reducer.watch(x, layout)
         x.mul_(1.0 / self._control.world_size)
         work = dist.all_reduce(x, group=self._control.group, async_op=True)
         assert work is not None
         native = work.get_future()
-        done = self._reducer.submit(contribution, x, native.wait, layout)
+        done = self._reducer.submit(watched, native.wait)
         return native.then(lambda future: future.value()[0]), done
 
     def abort(self) -> None:

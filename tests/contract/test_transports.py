@@ -78,17 +78,20 @@ def many(transport: Transport) -> bool:
     return True
 
 
-def keep(transport: Transport) -> bool:
-    """What was received must not change with what is sent or received later."""
-    outgoing = [torch.full((5,), transport.rank, dtype=torch.uint8) for _ in range(transport.world_size)]
-    first = transport.exchange(outgoing).wait()
-    transport.gather(torch.full((5,), 99, dtype=torch.uint8)).wait()
-    outgoing[0].fill_(77)
-    return all(
-        first[source].tolist() == [source] * 5
-        for source in range(transport.world_size)
-        if source != transport.rank
-    )
+def sent_and_changed(transport: Transport) -> bool:
+    """What was sent may be changed after wait(), while what was received stays until the next transfer."""
+    others = [source for source in range(transport.world_size) if source != transport.rank]
+    good = True
+    for turn in range(5):
+        outgoing = [
+            torch.full((5000,), transport.rank + turn, dtype=torch.uint8) for _ in range(transport.world_size)
+        ]
+        received = transport.exchange(outgoing).wait()
+        for message in outgoing:
+            message.fill_(77)
+        time.sleep(0.01)
+        good &= all(received[source].eq(source + turn).all() for source in others)
+    return good
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -116,8 +119,8 @@ def test_transfers_in_a_row_stay_in_order(run: Runner) -> None:
     assert run(many, 3) == [True] * 3
 
 
-def test_received_messages_stay_as_they_are(run: Runner) -> None:
-    assert run(keep, 3) == [True] * 3
+def test_received_messages_stay_until_the_next_transfer(run: Runner) -> None:
+    assert run(sent_and_changed, 3) == [True] * 3
 
 
 def wait_in_vain(transport: Transport) -> tuple[str, float]:
