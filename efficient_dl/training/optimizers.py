@@ -46,9 +46,13 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over copies of a `state_dict()`'s tensors. Raises CheckpointError for an unknown parameter."""
+        """Take over copies of a `state_dict()`'s tensors, each on its parameter's device.
+
+        As in torch, a count of steps stays where it is unless the optimizer is fused or capturable. Raises
+        CheckpointError for an unknown parameter.
+        """
         owners = {
-            self._names[parameter]: (part, parameter)
+            self._names[parameter]: (part, parameter, bool(group.get("fused") or group.get("capturable")))
             for part in self.parts
             for group in part.param_groups
             for parameter in group["params"]
@@ -59,10 +63,14 @@ class Optimizer:
             name, _, field = key.rpartition("/")
             if name not in owners:
                 raise CheckpointError(
-                    "the checkpoint's optimizer has a parameter that the model lacks", found=name
+                    "the checkpoint's optimizer has a parameter that the model lacks",
+                    found=name,
+                    fix="resume with the model of the run's config.toml, or start a new run in another --out",
                 )
-            part, parameter = owners[name]
-            part.state[parameter][field] = value.detach().clone()
+            part, parameter, counts_on_device = owners[name]
+            stays = field == "step" and not counts_on_device
+            device = value.device if stays else parameter.device
+            part.state[parameter][field] = value.detach().to(device, copy=True)
 
 
 def _sgd(

@@ -16,6 +16,7 @@ from efficient_dl.cli import TrainFlags, app, settled_config
 from efficient_dl.config import Config, DataSpec, ModelConfig, OptimizerConfig, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, DiskFull, LaunchError
 from efficient_dl.models import build_model
+from efficient_dl.training import optimizers
 from efficient_dl.training.checkpoint import CheckpointFolder
 from efficient_dl.training.console import byte_text, row_text
 from efficient_dl.training.demo import demo_configs
@@ -94,6 +95,24 @@ def test_an_optimizer_continues_bit_for_bit_from_its_named_state(name: str) -> N
     continue_training(model, other, range(3, 5))
     for expected, found in zip(whole.parameters(), model.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize(("fused", "count_device"), [(False, "cpu"), (True, "meta")])
+def test_restored_state_lies_where_its_parameter_does(
+    fused: bool, count_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, saved = trained("adamw")
+    monkeypatch.setitem(
+        optimizers._BUILDERS,
+        "adamw",
+        lambda model, parameters, config: [torch.optim.AdamW(parameters.values())],
+    )
+    moved = build_model(ModelConfig(size="nano", context=16), TEXT).to("meta")
+    optimizer = Optimizer(moved, OptimizerConfig(name="adamw"))
+    optimizer.parts[0].param_groups[0]["fused"] = fused
+    optimizer.load_state_dict(saved.state_dict())
+    devices = {(key.rpartition("/")[2], value.device.type) for key, value in optimizer.state_dict().items()}
+    assert devices == {("exp_avg", "meta"), ("exp_avg_sq", "meta"), ("step", count_device)}
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
