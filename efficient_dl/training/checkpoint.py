@@ -78,9 +78,10 @@ class CheckpointFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._remove_partial()
                 partial.mkdir()
-                (partial / _ABOUT).write_text(
-                    json.dumps({"step": step, "ranks": _world_size(), **about}, indent=1)
-                )
+                with (partial / _ABOUT).open("w") as file:
+                    json.dump({"step": step, "ranks": _world_size(), **about}, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
         _barrier()
         try:
             dcp.save(state, checkpoint_id=partial)
