@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,13 @@ def _read_idx(folder: Path, name: str, num_axes: int) -> NDArray[np.uint8]:
         )
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError("a file of Fashion-MNIST cannot be read", found=str(error), where=str(path)) from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(
+            "a file of Fashion-MNIST cannot be read",
+            found=str(error),
+            where=str(path),
+            fix="remove the file and fetch it again",
+        ) from None
     header_bytes = 4 + 4 * num_axes
     head = np.frombuffer(content[:header_bytes].ljust(header_bytes, b"\0"), dtype=">u4")
     shape = tuple(int(one) for one in head[1:])

@@ -133,7 +133,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError("meta.json cannot be read", found=str(error), where=str(path)) from None
+        fix = 'write it as JSON, for example {"dtype": "uint16", "vocab_size": 50257}, or remove it'
+        raise DataError("meta.json cannot be read", found=str(error), where=str(path), fix=fix) from None
     if not isinstance(meta, dict):
         fix = 'for example {"dtype": "uint16", "vocab_size": 50257}'
         raise DataError("meta.json is not an object", where=str(path), fix=fix)
@@ -183,7 +184,8 @@ def _map_tokens(file: Path, dtype: np.dtype[Any]) -> Tokens:
     try:
         return np.memmap(file, dtype=dtype, mode="r")
     except OSError as error:
-        raise DataError("the tokens cannot be read", found=str(error), where=str(file)) from None
+        fix = "see whether the file may be read, and whether its file system can map files"
+        raise DataError("the tokens cannot be read", found=str(error), where=str(file), fix=fix) from None
 
 
 def _vocabulary(meta: dict[str, Any], files: list[Path], arrays: list[Tokens]) -> int:
@@ -192,7 +194,8 @@ def _vocabulary(meta: dict[str, Any], files: list[Path], arrays: list[Tokens]) -
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
         where = str(files[0].parent / "meta.json")
-        raise DataError("vocab_size is not a positive whole number", found=repr(size), where=where)
+        fix = 'correct it, for example {"vocab_size": 50257}, or remove it and set data.vocabulary'
+        raise DataError("vocab_size is not a positive whole number", found=repr(size), where=where, fix=fix)
     if sum(one.nbytes for one in arrays) > SCAN_BYTES:
         raise DataError(
             "the size of the vocabulary is unknown",

@@ -122,5 +122,9 @@ def restore_tensors(state: Mapping[str, torch.Tensor], model: nn.Module, optimiz
     try:
         model.load_state_dict(parts["model"])
     except RuntimeError as error:
-        raise CheckpointError("the checkpoint is of another model", found=str(error)) from None
+        raise CheckpointError(
+            "the checkpoint is of another model",
+            found=str(error),
+            fix="resume with the model of the run's config.toml, or start a new run in another --out",
+        ) from None
     optimizer.load_state_dict(parts["optimizer"])

@@ -55,7 +55,12 @@ TASKS: dict[str, Task] = {
 def task_for(kind: str) -> Task:
     """The task of a data kind, "tokens" or "images". Raises ConfigError for another one."""
     if kind not in TASKS:
-        raise ConfigError("there is no training task for this data", expected=" | ".join(TASKS), found=kind)
+        raise ConfigError(
+            "there is no training task for this data",
+            expected=" | ".join(TASKS),
+            found=kind,
+            fix="take data of one of these kinds, or add the kind's loss and metrics to training/task.py",
+        )
     return TASKS[kind]
 
 

@@ -306,6 +306,16 @@ def test_damaged_idx_files_are_data_errors(
         load_data(DataConfig(name="fashion-mnist", path=str(tmp_path)))
 
 
+def test_a_damaged_gzip_file_is_a_data_error(tmp_path: Path) -> None:
+    _write_fashion_mnist(tmp_path, zipped=True)
+    damaged = next(tmp_path.glob("train-images*.gz"))
+    content = bytearray(damaged.read_bytes())
+    content[10] |= 0b110  # the reserved kind of a deflate block
+    damaged.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read(.|\n)*fix:"):
+        load_data(DataConfig(name="fashion-mnist", path=str(tmp_path)))
+
+
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path) -> None:
     _write_fashion_mnist(tmp_path, labels=11)
     with pytest.raises(DataError, match="none above 9"):
