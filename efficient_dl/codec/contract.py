@@ -37,8 +37,9 @@ class Side:
 class PacketStats:
     """Where a packet's bits went. Filled by `encode` and `encode_into` when passed to them.
 
-    order0_bits: the empirical order-0 entropy of the tensor's symbols, in bits for the whole tensor: what a
-        memoryless coder with a perfect, free table would need.
+    order0_bits: the empirical order-0 entropy of the coded symbols (places behind the end of a short block count as
+        zeros, empty blocks not at all), in bits for the whole tensor: what a memoryless coder with a perfect, free
+        table would need.
     model_bits: what the codec's own model costs with an ideal arithmetic coder (its 12-bit tables, its escapes,
         its raw bits), in bits for the whole tensor, without scales and headers.
     scale_bits, header_bits: the blocks' scale codes; the header, parameters, tables and directory.

@@ -79,6 +79,8 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
     """
     check_tensor(out)
     check_side(side, out.numel())
+    if packet.device != out.device:
+        raise UnsupportedTensor(f"the packet is on {packet.device}, the output on {out.device}")
     if packet.dtype != torch.uint8 or packet.dim() != 1 or not packet.is_contiguous():
         raise UnsupportedTensor(
             "a packet is a contiguous 1-D uint8 tensor",

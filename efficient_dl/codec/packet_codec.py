@@ -101,6 +101,8 @@ class PacketCodec:
             raise ValueError(
                 f"out must be a contiguous 1-D uint8 tensor, not {out.dtype}, {tuple(out.shape)}"
             )
+        if out.device != x.device:
+            raise UnsupportedTensor(f"the tensor is on {x.device}, the room for its packet on {out.device}")
         needed = self.max_bytes(x.numel(), x.dtype, side)
         if out.numel() < needed:
             raise ValueError(f"out has {out.numel()} bytes, max_bytes() asks for {needed}")

@@ -115,6 +115,29 @@ def test_the_error_of_a_block_is_at_most_half_its_step(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("spec", "most"), [("bits:1.0", 0.8), ("bits:2.0", 0.5), ("bits:4.0", 0.15), ("bits:7.0", 0.06)]
+)
+def test_small_tensors_are_not_rounded_away(spec: str, most: float, kernel: str) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    for numel in (1, 2, 3, 4, 10, 16, 17, 44, 64, 200, 256, 1000, 3000):
+        for seed in range(10):
+            x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+            error = (decoded(codec, codec.encode(x), x) - x).norm() / x.norm()
+            assert error < (most if numel > 16 else 0.06), (numel, seed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", LOSSY)
+def test_scalars_beside_a_large_parameter_are_unbiased(spec: str, kernel: str) -> None:
+    codec = make_codec(spec, kernel=kernel)
+    x = torch.randn(60_400, generator=torch.Generator().manual_seed(3))
+    side = Side(segments=(60_000, *[1] * 400))
+    ratio = decoded(codec, codec.encode(x, side), x, side)[60_000:] / x[60_000:]
+    assert abs(ratio.mean() - 1) < 0.01 and ratio.std() < 0.04
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulate_adds_in_float32(spec: str, kernel: str, dtype: torch.dtype) -> None:
@@ -176,6 +199,12 @@ def test_the_packet_is_little_more_than_its_parts(spec: str, kernel: str) -> Non
     assert stats.packet_bytes == packet.numel() and stats.numel == 500_000
     assert parts * 0.999 <= 8 * packet.numel() <= parts * 1.06
     assert stats.order0_bits > 0 and stats.kernel
+    for numel, side in ((20, None), (1500, Side(segments=(3,) * 500))):
+        stats = PacketStats()
+        packet = make_codec(spec, kernel=kernel).encode(x[:numel], side, stats=stats)
+        parts = stats.model_bits + stats.scale_bits + stats.header_bits
+        paddings, lane_states = 8 * 16, 24 * 128
+        assert parts <= 8 * packet.numel() <= parts + paddings + (lane_states if numel > 20 else 0)
 
 
 @pytest.mark.parametrize("spec", ("lossless", "bits:2.0", "bits:4.0"))

@@ -268,7 +268,9 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     Tile tile = {};
     tile.rows = quantized.rows;
     tile.escapes = quantized.escapes.data();
-    int64_t num_coded = 0;
+    int64_t num_coded = 0, stored_bytes = 0;
+    uint64_t coded_counts[kMaxAlphabet];
+    std::copy(std::begin(quantized.counts), std::end(quantized.counts), coded_counts);
     for (int64_t t = 0; t < num_tiles; ++t) {
         tile = next_tile(mode, quantized, t * mode.tile_blocks, tile);
         const int64_t before = body.written();
@@ -283,6 +285,10 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
         body.bytes(tile.escapes, tile.num_escapes * mode.escape_bytes());
         body.padding_after(tile.num_escapes * mode.escape_bytes());
         num_coded += coded;
+        if (!coded && stats != nullptr) {
+            stored_bytes += tile.stored_bytes;
+            for (int64_t s = 0; s < tile.num_rows * kLanes; ++s) --coded_counts[tile.rows[s]];
+        }
         const uint32_t entry[2] = {static_cast<uint32_t>(body.written() - before),
                                    (coded ? 1u : 0u) | static_cast<uint32_t>(tile.num_escapes) << 1};
         std::memcpy(directory + 8 * t, entry, sizeof entry);
@@ -299,9 +305,8 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     if (stats != nullptr) {
         const int64_t num_escapes = static_cast<int64_t>(quantized.escapes.size()) / mode.values_per_escape;
         stats->order0_bits = order0_bits(mode, quantized);
-        stats->model_bits = sent_table_bytes > 0 ? table_bits(quantized.counts, frequencies)
-                                                 : 8.0 * static_cast<double>(quantized.num_rows * kLanes);
-        stats->model_bits += 8.0 * static_cast<double>(num_escapes * mode.escape_bytes());
+        stats->model_bits = table_bits(coded_counts, frequencies) +
+                            8.0 * static_cast<double>(stored_bytes + num_escapes * mode.escape_bytes());
         stats->scale_bits = 8.0 * static_cast<double>(num_blocks);
         stats->header_bits = 8 * (kParameterBytes + sent_table_bytes + 8 * num_tiles);
         stats->escapes = num_escapes;

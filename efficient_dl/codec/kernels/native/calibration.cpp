@@ -12,6 +12,8 @@ constexpr int kFirstStep = -192;
 constexpr int kLastStep = 128;
 constexpr int64_t kSampleBlocks = 64;
 constexpr int64_t kMaxSampleBlocks = 2 * kSampleBlocks;  // stride = num_blocks div 64 leaves up to 127
+constexpr int64_t kMinSampleBlocks = 8;   // fewer say too little
+constexpr int kMinSampleValues = 64;      // in shorter blocks the unused lanes cost as much as the values
 constexpr int64_t kScaleBits = 8;         // a block's code
 constexpr int64_t kStateBitsPerRow = 4;   // a row's share of the lanes' states
 constexpr int64_t kOneBit = 65536;        // costs are in units of 2^-16 bit
@@ -76,7 +78,7 @@ int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& se
     int64_t sampled = 0, sample_values = 0;
     BlockCursor cursor(segments);
     for (Block block; cursor.next(block);) {
-        if (block.index % stride != 0) continue;
+        if (block.index % stride != 0 || block.size < kMinSampleValues) continue;
         SampleBlock& chosen = sample[sampled];
         const float* values = block_floats(kernels, x, block, chosen.values);
         if (values != chosen.values) std::memcpy(chosen.values, values, sizeof chosen.values);
@@ -86,7 +88,7 @@ int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& se
         ++sampled;
         sample_values += block.size;
     }
-    if (sampled == 0)
+    if (sampled < kMinSampleBlocks)
         return static_cast<int>(std::clamp<int64_t>(65 - ((32 * bits_q16) >> 16), kFirstStep, kLastStep));
 
     const int64_t available = sample_values * bits_q16;

@@ -68,9 +68,13 @@ inline constexpr int kMaxLevel = 1007;
 inline float step_of(int level) { return std::bit_cast<float>(static_cast<uint32_t>(level) << 21); }
 
 // measure must have a scale. relative_step: k.
+// A scale of its own is most of what a tiny block is: with a coarse step its few values would round to zero, always.
+constexpr int kTinyBlock = 16;
+constexpr float kTinyStep = 0.0625f;
+
 inline int level_of(const BlockMeasure& measure, int size, float relative_step) {
     const float mean = measure.sum_of_squares / static_cast<float>(size);
-    const float t = std::sqrt(mean) * relative_step;
+    const float t = std::sqrt(mean) * (size <= kTinyBlock ? std::min(relative_step, kTinyStep) : relative_step);
     const int octave = 4 * (static_cast<int>(measure.max_bits >> 23) - 127);
     const int rounded = static_cast<int>((std::bit_cast<uint32_t>(t) + (1u << 20)) >> 21);
     return std::clamp(rounded + octave, kMinLevel, kMaxLevel);

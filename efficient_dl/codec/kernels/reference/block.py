@@ -67,10 +67,7 @@ def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketS
     if stats is not None:
         values = quantized.q[coded].clamp(-127, 127).view(-1)
         stats.order0_bits = order0_bits(torch.bincount(values + 127, minlength=255))
-        symbol_bits = 8.0 * rows.symbols.numel()
-        if frequency is not None and any(is_coded):
-            symbol_bits = model_bits(counts, frequency)
-        stats.model_bits = symbol_bits + 8.0 * mode.escape_bytes * sum(escapes)
+        stats.model_bits = _symbol_bits(rows, frequency, is_coded) + 8.0 * mode.escape_bytes * sum(escapes)
         stats.scale_bits = 8.0 * grid.num_blocks
         stats.header_bits = 8.0 * (prefix.numel() + table.numel() + 4 * len(directory))
         stats.escapes = sum(escapes)
@@ -181,6 +178,15 @@ def _tile_contents(rows: _Rows, frequency: Tensor | None, num_tiles: int) -> tup
         if content.numel() < contents[i].numel():
             contents[i], is_coded[i] = content, True
     return contents, is_coded
+
+
+def _symbol_bits(rows: _Rows, frequency: Tensor | None, is_coded: list[bool]) -> float:
+    coded = torch.tensor(is_coded, dtype=torch.bool, device=rows.tile.device)[rows.tile]
+    stored = 8.0 * int(rows.lanes[~coded].sum())
+    if frequency is None:
+        return stored
+    counts = torch.bincount(rows.symbols[coded].view(-1), minlength=frequency.numel())
+    return stored + model_bits(counts, frequency)
 
 
 def _decode_coded(content: Reader, frequency: Tensor | None, rows: int, escapes: int, mode: Mode) -> Tensor:

@@ -12,9 +12,14 @@ from efficient_dl.codec.kernels.reference.symbols import Mode
 from efficient_dl.codec.steps import FIRST_STEP_INDEX, LAST_STEP_INDEX, STEPS, index_without_sample
 
 NONFINITE_CODE = 255
+# A scale of its own is most of what a tiny block is: with a coarse step its few values would round to zero, always.
+TINY_BLOCK_VALUES = 16
+TINY_BLOCK_STEP = 2.0**-4
 _MAX_Q = 32767
 _ACCUMULATORS = 16
 _SAMPLE_BLOCKS = 64
+_MIN_SAMPLE_BLOCKS = 8
+_MIN_SAMPLE_VALUES = 64  # in shorter blocks the unused lanes cost as much as the values
 _SCALE_BITS_PER_BLOCK = 8
 _STATE_BITS_PER_ROW = 4
 
@@ -30,7 +35,10 @@ class Quantized:
 
 
 def quantize(blocks: Tensor, grid: BlockGrid, relative_step: float) -> Quantized:
-    """Quantizes float32 blocks (num_blocks, 256) with the step relative_step * rms of each block."""
+    """Quantizes float32 blocks (num_blocks, 256) with the step relative_step * rms of each block.
+
+    Blocks of at most 16 values have a step of at most rms / 16.
+    """
     exponent, nonfinite, vanishing = _exponents(blocks)
     safe = torch.where((nonfinite | vanishing)[:, None], 0, blocks)
     factor = ((254 - exponent).clamp(min=1) << 23).to(torch.int32).view(torch.float32)
@@ -40,7 +48,9 @@ def quantize(blocks: Tensor, grid: BlockGrid, relative_step: float) -> Quantized
         total = total + squares[:, group]
     for width in (8, 4, 2, 1):
         total = total[:, :width] + total[:, width : 2 * width]
-    scale = (total[:, 0] / grid.lengths.to(torch.float32)).sqrt() * relative_step
+    tiny = grid.lengths <= TINY_BLOCK_VALUES
+    factor = torch.where(tiny, min(relative_step, TINY_BLOCK_STEP), relative_step)
+    scale = (total[:, 0] / grid.lengths.to(torch.float32)).sqrt() * factor
     rounded = (scale.view(torch.int32).to(torch.int64) + (1 << 20)) >> 21
     code = (rounded + 4 * (exponent - 127)).clamp(4, 1007)
     inverse = 1.0 / step_of(code)
@@ -57,8 +67,9 @@ def choose_step(blocks: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int) -> i
     """The index of the finest relative step that keeps a sample of the blocks within bits_q16 / 65536 bits a value."""
     stride = max(1, grid.num_blocks // _SAMPLE_BLOCKS)
     _, nonfinite, vanishing = _exponents(blocks[::stride])
-    chosen = (~(nonfinite | vanishing)).nonzero()[:, 0] * stride
-    if not chosen.numel():
+    long_enough = grid.lengths[::stride] >= _MIN_SAMPLE_VALUES
+    chosen = (long_enough & ~(nonfinite | vanishing)).nonzero()[:, 0] * stride
+    if chosen.numel() < _MIN_SAMPLE_BLOCKS:
         return index_without_sample(bits_q16)
     sample, sample_grid = blocks[chosen], grid.select(chosen)
     value_bits = int(sample_grid.lengths.sum()) * bits_q16

@@ -84,7 +84,7 @@ class ReferenceBlock:
 
     def __init__(self, bits: float) -> None:
         self._bits_q16 = round(bits * 65536)
-        self._mode = PAIRS if bits <= MAX_PAIR_BITS else SINGLES
+        self._mode = PAIRS if self._bits_q16 <= MAX_PAIR_BITS * 65536 else SINGLES
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored, all values escaped."""
