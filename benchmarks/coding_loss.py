@@ -72,7 +72,7 @@ def measure(flat: Tensor, numels: dict[str, int], spec: str, ranks: int) -> Pack
 def main(
     out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
     size: Annotated[str, typer.Option(help="the GPT's size")] = "micro",
-    steps: Annotated[int, typer.Option(help="training steps", min=2)] = 200,
+    steps: Annotated[int, typer.Option(help="training steps", min=4)] = 200,
     ranks: Annotated[int, typer.Option(help="shards that the gradient is cut into", min=1)] = 2,
     quick: Annotated[bool, typer.Option(help="a tiny model, seconds")] = False,
 ) -> None:

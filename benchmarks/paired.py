@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pairs import paired_difference
 from benchmarks.peers import PEERS, SystemTrainer
 from benchmarks.rows import Row, RowFile
 from efficient_dl.config import Config, with_overrides
@@ -67,53 +68,56 @@ def train_all(worker: Worker, config: Config, case: str, runs: list[tuple[str, i
             dist.barrier()  # nobody removes the folder while another rank is still in it
         counted: list[int] = [0] * worker.size
         dist.all_gather_object(counted, trainer.kernel_bytes)
-        peer = system in PEERS
         outcome = Outcome(
             summary.val_loss,
-            math.nan if peer else summary.wire_bytes_per_step,
+            summary.wire_bytes_per_step,
             sum(counted) / summary.steps,
-            math.nan if peer else summary.bits_per_value,
+            summary.bits_per_value,
             summary.step_seconds_median,
         )
         for row in _rows(case, system, seed, outcome):
             file.add(row)
 
 
-def case_of(config: Config, workers: int) -> str:
-    """What stays the same over systems and seeds."""
+def case_of(config: Config, workers: int, network: str) -> str:
+    """What stays the same over systems and seeds; the digits at its end are a hash of every setting and the data."""
     train = config.train
     model = f"{config.model.name}-{config.model.size} on {config.data.name}"
     batch = f"{workers} workers x {config.data.batch_size * train.accumulate}"
-    return f"{model}, {batch}, {train.steps} steps, {config.optimizer.name} lr {config.optimizer.lr:g}"
-
-
-def relative_differences(losses: list[float], reference: list[float]) -> tuple[float, float]:
-    """Mean relative difference of paired losses and the half-width of its 95 % interval (Student's t), as fractions."""
-    from scipy.stats import t
-
-    differences = [(a - b) / b for a, b in zip(losses, reference, strict=True)]
-    if len(differences) < 2:
-        return differences[0], math.nan
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * error
+    rule = f"{config.optimizer.name} lr {config.optimizer.lr:g}"
+    link = f", {network}" if network else ""
+    same = config.fingerprint(ignore=("run", "compression", "train.seed"))
+    return f"{model}, {batch}, {train.steps} steps, {rule}{link} [{same[:8]}]"
 
 
 def _bits(system: str) -> str | float:
     return system if system in ("none", "identity", "lossless") else float(system)
 
 
+def _names(systems: str) -> list[str]:
+    names = [REFERENCE, *(name.strip() for name in systems.split(",") if name.strip() != REFERENCE)]
+    for name in names:
+        if name in PEERS:
+            continue
+        try:
+            with_overrides(Config(), [f"compression.bits={_bits(name)}"])
+        except ValueError as error:
+            raise typer.BadParameter(f"{name!r} is neither bits nor one of {', '.join(PEERS)}") from error
+    return names
+
+
 def _rows(case: str, system: str, seed: int, outcome: Outcome) -> list[Row]:
+    counted = "bytes, all ranks" + (", computed" if system == REFERENCE else "")
     values = [
-        ("val_loss", outcome.val_loss, "nats", False),
-        ("wire_bytes_per_step", outcome.wire_bytes_per_step, "bytes, all ranks", False),
-        ("kernel_bytes_per_step", outcome.kernel_bytes_per_step, "bytes, all ranks, by the kernel", False),
-        ("bits_per_value", outcome.bits_per_value, "bits", False),
-        ("step_seconds", outcome.step_seconds, "s", False),
+        ("val_loss", outcome.val_loss, "nats"),
+        ("kernel_bytes_per_step", outcome.kernel_bytes_per_step, "bytes, all ranks, by the kernel"),
+        ("step_seconds", outcome.step_seconds, "s"),
     ]
+    if system not in PEERS:
+        values.append(("wire_bytes_per_step", outcome.wire_bytes_per_step, counted))
+        values.append(("bits_per_value", outcome.bits_per_value, "bits"))
     return [
-        Row(BENCH, f"{case}, seed {seed}", system, metric, value, unit, better)
-        for metric, value, unit, better in values
-        if not math.isnan(value)
+        Row(BENCH, f"{case}, seed {seed}", system, name, value, unit, False) for name, value, unit in values
     ]
 
 
@@ -121,53 +125,57 @@ def _measured(path: Path | None) -> dict[tuple[str, str, str], float]:
     if path is None or not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(r["case"], r["system"], r["metric"]): r["value"] for r in rows if r["bench"] == BENCH}
+    return {
+        (r["case"], r["system"], r["metric"]): math.nan if r["value"] is None else r["value"]
+        for r in rows
+        if r["bench"] == BENCH
+    }
 
 
 def _report(
     case: str, systems: list[str], seeds: int, measured: dict[tuple[str, str, str], float]
-) -> list[Row]:
-    def values(system: str, metric: str) -> list[float]:
-        keys = [(f"{case}, seed {seed}", system, metric) for seed in range(seeds)]
-        return [measured.get(key, math.nan) for key in keys if (*key[:2], "val_loss") in measured]
+) -> tuple[list[Row], list[str]]:
+    """Prints the table; returns the rows of differences, and a line for each run that failed."""
 
-    table = Table(title=case)
-    for name in (
-        "system",
-        "seeds",
-        "val loss",
-        "difference",
-        "95 % interval",
-        "MB/step sent",
-        "bits/value",
-        "ms/step",
-    ):
-        table.add_column(name, justify="right")
+    def values(system: str, metric: str) -> dict[int, float]:
+        return {
+            seed: measured[key]
+            for seed in range(seeds)
+            if (key := (f"{case}, seed {seed}", system, metric)) in measured
+        }
+
+    table = Table(title=case, caption="sent: by the kernel, all ranks; difference: relative, 95 % interval")
+    for name in ("system", "pairs", "val loss", "difference", "interval", "MB/step", "bits/value", "ms/step"):
+        table.add_column(name, justify="right", no_wrap=True)
     rows: list[Row] = []
+    failures: list[str] = []
+    reference = values(REFERENCE, "val_loss")
     for system in systems:
         losses = values(system, "val_loss")
-        mean, half = relative_differences(losses, values(REFERENCE, "val_loss")[: len(losses)])
-        rows += [
-            Row(BENCH, f"{case}, {len(losses)} pairs", system, metric, value, "fraction", False)
-            for metric, value in (
-                ("relative_loss_difference", mean),
-                ("relative_loss_difference_upper95", mean + half),
-            )
-            if system != REFERENCE and not math.isnan(value)
+        found = paired_difference(losses, reference)
+        failures += [
+            f"{system}, seed {seed}: no finite loss, here or without compression" for seed in found.failed
         ]
-        sent = statistics.mean(values(system, "kernel_bytes_per_step")) / 1e6
+        if system != REFERENCE:
+            pairs = f"{case}, {found.num_pairs} pairs"
+            rows.append(Row(BENCH, pairs, system, "loss_difference", found.mean, "fraction", False))
+            rows.append(
+                Row(BENCH, pairs, system, "loss_difference_upper95", found.upper95, "fraction", False)
+            )
+        bits = values(system, "bits_per_value")
+        interval = f"{100 * (found.mean - found.half_width):+.2f} to {100 * found.upper95:+.2f} %"
         table.add_row(
             system,
-            str(len(losses)),
-            f"{statistics.mean(losses):.4f}",
-            f"{100 * mean:+.2f} %",
-            f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f} %",
-            f"{sent:.3f}",
-            f"{statistics.mean(values(system, 'bits_per_value')):.3f}",
-            f"{1000 * statistics.median(values(system, 'step_seconds')):.0f}",
+            str(found.num_pairs),
+            f"{statistics.mean(losses.values()):.4f}",
+            "" if system == REFERENCE else f"{100 * found.mean:+.2f} %",
+            "" if system == REFERENCE or found.num_pairs < 2 else interval,
+            f"{statistics.mean(values(system, 'kernel_bytes_per_step').values()) / 1e6:.3f}",
+            f"{statistics.mean(bits.values()):.3f}" if bits else "",
+            f"{1000 * statistics.median(values(system, 'step_seconds').values()):.0f}",
         )
-    Console().print(table)
-    return rows
+    Console(width=max(100, Console().width)).print(table)
+    return rows, failures
 
 
 def main(
@@ -183,6 +191,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="a tiny model, 2 seeds, a minute")] = False,
 ) -> None:
     """Train the same model with and without compression, seed by seed, and compare the held-out losses."""
+    names = _names(systems)
     if quick:
         seeds, steps = min(seeds, 2), min(steps, 40)
     overrides = [
@@ -195,8 +204,10 @@ def main(
         *(settings or []),
     ]
     config = with_overrides(Config(), overrides)
-    case = case_of(config, workers) + (f", {network}" if network else "")
-    names = [REFERENCE, *(name.strip() for name in systems.split(",") if name.strip() != REFERENCE)]
+    # The data's hash becomes a setting: a run on other data is refused, and so are rows of one.
+    data = load_data(config.data, context=config.model.context, seed=config.train.seed)
+    config = replace(config, data=replace(config.data, fingerprint=data.fingerprint))
+    case = case_of(config, int(os.environ.get("WORLD_SIZE", workers)), network)
     have = _measured(out)
     todo = [
         (name, seed)
@@ -209,10 +220,15 @@ def main(
         launch(workers, train_all, config, case, todo, path)
     if os.environ.get("RANK", "0") != "0":
         return
-    rows = _report(case, names, seeds, _measured(path))
+    measured = _measured(path)
+    rows, failures = _report(case, names, seeds, measured)
     file = RowFile(out)
     for row in rows:
-        file.add(row)
+        if (row.case, row.system, row.metric) not in measured:
+            file.add(row)
+    for failure in failures:
+        print(failure)
+    raise typer.Exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

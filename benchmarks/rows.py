@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -41,7 +42,9 @@ class RowFile:
         self.rows.append(row)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps({**asdict(row), "env": environment()}) + "\n")
+                value = row.value if math.isfinite(row.value) else None  # JSON knows no NaN
+                content = {**asdict(row), "value": value, "env": environment()}
+                file.write(json.dumps(content, allow_nan=False) + "\n")
 
 
 @cache
