@@ -87,7 +87,7 @@ class Compressor:
         if saved.fingerprint() != self.plan.fingerprint():
             raise PlanMismatch(
                 f"the checkpoint was written under plan {saved.fingerprint()}, this run has {self.plan.fingerprint()}",
-                differs=f"bits = {saved.bits} (checkpoint), {self.plan.bits} (run)",
+                differs=f"codec = {saved.codec} (checkpoint), {self.plan.codec} (run)",
                 fix="resume with the bits the run was started with, or leave the compression state out",
             )
         unknown = sorted(set(state["meter"]["parameters"]) ^ set(self.meter.parameters))

@@ -46,8 +46,8 @@ class Plan:
         )
 
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits; equal plans have equal ones, whatever their reasons."""
-        return f"{xxhash.xxh3_64_intdigest(f'{self.bits}|{self.codec}'.encode()) & 0xFFFFFFFF:08x}"
+        """Eight hexadecimal digits, equal for plans that do the same, whatever their reasons."""
+        return f"{xxhash.xxh3_64_intdigest(self.codec.encode()) & 0xFFFFFFFF:08x}"
 
 
 def _codec(spec: str) -> str:

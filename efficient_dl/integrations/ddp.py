@@ -30,11 +30,16 @@ from efficient_dl.comm import (
     summary,
 )
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
-from efficient_dl.integrations.ddp_buckets import BucketEngine, CompressedEngine, HeldStep, ShadowEngine
+from efficient_dl.integrations.ddp_buckets import (
+    BucketEngine,
+    BucketRecord,
+    CompressedEngine,
+    HeldStep,
+    ShadowEngine,
+)
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REBUILD_STEPS = 4  # DDP rebuilds its buckets after the first step, or with a static graph after the second
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
@@ -124,10 +129,8 @@ class Compression:
         self._optimizer_steps = 0
         self._checks = 0
         self._pending: list[Future[Any]] = []
-        self._step_buckets: list[list[str]] = []
-        self._buckets: list[list[str]] = []
+        self._record = BucketRecord()
         self._held: HeldStep | None = None
-        self._steps_to_hold = 0
         self._engine = self._make_engine()
         if self._engine is not None:
             model.register_comm_hook(self, _reduce_bucket)
@@ -177,7 +180,7 @@ class Compression:
             "rank": self._control.rank,
             "world_size": self._control.world_size,
             "optimizer_steps": self._optimizer_steps,
-            "buckets": [list(names) for names in self._buckets],
+            "buckets": [list(names) for names in self._record.buckets],
             "compressor": self._compressor.state_dict(),
         }
 
@@ -199,8 +202,7 @@ class Compression:
         self._compressor.load_state_dict(state["compressor"])
         self._optimizer_steps = state["optimizer_steps"]
         if state["world_size"] == control.world_size:
-            self._buckets = [list(names) for names in state["buckets"]]
-            self._hold_steps()
+            self._continue_in([list(names) for names in state["buckets"]])
         else:
             self._compressor.meter.load_state_dict(fresh)
             _log.warning(
@@ -209,15 +211,15 @@ class Compression:
                 control.world_size,
             )
 
-    def _hold_steps(self) -> None:
-        if not self._buckets or self.shadow or self._engine is None:
+    def _continue_in(self, buckets: list[list[str]]) -> None:
+        if not buckets or self.shadow or self._engine is None:
             return
-        averaged = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
-        if averaged == {name for names in self._buckets for name in names}:
-            self._steps_to_hold = _REBUILD_STEPS
+        trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        if trained == {name for names in buckets for name in names}:
+            self._record.hold(buckets)
         else:
             _log.warning(
-                "other parameters are trained than before: the next steps are not reduced as they were to be"
+                "other parameters are trained than before the restart: a lossy run goes on differently"
             )
 
     def close(self, timeout: float = 10.0) -> None:
@@ -241,12 +243,12 @@ class Compression:
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
         names = [self._names[id(parameter)] for parameter in parameters]
-        self._step_buckets.append(names)
+        self._record.add(names)
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
-        elif self._steps_to_hold:
-            self._held = self._held or HeldStep(self._buckets)
+        elif self._record.holds:
+            self._held = self._held or HeldStep(self._record.buckets)
             result = self._held.hold(bucket.buffer(), self._layout(names, [p.numel() for p in parameters]))
         else:
             result = self._start(bucket.buffer(), names, [p.numel() for p in parameters])
@@ -273,15 +275,7 @@ class Compression:
         start = time.perf_counter()
         self._wait()
         self._pending = []
-        buckets, self._step_buckets = self._step_buckets, []
-        if self._steps_to_hold and buckets != self._buckets:
-            self._steps_to_hold -= 1
-            if not self._steps_to_hold:
-                _log.warning(
-                    "DDP builds other buckets than before the restart: a lossy run is not bit for bit the same"
-                )
-        else:
-            self._buckets, self._steps_to_hold = buckets, 0
+        self._record.end_step()
         self._compressor.meter.stepped(time.perf_counter() - start)
 
     def _wait(self) -> None:

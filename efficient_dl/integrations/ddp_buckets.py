@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -20,6 +21,9 @@ from efficient_dl.comm import (
 )
 
 TorchFuture = torch.futures.Future
+
+_log = logging.getLogger(__name__)
+_REBUILD_STEPS = 4  # DDP rebuilds its buckets after the first step, or with a static graph after the second
 
 
 class BucketEngine(Protocol):
@@ -84,6 +88,44 @@ class ShadowEngine:
 
     def abort(self) -> None:
         """It has no connections of its own."""
+
+
+class BucketRecord:
+    """Which buckets steps are reduced in, so that a restarted run can go on in those of the run before.
+
+    buckets: the parameters' names in each bucket of the last step.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[list[str]] = []
+        self._step: list[list[str]] = []
+        self._steps_to_hold = 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether this step is to be reduced in `buckets`, whatever DDP's own are (see `HeldStep`)."""
+        return self._steps_to_hold > 0
+
+    def hold(self, buckets: list[list[str]]) -> None:
+        """Holds steps until DDP's own buckets are these."""
+        self.buckets = buckets
+        self._steps_to_hold = _REBUILD_STEPS
+
+    def add(self, names: list[str]) -> None:
+        """Notes one of DDP's buckets of this step."""
+        self._step.append(names)
+
+    def end_step(self) -> None:
+        """Decides what the next step is reduced in."""
+        step, self._step = self._step, []
+        if self.holds and step != self.buckets:
+            self._steps_to_hold -= 1
+            if not self.holds:
+                _log.warning(
+                    "DDP builds other buckets than before the restart: a lossy run goes on differently"
+                )
+        else:
+            self.buckets, self._steps_to_hold = step, 0
 
 
 class HeldStep:

@@ -35,7 +35,7 @@ def test_state_is_restored_exactly_even_through_json() -> None:
 
 def test_state_of_another_plan_is_refused() -> None:
     state = used_compressors()[0].state_dict()
-    with pytest.raises(PlanMismatch, match=r"bits = 2.0 \(checkpoint\), 1.5 \(run\)"):
+    with pytest.raises(PlanMismatch, match=r"codec = bits:2.0 \(checkpoint\), bits:1.5 \(run\)"):
         Compressor(Plan.of(1.5), ["a", "b"], "reference").load_state_dict(state)
 
 

@@ -30,7 +30,7 @@ def test_auto_says_what_it_means() -> None:
 
 
 def test_equal_plans_have_equal_fingerprints() -> None:
-    assert Plan.of("2").fingerprint() == Plan.of(2.0).fingerprint()
+    assert Plan.of("2").fingerprint() == Plan.of(2.0).fingerprint() == Plan.of("auto").fingerprint()
     assert Plan.of(2.0).fingerprint() != Plan.of(1.5).fingerprint()
 
 
