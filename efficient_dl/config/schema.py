@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
 class CompressionConfig(Section):
     section: ClassVar[str] = "compression"
     bits: float | str = setting(
-        "auto", "bits a value, or one of the words", low=0.5, high=8.0, words=BITS_WORDS
+        "auto", "bits a value, or one of the words", low=0.1, high=7.0, words=BITS_WORDS
     )
     shadow: bool = setting(False, "apply the uncompressed result, only measure the compressed one")
     check_every: int = setting(

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from efficient_dl.codec.registry import MAX_BITS, MIN_BITS
 from efficient_dl.config import (
     BITS_WORDS,
+    CompressionConfig,
     Config,
     OptimizerConfig,
     TrainConfig,
@@ -103,8 +105,8 @@ def test_a_setting_in_the_wrong_section_names_the_right_one() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "compression.bits=9",
-        "compression.bits=0.1",
+        "compression.bits=7.01",
+        "compression.bits=0.09",
         "compression.bits=inf",
         "compression.bits=nan",
         "compression.bits=",
@@ -145,6 +147,11 @@ def test_direct_construction_is_checked_too() -> None:
         TrainConfig(steps=0)
     assert isinstance(OptimizerConfig(lr=1).lr, float)
     assert OptimizerConfig(betas=[0, 0.5]).betas == (0.0, 0.5)  # type: ignore[arg-type]
+
+
+def test_the_range_of_bits_is_the_codecs() -> None:
+    rule = rules_of(CompressionConfig)["bits"]
+    assert (rule["low"], rule["high"]) == (MIN_BITS, MAX_BITS)
 
 
 @pytest.mark.parametrize("word", BITS_WORDS)
