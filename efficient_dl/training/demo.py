@@ -10,17 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from efficient_dl.config import Config, with_overrides
-from efficient_dl.errors import ConfigError
+from efficient_dl.errors import ConfigError, LaunchError
 from efficient_dl.training.console import byte_text
-from efficient_dl.training.launch import launch
+from efficient_dl.training.launch import launch, launched
 from efficient_dl.training.run import run_worker
-from efficient_dl.training.run_folder import CONFIG, RunFolder, Summary
+from efficient_dl.training.run_folder import RunFolder, Summary
 
 BITS = ("none", "lossless", "2.0")
 LABELS = {"none": "uncompressed", "lossless": "lossless", "2.0": "2 bits"}
 STEPS = 400  # three times this, evaluations and start included, took 60 s on two cores
 QUICK_STEPS = 40
 OUT = Path("runs/demo")
+MARKER = ".edl-demo"  # in each run's folder: the next demo may replace it
 
 
 def demo_configs(steps: int, workers: int, out: Path) -> list[Config]:
@@ -53,21 +54,33 @@ def demo_configs(steps: int, workers: int, out: Path) -> list[Config]:
 def run_demo(
     steps: int | None = None, quick: bool = False, workers: int = 2, out: Path | None = None
 ) -> None:
-    """Train, then print the table and the plot's path. An earlier demo in the same folder is replaced."""
+    """Train, then print the table and the plot's path. An earlier demo in the same folder is replaced.
+
+    Raises LaunchError under a launcher, ConfigError for settings out of range or a folder that is not a demo's.
+    """
+    if launched():
+        raise LaunchError(
+            "the demo starts its own workers",
+            found="RANK or WORLD_SIZE: a launcher started this process",
+            fix="run edl demo without torchrun; under a launcher use edl train",
+        )
     out = out or OUT
-    _remove_earlier(out)
-    configs = demo_configs(steps or (QUICK_STEPS if quick else STEPS), workers, out)
+    if steps is None:
+        steps = QUICK_STEPS if quick else STEPS
+    configs = demo_configs(steps, workers, out)
+    _make_room([Path(config.run.out) for config in configs])
     console = Console(soft_wrap=True)
     console.print(
         f"A byte-level GPT learns Python's standard library on {workers} workers, {configs[0].train.steps} steps, "
         "three times from the same start on the same data.",
         highlight=False,
+        markup=False,
     )
     summaries = launch(workers, run_worker, configs)
     console.print(comparison_table(summaries))
     path = save_plot([RunFolder(Path(config.run.out), writes=False) for config in configs], summaries, out)
-    console.print(f"plot: {path}", highlight=False)
-    console.print(f"curves: tensorboard --logdir {out}", highlight=False)
+    console.print(f"plot: {path}", highlight=False, markup=False)
+    console.print(f"curves: tensorboard --logdir {out}", highlight=False, markup=False)
 
 
 def comparison_table(summaries: Sequence[Summary]) -> Table:
@@ -122,14 +135,23 @@ def save_plot(folders: Sequence[RunFolder], summaries: Sequence[Summary], out: P
     return path
 
 
-def _remove_earlier(out: Path) -> None:
-    """Remove a former demo's three runs, and nothing that is not one."""
-    for bits in BITS:
-        folder = out / bits
-        if not folder.exists():
-            continue
-        if not (folder / CONFIG).exists():
+def _make_room(folders: Sequence[Path]) -> None:
+    """Replace a former demo's runs by empty, marked folders. Raises ConfigError if one is not a demo's."""
+    for folder in folders:
+        if (folder.exists() or folder.is_symlink()) and not (folder / MARKER).is_file():
             raise ConfigError(
-                "this folder is not a demo's", found=str(folder), fix="choose another --out for the demo"
+                "this folder is not a demo's",
+                expected=f"nothing there, or a folder with a file {MARKER}",
+                found=str(folder),
+                fix="choose another --out for the demo, or move this folder away",
             )
-        shutil.rmtree(folder)
+    try:
+        for folder in folders:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            (folder / MARKER).touch()
+    except OSError as error:
+        raise ConfigError(
+            "the demo's folder cannot be written", found=str(error), fix="choose another --out for the demo"
+        ) from None
