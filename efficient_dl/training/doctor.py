@@ -18,6 +18,8 @@ from efficient_dl.errors import EdlError
 
 _PACKAGES = ("efficient_dl", "torch", "numpy", "typer", "rich", "tensorboard", "matplotlib", "scikit-learn")
 
+_CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
+
 
 def print_report() -> None:
     """Print one line a fact."""
@@ -65,11 +67,15 @@ def _namespaces() -> str:
     missing = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if missing:
         return f"not usable: no {' and no '.join(missing)} (Debian: apt install iproute2)"
-    if os.geteuid() == 0:
-        return "usable, as root"
-    limit = Path("/proc/sys/user/max_user_namespaces")
-    allowed = limit.exists() and limit.read_text().strip() != "0"
-    return "usable, in a user namespace" if allowed else "not usable: not root, and no user namespaces"
+    try:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        effective = int(status["CapEff"], 16)
+    except (OSError, KeyError):
+        return "not usable: this system has none"
+    lacking = [name for bit, name in _CAPABILITIES.items() if not effective >> bit & 1]
+    if lacking:
+        return f"not usable: no {' and no '.join(lacking)} (run as root, or under unshare -Urnm)"
+    return "usable"
 
 
 def _data(name: str) -> str:
