@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +38,7 @@ TRAIN_EXAMPLE = """
   torchrun --nproc-per-node 4 -m efficient_dl.cli train --model resnet18 --data fashion-mnist --bits lossless
 
 Settings come from --config (or, with --resume, from the run's folder), then the flags, then --set; later wins.
+Every run's folder has a config.toml with all settings and what each means: edit a copy for --config.
 """
 
 DEMO_EXAMPLE = """
@@ -93,7 +95,7 @@ def train(
     """Train a model on one machine's workers, or as one rank of a launcher (torchrun, a job script)."""
     name, dash, size = (model or "").partition("-")
     given = {
-        "model.name": name or None,
+        "model.name": None if model is None else name,
         "model.size": size if dash else None,
         "data.name": data,
         "optimizer.name": optimizer,
@@ -113,8 +115,12 @@ def train(
         if launched():
             launch(1, train_rank, flags)
         else:
-            settled = settled_config(flags)
+            from efficient_dl.training.run import with_folder
+
+            named = settled_config(flags)
+            settled = with_folder(named, flags.resume)
             outcome.folder = Path(settled.run.out)
+            outcome.is_new = not named.run.out
             launch(settled.run.workers, train_rank, flags, settled)
 
 
@@ -150,13 +156,12 @@ def train_rank(worker: Worker, flags: TrainFlags, settled: Config | None = None)
 
 
 def settled_config(flags: TrainFlags) -> Config:
-    """The run's configuration, with its folder, checked as far as that goes without data. Raises EdlError."""
+    """The run's configuration, checked as far as that goes without data. Raises EdlError."""
     from efficient_dl.config import Config, load_config, with_overrides
     from efficient_dl.data import check_data
     from efficient_dl.models import check_model
     from efficient_dl.training import check_world_size
-    from efficient_dl.training.run import with_folder
-    from efficient_dl.training.run_folder import recorded_config
+    from efficient_dl.training.run_folder import check_free, recorded_config
 
     if flags.resume and flags.out is None:
         raise ConfigError(
@@ -176,7 +181,9 @@ def settled_config(flags: TrainFlags) -> Config:
         check_world_size(config.run.workers)
     check_model(config.model)
     check_data(config.data)
-    return with_folder(config, flags.resume)
+    if config.run.out and not flags.resume:
+        check_free(Path(config.run.out))
+    return config
 
 
 @dataclass
@@ -184,6 +191,13 @@ class Outcome:
     """What a command that is stopped says about the run it leaves behind."""
 
     folder: Path | None = None
+    is_new: bool = False  # made for this run, under a default name
+
+    def tidy(self) -> None:
+        """Remove a folder that was made for a run that never wrote into it."""
+        if self.folder is not None and self.is_new:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # fails unless it is empty
 
     def text(self) -> str:
         if self.folder is None:
@@ -204,6 +218,8 @@ def _reported() -> Iterator[Outcome]:
     from efficient_dl.training.launch import WorkersFailed
     from efficient_dl.training.worker import Stopped
 
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     outcome = Outcome()
     try:
         yield outcome
@@ -217,10 +233,20 @@ def _reported() -> Iterator[Outcome]:
         name = signal.Signals(number).name
         print_error(f"Stopped by {name}; all workers have ended.{outcome.text()}")
         raise typer.Exit(128 + number) from None
+    finally:
+        outcome.tidy()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once, as an interrupt in the middle of torch's import leaves nothing to tidy."""
+    os.write(2, f"Stopped by {signal.Signals(number).name}.\n".encode())
+    os._exit(128 + number)
 
 
 def main() -> None:
-    """The entry point of `edl` and of `python -m efficient_dl`."""
+    """The entry point of `edl`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)  # until torch is imported, which takes seconds
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the engine's warnings repeat what our errors say
     app()
 

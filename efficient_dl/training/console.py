@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -12,12 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from efficient_dl.training.run_folder import Summary
+
 
 def print_error(text: str) -> None:
     """An error in a panel on a terminal, and as plain lines elsewhere, so that logs can be searched."""
     if sys.stderr.isatty():
         title, _, body = text.partition(": ") if ": " in text.splitlines()[0] else ("Error", "", text)
-        Console(stderr=True).print(Panel(Text(body), title=title, border_style="red", title_align="left"))
+        Console(stderr=True).print(
+            Panel(Text(body), title=Text(title), border_style="red", title_align="left")
+        )
     else:
         print(text, file=sys.stderr, flush=True)
 
@@ -95,7 +100,7 @@ class Bar:
             self._bars.update(self._task, row=row_text({key: row[key] for key in row if key != "step"}))
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text, highlight=False)
+        self._bars.console.print(text, highlight=False, markup=False)
 
     def stop(self) -> None:
         self._bars.stop()
@@ -125,6 +130,20 @@ def row_text(row: Mapping[str, object]) -> str:
         else:
             words.append(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}")
     return "  ".join(words)
+
+
+def result_text(summary: Summary, path: Path) -> str:
+    """What a run came to in one line. path: where the summary lies."""
+    return "  ".join(
+        (
+            f"done: val_loss {summary.val_loss:.4f}",
+            f"{byte_text(summary.wire_bytes_per_step)}/step",
+            f"{summary.bits_per_value:.2f} bits/value",
+            f"ratio {summary.ratio:.2f}",
+            f"{summary.step_seconds_median * 1000:.0f} ms/step",
+            str(path),
+        )
+    )
 
 
 def byte_text(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,12 @@ class Trainer:
             self.progress.note(note)
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
         if checkpoint.about["ranks"] == self.world_size:
-            same_plan = checkpoint.about["settings"]["compression.bits"] == self.config.compression.bits
+            before, now = checkpoint.about["settings"], self.config.settings()
+            same_plan = all(before[key] == now[key] for key in ("compression.bits", "compression.shadow"))
+            if not same_plan:
+                self.progress.note(
+                    "Gradients are sent otherwise than before: bytes are counted from here on."
+                )
             resume.restore_rank_state(
                 checkpoint.rank_state, self.compression if same_plan else None, self.device
             )
@@ -218,7 +224,8 @@ class Trainer:
         summary = self.folder.summary()
         if summary is None:
             self._evaluate()
-            summary = self._summary()
+            median = self.folder.step_seconds_median()
+            summary = dataclasses.replace(self._summary(), step_seconds_median=median)
             self.folder.finish(summary)
         return summary
 

@@ -21,6 +21,7 @@ from efficient_dl.training.optimizers import Optimizer
 
 _NO_MATTER = (
     "run",
+    "data.name",  # its kind is compared: files may move, their content is known by its fingerprint
     "data.path",
     "data.download",
     "data.fingerprint",
@@ -52,6 +53,8 @@ def check_same_training(before: Config, now: Config) -> list[str]:
     fixed = [
         line for line in changes if line.startswith(("model.", "data.")) or line.split(" = ")[0] in _FIXED
     ]
+    if now.data.name.partition(":")[0] != before.data.name.partition(":")[0]:
+        fixed.append(f'data.name = "{now.data.name}", "{before.data.name}"')
     if now.data.fingerprint != before.data.fingerprint and now.data.fingerprint and before.data.fingerprint:
         fixed.append(f"data.fingerprint = {now.data.fingerprint}, {before.data.fingerprint}")
     if fixed:

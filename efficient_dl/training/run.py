@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -13,17 +14,26 @@ import torch.distributed as dist
 
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset, load_data
-from efficient_dl.errors import ConfigError
-from efficient_dl.models import build_model
+from efficient_dl.errors import EdlError
+from efficient_dl.models import build_model, check_model
 from efficient_dl.training import resume
-from efficient_dl.training.console import Progress, progress_for
+from efficient_dl.training.console import Progress, progress_for, result_text
 from efficient_dl.training.loop import Trainer
 from efficient_dl.training.optimizers import Optimizer
-from efficient_dl.training.run_folder import Summary, default_name, free_folder, holds_run, recorded_config
+from efficient_dl.training.run_folder import (
+    SUMMARY,
+    Summary,
+    check_free,
+    default_name,
+    locked,
+    new_folder,
+    recorded_config,
+)
 from efficient_dl.training.worker import Worker
 
 AUTO_BITS = 2.0  # what "auto" means until a planner measures links and codecs
 RUNS = Path("runs")
+FETCH_SECONDS = 1800.0  # ranks wait at least so long for the one that downloads
 
 
 def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False) -> list[Summary]:
@@ -38,9 +48,11 @@ def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False)
     for config in configs:
         settled, notes = worker.together("settle", partial(_settled, config, resumed))
         fetch = partial(_data, settled) if worker.local_rank == 0 else lambda: None
-        worker.together("fetch", fetch)  # a download happens once a machine
-        prepared = worker.together("prepare", partial(_prepared, settled, notes))
-        summaries.append(_train(prepared, device, resumed))
+        patience = max(settled.run.timeout_seconds, FETCH_SECONDS)
+        data = worker.together("fetch", fetch, patience)  # a download happens once a machine
+        prepared = worker.together("prepare", partial(_prepared, settled, notes, data))
+        with worker.together("lock", partial(_locked, prepared.config, resumed)):
+            summaries.append(_train(prepared, device, resumed))
     return summaries
 
 
@@ -53,8 +65,9 @@ def run(config: Config, resumed: bool = False, progress: Progress | None = None)
     on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     prepared = _prepared(*_settled(config, resumed))
-    dist.barrier()  # every rank has looked for other runs in the folder before one writes
-    return _train(prepared, device, resumed, progress)
+    dist.barrier()  # every rank has read what the folder holds before one writes
+    with _locked(prepared.config, resumed):
+        return _train(prepared, device, resumed, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +85,7 @@ def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
         notes.append(
             f"bits auto: {AUTO_BITS:g} bits a value, until there is a planner that measures the links"
         )
-    config = _with(with_folder(config, resumed), "run", workers=dist.get_world_size())
+    config = _with(_with_shared_folder(config, resumed), "run", workers=dist.get_world_size())
     if resumed:
         before = recorded_config(Path(config.run.out))
         notes += resume.check_same_training(before, config)
@@ -81,9 +94,13 @@ def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
     return config, notes
 
 
-def _prepared(config: Config, notes: list[str]) -> _Prepared:
-    """The data loaded and its fingerprint recorded; raises what model and optimizer have against each other."""
-    data = _data(config)
+def _prepared(config: Config, notes: list[str], data: Dataset | None = None) -> _Prepared:
+    """The data loaded, if it is not yet, and its fingerprint recorded.
+
+    Raises ConfigError where model, data, batch size and optimizer do not go together.
+    """
+    data = data or _data(config)
+    check_model(config.model, data.spec, config.data.batch_size)
     Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
     return _Prepared(_with(config, "data", fingerprint=data.fingerprint), data, notes)
 
@@ -96,21 +113,43 @@ def _train(
         shown.note(note)
     shown.note(f"run folder: {prepared.config.run.out}")
     try:
-        return Trainer(prepared.config, prepared.data, device, shown).train(resumed)
+        summary = Trainer(prepared.config, prepared.data, device, shown).train(resumed)
     finally:
         shown.stop()
+    path = Path(prepared.config.run.out) / SUMMARY
+    shown.note(result_text(summary, path))
+    return summary
 
 
 def with_folder(config: Config, resumed: bool) -> Config:
-    """The configuration with its folder chosen. Raises ConfigError if a run lies there that is not resumed."""
-    out = Path(config.run.out) if config.run.out else free_folder(RUNS, default_name(config))
-    if holds_run(out) and not resumed:
-        raise ConfigError(
-            "this folder holds a run already",
-            found=str(out),
-            fix="choose another --out, or continue it with --resume",
-        )
-    return _with(config, "run", out=str(out))
+    """The configuration with its folder, a new one if it names none; one process of a run calls it.
+
+    Raises ConfigError if a run lies there that is not resumed.
+    """
+    if not config.run.out:
+        return _with(config, "run", out=str(new_folder(RUNS, default_name(config))))
+    if not resumed:
+        check_free(Path(config.run.out))
+    return config
+
+
+def _with_shared_folder(config: Config, resumed: bool) -> Config:
+    """`with_folder` on rank 0, its result or error on all ranks."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [with_folder(config, resumed).run.out]
+        except EdlError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], EdlError):
+        raise outcome[0]
+    return _with(config, "run", out=outcome[0])
+
+
+def _locked(config: Config, resumed: bool) -> contextlib.AbstractContextManager[Any]:
+    """The folder locked against other runs while the result is open, by rank 0."""
+    return locked(Path(config.run.out), resumed) if dist.get_rank() == 0 else contextlib.nullcontext()
 
 
 def _data(config: Config) -> Dataset:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
@@ -22,6 +25,7 @@ CONFIG, METRICS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "tensorboard",
     "checkpoints",
 )
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Summary:
     compute_seconds_median (forward and backward alone) are means over ranks of each rank's median,
     codec_seconds_per_step of each rank's mean. peak_memory_bytes: the largest rank's. bytes_source:
     "counted" where the meter saw every byte leave, "analytic" for bits = "none", whose bytes torch's own collective
-    sends uncounted, "shadow" where they would have been sent.
+    sends uncounted, "shadow" where they would have been sent. What is not finite, or no longer known, is nan here
+    and null in the file.
     """
 
     val_loss: float
@@ -73,22 +78,14 @@ class RunFolder:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        try:
-            with disk_full(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._replace(CONFIG, to_toml(config))
-                (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
-                kept = [row for row in self.rows() if row["step"] <= step]
-                self._replace(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
-                self._metrics = (self.path / METRICS).open("a", buffering=1)
-                self._tensorboard = SummaryWriter(str(self.path / TENSORBOARD), purge_step=step + 1)
-        except OSError as error:
-            raise ConfigError(
-                "the run's folder cannot be written",
-                found=str(error),
-                where=str(self.path),
-                fix="choose another --out",
-            ) from None
+        with _writable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._replace(CONFIG, to_toml(config, explain=True))
+            (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
+            kept = [row for row in self.rows() if row["step"] <= step]
+            self._replace(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+            self._metrics = (self.path / METRICS).open("a", buffering=1)
+            self._tensorboard = SummaryWriter(str(self.path / TENSORBOARD), purge_step=step + 1)
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Append a row with its "step" to metrics.jsonl and TensorBoard; what is not finite becomes null."""
@@ -115,10 +112,20 @@ class RunFolder:
                 break
         return rows
 
+    def step_seconds_median(self) -> float:
+        """The median of the rows' step_seconds; nan if no row has any."""
+        known = [seconds for row in self.rows() if (seconds := row.get("step_seconds")) is not None]
+        return statistics.median(known) if known else math.nan
+
     def finish(self, summary: Summary) -> None:
+        """Write summary.json; what is not finite becomes null."""
         if self.writes:
+            values = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in dataclasses.asdict(summary).items()
+            }
             with disk_full(self.path, "the last checkpoint is intact"):
-                self._replace(SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+                self._replace(SUMMARY, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the files; `log` needs `open` first again."""
@@ -131,8 +138,11 @@ class RunFolder:
     def summary(self) -> Summary | None:
         """The finished run's summary, None if it has not finished."""
         try:
-            return Summary(**json.loads((self.path / SUMMARY).read_text()))
-        except (FileNotFoundError, TypeError, json.JSONDecodeError):
+            values: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
+            for key in [key for key, value in values.items() if value is None]:
+                values[key] = math.nan
+            return Summary(**values)
+        except (FileNotFoundError, AttributeError, TypeError, json.JSONDecodeError):
             return None
 
     def _replace(self, name: str, text: str) -> None:
@@ -168,13 +178,70 @@ def default_name(config: Config) -> str:
     return f"{model.name}-{model.size}-{data}-{config.optimizer.name}-{config.compression.bits}-seed{config.train.seed}"
 
 
-def free_folder(parent: Path, name: str) -> Path:
-    """parent/name, or parent/name-2, … if runs were started in those before."""
+def new_folder(parent: Path, name: str) -> Path:
+    """Make parent/name, or parent/name-2, … where those exist: no two runs get the same one."""
     path, count = parent / name, 1
-    while holds_run(path):
-        count += 1
-        path = parent / f"{name}-{count}"
-    return path
+    with _writable(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                count += 1
+                path = parent / f"{name}-{count}"
+
+
+def check_free(path: Path) -> None:
+    """Raise ConfigError if a run was started in this folder."""
+    if holds_run(path):
+        raise ConfigError(
+            "this folder holds a run already",
+            found=str(path),
+            fix="choose another --out, or continue it with --resume",
+        )
+
+
+def locked(path: Path, resumed: bool) -> IO[bytes]:
+    """Make the folder and lock it; closing the result, or the process's end, releases it.
+
+    Raises ConfigError if another process has it locked, or if a run was started there and this one is no resume.
+    """
+    with _writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / LOCK).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not resumed:
+            check_free(path)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            "another run writes here",
+            found=str(path / LOCK),
+            fix="choose another --out, or wait until that run has ended",
+        ) from None
+    except ConfigError:
+        file.close()
+        raise
+    except OSError:
+        pass  # a file system without locks; the run goes on without one
+    return file
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """DiskFull or ConfigError for what the operating system has against writing to this folder."""
+    try:
+        with disk_full(path):
+            yield
+    except OSError as error:
+        raise ConfigError(
+            "the run's folder cannot be written",
+            found=str(error),
+            where=str(path),
+            fix="choose another --out",
+        ) from None
 
 
 def _tag(key: str) -> str:

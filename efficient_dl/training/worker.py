@@ -57,17 +57,17 @@ class Worker:
     store: dist.Store
     calls: Iterator[int] = field(default_factory=itertools.count)  # equal on all ranks; makes keys unique
 
-    def together(self, name: str, step: Callable[[], T]) -> T:
+    def together(self, name: str, step: Callable[[], T], patience: float = 0.0) -> T:
         """Run `step` on every rank; if it raises an EdlError on any of them, no rank goes on.
 
         The first rank with an error raises it, and so do those with another one; the rest raise PeerFailed.
-        name: what is done, the same on all ranks.
+        name: what is done, the same on all ranks. patience: seconds that ranks may need unequally long.
         """
         try:
             result, error = step(), None
         except EdlError as caught:
             result, error = None, caught
-        errors: list[EdlError | None] = self.gather(f"together/{name}", error)
+        errors: list[EdlError | None] = self.gather(f"together/{name}", error, patience)
         found = [(rank, one) for rank, one in enumerate(errors) if one is not None]
         if not found:
             return result  # type: ignore[return-value]  # there was no error, so it is step's
@@ -76,11 +76,18 @@ class Worker:
             raise PeerFailed(found[0][1].exit_code)
         raise error
 
-    def gather(self, name: str, value: Any) -> list[Any]:
-        """Every rank's value in rank order, without a process group. name: what it is, the same on all ranks."""
+    def gather(self, name: str, value: Any, patience: float = 0.0) -> list[Any]:
+        """Every rank's value in rank order, without a process group. name: what it is, the same on all ranks.
+
+        patience: seconds to wait for the slowest rank before the store's own time-out begins.
+        """
         key = f"{name}/{next(self.calls)}"
         self.store.set(f"{key}/{self.rank}", _bytes(value))
-        return [pickle.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and not self.store.check(keys):
+            time.sleep(0.05)  # not in the store's own wait, which no signal interrupts
+        return [pickle.loads(self.store.get(one)) for one in keys]
 
     def start(self, run: RunConfig) -> torch.device:
         """Share out the cores, choose the device, and make the default process group.

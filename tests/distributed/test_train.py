@@ -19,7 +19,7 @@ import torch
 from efficient_dl.config import Config, load_config, with_overrides
 from efficient_dl.training import run
 from efficient_dl.training.checkpoint import CheckpointFolder
-from efficient_dl.training.run_folder import RunFolder
+from efficient_dl.training.run_folder import RunFolder, locked
 from tests.distributed.edl_ranks import EdlRanks, edl
 from tests.distributed.launch import run_ranks
 
@@ -130,6 +130,26 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     assert "--resume" in ended[0].err
 
 
+def test_a_run_resumes_with_moved_tokens_and_no_second_run_beside_it(tmp_path: Path) -> None:
+    tokens, out = tmp_path / "a.bin", tmp_path / "run"
+    tokens.write_bytes(bytes(range(256)) * 64)
+    words = ("--model", "gpt-nano", "--set", "model.context=16", "--set", "train.eval_batches=1")
+    first = edl(
+        tmp_path, "train", *words, "--data", f"tokens:{tokens}", "--steps", "1", "--out", str(out), ranks=1
+    )
+    assert first[0].code == 0, first
+    assert str(out / "summary.json") in first[0].out.splitlines()[-1]
+    moved = tokens.rename(tmp_path / "b.bin")
+    again = ("train", "--resume", "--out", str(out), "--steps", "2", "--data", f"tokens:{moved}")
+    with locked(out, resumed=True):
+        refused = edl(tmp_path, *again, ranks=1)
+    assert refused[0].code == 2
+    assert "another run writes here" in refused[0].err
+    (out / "summary.json").unlink()
+    assert edl(tmp_path, *again, ranks=1)[0].code == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+
+
 def test_resume_refuses_another_model_other_data_and_other_samples_per_step(tmp_path: Path) -> None:
     out = tmp_path / "run"
     edl(tmp_path, *DIGITS, "--steps", "1", "--out", str(out), ranks=1)
@@ -152,11 +172,12 @@ def test_resume_refuses_another_model_other_data_and_other_samples_per_step(tmp_
     [
         (["--data", "tokens:/nowhere"], 3, "/nowhere"),
         (["--model", "gtp"], 2, "did you mean gpt"),
-        (["--bits", "99"], 2, "at most 8"),
+        (["--bits", "99"], 2, "at most 7"),
         (["--set", "train.stepz=3"], 2, "did you mean steps"),
         (["--data", "digits"], 2, "gpt cannot be trained on this data"),
         (["--workers", "3"], 9, "WORLD_SIZE"),
         (["--model", "resnet18", "--data", "digits", "--optimizer", "muon"], 2, "muon"),
+        (["--model", "resnet18-nano", "--data", "digits", "--batch-size", "1"], 2, "at least 2"),
     ],
 )
 def test_an_error_is_reported_once_and_without_a_traceback(
@@ -208,7 +229,7 @@ def test_a_signal_ends_every_rank_and_keeps_the_last_checkpoint(
     out = tmp_path / "run"
     words = [*DIGITS, "--steps", "1000000", "--out", str(out), "--set", "train.checkpoint_every=5"]
     ranks = EdlRanks(tmp_path, words, words)
-    ranks.wait_for((out / "checkpoints" / "step-000005").exists)
+    ranks.wait_for(lambda: CheckpointFolder(out / "checkpoints").latest() is not None)
     ranks.signal(number)
     first, second = ranks.end(timeout=20)
     assert (first.code, second.code) == (code, code)
@@ -263,7 +284,7 @@ def test_edl_starts_its_own_workers_and_leaves_none_after_ctrl_c(tmp_path: Path)
         )
     try:
         deadline = time.monotonic() + 60
-        while not (out / "checkpoints" / "step-000005").exists():
+        while CheckpointFolder(out / "checkpoints").latest() is None:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         assert len(members(process.pid)) >= 3, "edl and two workers"

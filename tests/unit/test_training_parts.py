@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,12 @@ from efficient_dl.models import build_model
 from efficient_dl.training import optimizers
 from efficient_dl.training.checkpoint import CheckpointFolder
 from efficient_dl.training.console import byte_text, row_text
-from efficient_dl.training.demo import demo_configs
+from efficient_dl.training.demo import BITS, MARKER, _make_room, demo_configs, run_demo
 from efficient_dl.training.disk import disk_full
 from efficient_dl.training.measure import untouched
 from efficient_dl.training.optimizers import Optimizer, hidden_matrices
 from efficient_dl.training.resume import check_same_training
-from efficient_dl.training.run_folder import RunFolder, Summary, default_name, free_folder
+from efficient_dl.training.run_folder import RunFolder, Summary, default_name, locked, new_folder
 from efficient_dl.training.schedule import learning_rate
 from efficient_dl.training.task import task_for
 
@@ -212,6 +212,26 @@ def test_a_summary_comes_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "summary.json").read_text()) == asdict(SUMMARY)
 
 
+def test_what_is_not_finite_is_null_in_the_summary(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    folder.finish(replace(SUMMARY, val_loss=math.inf, step_seconds_median=math.nan))
+    values = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert (values["val_loss"], values["step_seconds_median"], values["ratio"]) == (None, None, 2.0)
+    read = folder.summary()
+    assert read and math.isnan(read.val_loss)
+
+
+def test_the_median_of_a_step_is_known_from_the_rows(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, writes=True)
+    assert math.isnan(folder.step_seconds_median())
+    folder.open(Config(), 0)
+    for step, seconds in enumerate((0.1, 0.3, 0.2)):
+        folder.log({"step": step, "step_seconds": seconds})
+    folder.log({"step": 3, "val_loss": 1.0})
+    folder.close()
+    assert folder.step_seconds_median() == 0.2
+
+
 def test_a_rank_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", writes=False)
     folder.open(Config(), 0)
@@ -223,11 +243,20 @@ def test_a_rank_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
 def test_a_default_folder_is_not_used_twice(tmp_path: Path) -> None:
     name = default_name(with_overrides(Config(), ["compression.bits=2", "data.name=tokens:a/b"]))
     assert name == "gpt-micro-tokens-adamw-2.0-seed0"
-    for _ in range(2):
-        folder = RunFolder(free_folder(tmp_path, name), writes=True)
-        folder.open(Config(), 0)
-        folder.close()
-    assert free_folder(tmp_path, name) == tmp_path / f"{name}-3"
+    made = [new_folder(tmp_path / "runs", name).name for _ in range(3)]
+    assert made == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_a_folder_is_locked_until_its_run_ends(tmp_path: Path) -> None:
+    with locked(tmp_path / "run", resumed=False):
+        with pytest.raises(ConfigError, match="another run writes here"):
+            locked(tmp_path / "run", resumed=True)
+    folder = RunFolder(tmp_path / "run", writes=True)
+    folder.open(Config(), 0)
+    folder.close()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        locked(tmp_path / "run", resumed=False)
+    locked(tmp_path / "run", resumed=True).close()
 
 
 # ------------------------------------------------------------------------------------------------------------ resume
@@ -238,9 +267,12 @@ def test_a_resume_names_what_changed_and_refuses_another_training() -> None:
     )
     notes = check_same_training(before, changed)
     assert [note.split(" = ")[0].split()[-1] for note in notes] == ["optimizer.lr", "train.steps"]
+    tokens = with_overrides(before, ["data.name=tokens:/old"])
+    assert check_same_training(tokens, with_overrides(tokens, ["data.name=tokens:/new"])) == []
     for setting in (
         "model.size=mini",
         "data.name=digits",
+        "data.holdout=0.2",
         "optimizer.name=sgd",
         "train.seed=1",
         "data.fingerprint=x",
@@ -304,6 +336,37 @@ def test_the_demo_trains_the_same_three_times(tmp_path: Path) -> None:
     configs = demo_configs(40, 2, tmp_path)
     assert [config.compression.bits for config in configs] == ["none", "lossless", 2.0]
     assert len({config.fingerprint(ignore=("run", "compression")) for config in configs}) == 1
+
+
+def test_the_demo_replaces_nothing_but_a_demo(tmp_path: Path) -> None:
+    folders = [tmp_path / bits for bits in BITS]
+    _make_room(folders)
+    (folders[0] / "config.toml").touch()
+    _make_room(folders)
+    assert [[one.name for one in folder.iterdir()] for folder in folders] == [[MARKER]] * 3
+    (folders[1] / MARKER).rename(folders[1] / "config.toml")
+    with pytest.raises(ConfigError, match="not a demo's"):
+        _make_room(folders)
+    assert (folders[1] / "config.toml").exists() and (folders[0] / MARKER).exists()
+
+
+def test_the_demo_checks_its_settings_before_it_removes_anything(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _make_room([tmp_path / "none"])
+    (tmp_path / "none" / "kept").touch()
+    with pytest.raises(ConfigError, match=r"train\.steps"):
+        run_demo(steps=0, out=tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(LaunchError, match="starts its own workers"):
+        run_demo(out=tmp_path)
+    assert (tmp_path / "none" / "kept").exists()
+
+
+@pytest.mark.parametrize("model", ["", "-nano", "gpt-"])
+def test_a_model_needs_a_name_and_a_size_after_its_dash(model: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", f"--model={model}", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
 
 
 def test_numbers_are_short() -> None:
