@@ -67,12 +67,14 @@ def compress(
         of bits a value (2.0), or "auto".
     shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
     group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
-    check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never.
-    timeout: seconds after which a transfer that makes no progress raises TransportError, naming the rank.
+    check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never, as
+        with bits="none".
+    timeout: seconds after which an unfinished transfer, the wait for the slowest rank included, raises TransportError
+        and names the rank: longer than anything one rank does alone, such as an evaluation.
     kernel: which kernels code CPU tensors, as in `make_codec`.
     extra: further facts that must agree on all ranks, for example {"data": hash}; compared as text.
 
-    With one rank there is nothing to send: nothing is encoded or quantized.
+    DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
 
     Raises ConfigError, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
 
@@ -133,8 +135,17 @@ class Compression:
         self._held: HeldStep | None = None
         self._engine = self._make_engine()
         if self._engine is not None:
-            model.register_comm_hook(self, _reduce_bucket)
             self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
+            try:
+                model.register_comm_hook(self, _reduce_bucket)
+            except RuntimeError as error:  # torch's built-in hooks leave no trace to look for before
+                self._finalizer.detach()
+                self._engine.close(_EXIT_SECONDS)
+                raise ConfigError(
+                    "the model's communication hook cannot be registered",
+                    found=str(error).splitlines()[0],
+                    fix="call compress() once, and no other hook",
+                ) from error
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
@@ -180,17 +191,20 @@ class Compression:
             "rank": self._control.rank,
             "world_size": self._control.world_size,
             "optimizer_steps": self._optimizer_steps,
+            "shadow": self.shadow,
             "buckets": [list(names) for names in self._record.buckets],
+            "buckets_settled": self._record.settled,
             "compressor": self._compressor.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues exactly from this rank's `state_dict`, which was taken after at least two steps.
+        """Continues exactly from this rank's `state_dict`; every rank must call it, with its own.
 
         The next steps are reduced in the buckets that the saved run had, until DDP has rebuilt its own; they do not
-        overlap backward. At another world size the counters of bytes, values and seconds start again from
-        zero, which is logged: they belong to ranks that are no more. Raises PlanMismatch for another plan,
-        CheckpointError for another rank, model or version.
+        overlap backward. A state from before DDP had rebuilt them (the first three steps) cannot tell them: a lossy run
+        then goes on with other shards, which is logged. At another world size, or between a shadow run and a real
+        one, the counters of bytes, values and seconds start again from zero, which is logged, too. Raises
+        PlanMismatch for another plan, CheckpointError for another rank, model or version.
         """
         control = self._control
         if state["world_size"] == control.world_size and state["rank"] != control.rank:
@@ -202,21 +216,30 @@ class Compression:
         self._compressor.load_state_dict(state["compressor"])
         self._optimizer_steps = state["optimizer_steps"]
         if state["world_size"] == control.world_size:
-            self._continue_in([list(names) for names in state["buckets"]])
-        else:
+            self._continue_in([list(names) for names in state["buckets"]], state["buckets_settled"])
+            if not state["buckets_settled"] and not self._compressor.codec.exact:
+                _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
+        reasons = []
+        if state["world_size"] != control.world_size:
+            reasons.append(f"{state['world_size']} ranks, restored on {control.world_size}")
+        if state["shadow"] != self.shadow:
+            reasons.append(
+                "a shadow run, restored in a real one"
+                if state["shadow"]
+                else "a real run, restored in a shadow"
+            )
+        if reasons:
             self._compressor.meter.load_state_dict(fresh)
             _log.warning(
-                "compression state of %d ranks, restored on %d: the byte counters start again from zero",
-                state["world_size"],
-                control.world_size,
+                "compression state of %s: the byte counters start again from zero", "; ".join(reasons)
             )
 
-    def _continue_in(self, buckets: list[list[str]]) -> None:
+    def _continue_in(self, buckets: list[list[str]], settled: bool) -> None:
         if not buckets or self.shadow or self._engine is None:
             return
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         if trained == {name for names in buckets for name in names}:
-            self._record.hold(buckets)
+            self._record.hold(buckets, settled)
         else:
             _log.warning(
                 "other parameters are trained than before the restart: a lossy run goes on differently"
@@ -259,7 +282,13 @@ class Compression:
                 self._held.finish()
                 self._held = None
             # Runs at the end of backward, before DDP's own: raises what a stage raised, with its own type.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+            try:
+                torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+            except RuntimeError as error:
+                raise EdlError(
+                    "gradients are reduced outside of a backward pass, as DDP's join() does",
+                    fix="give every rank the same number of steps; join() needs bits='none'",
+                ) from error
         return result
 
     def _start(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> torch.futures.Future[Tensor]:

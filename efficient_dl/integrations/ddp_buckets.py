@@ -23,6 +23,7 @@ from efficient_dl.comm import (
 TorchFuture = torch.futures.Future
 
 _log = logging.getLogger(__name__)
+_STEPS_BEFORE_REBUILD = 2
 _REBUILD_STEPS = 4  # DDP rebuilds its buckets after the first step, or with a static graph after the second
 
 
@@ -93,22 +94,25 @@ class ShadowEngine:
 class BucketRecord:
     """Which buckets steps are reduced in, so that a restarted run can go on in those of the run before.
 
-    buckets: the parameters' names in each bucket of the last step.
+    buckets: the parameters' names in each bucket of the last step. settled: DDP has certainly rebuilt its buckets, and
+    these are those of every step to come.
     """
 
     def __init__(self) -> None:
         self.buckets: list[list[str]] = []
         self._step: list[list[str]] = []
         self._steps_to_hold = 0
+        self._steps_seen = 0
+        self.settled = False
 
     @property
     def holds(self) -> bool:
         """Whether this step is to be reduced in `buckets`, whatever DDP's own are (see `HeldStep`)."""
         return self._steps_to_hold > 0
 
-    def hold(self, buckets: list[list[str]]) -> None:
+    def hold(self, buckets: list[list[str]], settled: bool) -> None:
         """Holds steps until DDP's own buckets are these."""
-        self.buckets = buckets
+        self.buckets, self.settled = buckets, settled
         self._steps_to_hold = _REBUILD_STEPS
 
     def add(self, names: list[str]) -> None:
@@ -118,6 +122,7 @@ class BucketRecord:
     def end_step(self) -> None:
         """Decides what the next step is reduced in."""
         step, self._step = self._step, []
+        self._steps_seen += 1
         if self.holds and step != self.buckets:
             self._steps_to_hold -= 1
             if not self.holds:
@@ -125,6 +130,7 @@ class BucketRecord:
                     "DDP builds other buckets than before the restart: a lossy run goes on differently"
                 )
         else:
+            self.settled |= self._steps_seen > _STEPS_BEFORE_REBUILD and step == self.buckets
             self.buckets, self._steps_to_hold = step, 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,13 +115,53 @@ def test_another_ranks_or_plans_state_is_refused() -> None:
         assert texts[1].startswith("PlanMismatch: the checkpoint was written under plan")
 
 
-def resized(rank: int, state: dict[str, Any]) -> tuple[int, list[str]]:
-    _, _, compression = compressed(2.0)
+def warnings_of(load: Callable[[], None]) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("efficient_dl").addHandler(handler)
-    compression.load_state_dict(state)
+    load()
+    logging.getLogger("efficient_dl").removeHandler(handler)
+    return messages
+
+
+def restored_in_shadow(rank: int) -> tuple[int, list[str]]:
+    model, optimizer, compression = compressed(2.0)
+    steps(rank, model, optimizer, 0, 4)
+    saved = compression.state_dict()
+    model, _, _ = compressed("none")
+    shadow = edl.compress(DistributedDataParallel(model.module), None, 2.0, shadow=True)
+    messages = warnings_of(lambda: shadow.load_state_dict(saved))
+    return shadow.stats()["wire_bytes"], messages
+
+
+def test_what_a_real_run_sent_is_not_counted_as_shadow() -> None:
+    for wire_bytes, messages in run_ranks(restored_in_shadow, 2):
+        assert wire_bytes == 0
+        assert messages == [
+            "compression state of a real run, restored in a shadow: the byte counters start again from zero"
+        ]
+
+
+def saved_early(rank: int, num_steps: int) -> list[str]:
+    model, optimizer, compression = compressed(2.0)
+    steps(rank, model, optimizer, 0, num_steps)
+    saved = compression.state_dict()
+    _, _, fresh = compressed(2.0)
+    return warnings_of(lambda: fresh.load_state_dict(saved))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_state_from_before_the_buckets_settled_says_so(num_steps: int) -> None:
+    for messages in run_ranks(saved_early, 2, num_steps):
+        assert any("before DDP had rebuilt its buckets" in message for message in messages) == (
+            num_steps == 1
+        )
+
+
+def resized(rank: int, state: dict[str, Any]) -> tuple[int, list[str]]:
+    _, _, compression = compressed(2.0)
+    messages = warnings_of(lambda: compression.load_state_dict(state))
     return compression.stats()["wire_bytes"], messages
 
 
