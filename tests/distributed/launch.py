@@ -40,7 +40,7 @@ class Outcome:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 100.0
 ) -> list[Any]:
     """Calls function(rank, *arguments) on every rank, in one process group; returns the values by rank."""
     outcomes = run_failing_ranks(function, world_size, *arguments, timeout=timeout)
@@ -51,7 +51,7 @@ def run_ranks(
 
 
 def run_failing_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60.0
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 100.0
 ) -> list[Outcome]:
     """The same for ranks that may fail or die; fails the test if one is still running after `timeout` seconds."""
     with tempfile.TemporaryDirectory() as folder:

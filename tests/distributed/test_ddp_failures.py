@@ -259,7 +259,7 @@ SCRIPT = """
             if rank == 0:          # leave while our threads wait for rank 1
                 started = compression._engine.start(torch.zeros(90300), LAYOUT)
                 raise SystemExit(7)
-            time.sleep(30)
+            time.sleep(200)
         model(torch.randn(4, 300)).sum().backward()
         optimizer.step()
     if how == "destroyed":
@@ -268,6 +268,7 @@ SCRIPT = """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(250)  # two fresh interpreters import torch
 @pytest.mark.parametrize("how", ["nothing", "destroyed", "in flight"])
 def test_a_process_that_never_closes_ends_by_itself(tmp_path: Path, how: str) -> None:
     script = textwrap.dedent(SCRIPT).replace(
@@ -284,7 +285,7 @@ def test_a_process_that_never_closes_ends_by_itself(tmp_path: Path, how: str) ->
     ]
     try:
         waited_for = ranks[:1] if how == "in flight" else ranks
-        errors = [rank.communicate(timeout=60)[1].decode() for rank in waited_for]
+        errors = [rank.communicate(timeout=200)[1].decode() for rank in waited_for]
         codes = [rank.returncode for rank in waited_for]
     finally:
         for rank in ranks:
