@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import torch.distributed as dist
 import typer
+import xxhash
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +45,7 @@ class Outcome:
     kernel_bytes_per_step: float
     bits_per_value: float
     step_seconds: float
+    weights_hash: float
 
 
 def train_all(worker: Worker, config: Config, case: str, runs: list[tuple[str, int]], path: Path) -> None:
@@ -74,6 +77,7 @@ def train_all(worker: Worker, config: Config, case: str, runs: list[tuple[str, i
             sum(counted) / summary.steps,
             summary.bits_per_value,
             summary.step_seconds_median,
+            float(_hash(trainer.model)),
         )
         for row in _rows(case, system, seed, outcome):
             file.add(row)
@@ -88,6 +92,13 @@ def case_of(config: Config, workers: int, network: str) -> str:
     link = f", {network}" if network else ""
     same = config.fingerprint(ignore=("run", "compression", "train.seed"))
     return f"{model}, {batch}, {train.steps} steps, {rule}{link} [{same[:8]}]"
+
+
+def _hash(model: torch.nn.Module) -> int:
+    digest = xxhash.xxh3_64()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.intdigest() & 0xFFFFFFFFFFFF  # a float64 holds it exactly
 
 
 def _bits(system: str) -> str | float:
@@ -112,6 +123,7 @@ def _rows(case: str, system: str, seed: int, outcome: Outcome) -> list[Row]:
         ("val_loss", outcome.val_loss, "nats"),
         ("kernel_bytes_per_step", outcome.kernel_bytes_per_step, "bytes, all ranks, by the kernel"),
         ("step_seconds", outcome.step_seconds, "s"),
+        ("weights_hash", outcome.weights_hash, "low 48 bits of xxh3 over the final weights: equal or not"),
     ]
     if system not in PEERS:
         values.append(("wire_bytes_per_step", outcome.wire_bytes_per_step, counted))
