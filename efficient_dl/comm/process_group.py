@@ -1,15 +1,17 @@
 """The transport over torch.distributed: pairwise rounds on CPU groups (gloo), one all-to-all on NCCL.
 
 Why rounds, and receives before sends: percent of the link's rate that gloo reaches for messages of 10 MiB between
-emulated hosts (benchmarks/exchange.py; the rows are in benchmarks/results/exchange.jsonl):
+emulated hosts (benchmarks/exchange.py; the rows, for smaller messages too, are in benchmarks/results/exchange.jsonl):
 
                                        2 ranks, 100 Mbit/s   1 Gbit/s   4 ranks, 100 Mbit/s   1 Gbit/s
-    all_to_all_single                                   47         23                    48         45
-    all_gather                                          63         62                    74         80
-    batch_isend_irecv, sends first                      48         52                    47         48
-    pairwise rounds, sends first                        92         48                    59         68
+    all_to_all_single                                   47         75                    48         51
+    all_gather                                          63         87                    74         86
+    batch_isend_irecv, sends first                      48         89                    47         53
+    pairwise rounds, sends first                        92         57                    59         68
     batch_isend_irecv, receives first                   94         93                    87         94
-    pairwise rounds, receives first                     93         96                    94         92
+    pairwise rounds, receives first                     93         92                    94         94
+
+Sends first is a matter of luck: it is good only where the other side's receive happens to be posted already.
 """
 
 from __future__ import annotations
