@@ -61,6 +61,7 @@ def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
         return work(main, *args)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may resolve to anything
+    handled = (*SIGNALS, signal.SIGQUIT)  # but for those that a parent (nohup) has chosen to ignore
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -73,6 +74,7 @@ def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=_SHUTDOWN_SECONDS,
+        signals_to_handle=",".join(n.name for n in handled if signal.getsignal(n) != signal.SIG_IGN),
     )
     _silence_elastic()
     try:

@@ -164,7 +164,10 @@ def _signals_raise_stopped(stops: list[Stopped]) -> Iterator[None]:
         stops.append(Stopped(number))
         raise stops[0]
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    handled = [
+        number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+    ]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, stop) for number in handled}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     yield
     for number, handler in before.items():

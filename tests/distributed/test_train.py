@@ -274,11 +274,14 @@ def test_a_full_disk_keeps_the_checkpoints_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_edl_starts_its_own_workers_and_leaves_none_after_ctrl_c(tmp_path: Path) -> None:
+def test_edl_starts_its_own_workers_survives_a_hangup_under_nohup_and_leaves_none_after_ctrl_c(
+    tmp_path: Path,
+) -> None:
     out, log = tmp_path / "run", tmp_path / "log"
     words = [*DIGITS, "--steps", "1000000", "--out", str(out), "--workers", "2"]
     with log.open("w") as file:
-        command = [sys.executable, "-m", "efficient_dl.cli", *words, "--set", "train.checkpoint_every=5"]
+        edl_command = [sys.executable, "-m", "efficient_dl.cli", *words]
+        command = ["nohup", *edl_command, "--set", "train.checkpoint_every=5"]
         process = subprocess.Popen(
             command, stdout=file, stderr=file, start_new_session=True, env=without_launcher()
         )
@@ -288,7 +291,12 @@ def test_edl_starts_its_own_workers_and_leaves_none_after_ctrl_c(tmp_path: Path)
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         assert len(members(process.pid)) >= 3, "edl and two workers"
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        os.killpg(process.pid, signal.SIGHUP)  # as a terminal that closes does
+        step = CheckpointFolder(out / "checkpoints").latest()
+        while CheckpointFolder(out / "checkpoints").latest() == step:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
         assert process.wait(30) == 130
         deadline = time.monotonic() + 5
         while members(process.pid) and time.monotonic() < deadline:
