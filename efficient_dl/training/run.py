@@ -57,7 +57,7 @@ def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False)
 
 
 def run(config: Config, resumed: bool = False, progress: Progress | None = None) -> Summary:
-    """Run one configuration inside processes that have a default process group, as benchmarks' workers do.
+    """Run one configuration inside processes that have a default process group: the loop as a library.
 
     Every rank calls it with the same configuration. progress: None shows it on rank 0.
     """
