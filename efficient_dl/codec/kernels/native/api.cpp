@@ -2,13 +2,11 @@
 #include <cstring>
 #include <new>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "codecs.hpp"
 #include "edl_codec.h"
+#include "ieee.hpp"
 #include "kernels.hpp"
+#include "threads.hpp"
 
 namespace {
 
@@ -24,32 +22,10 @@ const Kernels& best_kernels() {
 
 thread_local const Kernels* thread_kernels = &best_kernels();
 
-// The format's arithmetic is IEEE: rounding to nearest, denormals kept. A caller, or a library built with
-// -ffast-math, may have set this thread otherwise.
-class IeeeArithmetic {
-public:
-#if defined(__x86_64__)
-    IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-    ~IeeeArithmetic() { _mm_setcsr(saved_); }
-
-private:
-    unsigned saved_;
-#elif defined(__aarch64__)
-    IeeeArithmetic() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved_));
-        asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
-    }
-    ~IeeeArithmetic() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
-
-private:
-    uint64_t saved_;
-#endif
-};
-
 template <typename Work>
 int64_t guarded(Work&& work) {
     try {
-        [[maybe_unused]] IeeeArithmetic ieee;
+        [[maybe_unused]] edl::IeeeArithmetic ieee;
         return work();
     } catch (const CodecError& error) {
         return error.code;
@@ -139,6 +115,14 @@ int64_t edl_set_isa(const char* name) {
     } else {
         return EDL_UNSUPPORTED_ISA;
     }
+    return 0;
+}
+
+int64_t edl_num_threads(void) { return edl::num_threads(); }
+
+int64_t edl_set_num_threads(int64_t count) {
+    if (count < 1) return EDL_BAD_ARGUMENT;
+    edl::set_num_threads(count > 256 ? 256 : static_cast<int>(count));
     return 0;
 }
 

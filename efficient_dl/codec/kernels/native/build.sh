@@ -10,7 +10,7 @@ objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 
 # No contraction and no reassociation: the same bytes on every processor. The other two let loops vectorize.
-flags="-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+flags="-O3 -std=c++20 -pthread -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 flags="$flags -Wall -Wextra ${CXXFLAGS:-}"
 # GCC 12 takes its own "undefined" intrinsics for uninitialized variables.
 avx512="-Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprefer-vector-width=512"
@@ -28,5 +28,5 @@ for source in "$here"/*.cpp; do
 done
 # Into place by rename, so that a process that has the old library mapped keeps it.
 # shellcheck disable=SC2086
-"$compiler" -shared ${CXXFLAGS:-} -o "$objects/library.so" "$objects"/*.o
+"$compiler" -shared -pthread ${CXXFLAGS:-} -o "$objects/library.so" "$objects"/*.o
 mv "$objects/library.so" "$output"

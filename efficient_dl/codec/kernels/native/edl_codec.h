@@ -1,8 +1,9 @@
 /* The C interface of the compiled codecs: bodies of lossless and block-quantized packets (docs/format.md).
  *
  * Plain C types and pointers only, so that any Python, fuzzer or sanitizer can load it. Every function that
- * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Nothing is shared
- * between threads except read-only tables; the instruction set is chosen per thread. The 32-byte packet header
+ * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Calls
+ * may come from any number of threads; large tensors are shared out over a bounded pool (edl_set_num_threads).
+ * The instruction set is chosen per calling thread. The 32-byte packet header
  * and the checksum are the caller's job.
  */
 #ifndef EDL_CODEC_H
@@ -70,6 +71,11 @@ EDL_EXPORT const char* edl_isa(void);
 
 /* Chooses it for the calling thread: "auto", "avx512" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
+
+/* Threads that one call may use, the caller's included: for the whole process. At first OMP_NUM_THREADS, or the
+ * processors that the process may run on (at most 16). Packets do not depend on it. */
+EDL_EXPORT int64_t edl_num_threads(void);
+EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
 /* Capacity that is always enough for a body. mode: 0 pairs, 1 bytes, -1 whichever needs more. */
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
