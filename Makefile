@@ -2,6 +2,7 @@
 # make test   everything that CI runs: linters, types, all tests
 # make quick  the linters and all but the slow tests: for every day
 # make lint   the linters alone
+# make fuzz   search for bytes that break the decoders, for SECONDS (needs clang)
 # make native build the C++ kernels in place, for work on them
 # make clean  remove what was built; .venv stays (make distclean removes it too)
 #
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 60
 
 BIN := .venv/bin
 # Constraints only: users who need another build of torch point pip at its index by PIP_EXTRA_INDEX_URL.
@@ -16,9 +18,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 KERNELS := efficient_dl/codec/kernels/native
 # What an installation depends on. Python files are not among them: it is an editable one.
 INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/*.hpp)
-SCRIPTS := $(shell find .ci benchmarks cluster docker efficient_dl launch -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
+SCRIPTS := $(shell find .ci benchmarks cluster docker efficient_dl launch tests -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
 
-.PHONY: demo test quick lint native clean distclean
+.PHONY: demo test quick lint fuzz native clean distclean
 .NOTPARALLEL:
 
 demo: .venv/installed
@@ -36,6 +38,9 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck .ci/run $(SCRIPTS)
+
+fuzz:
+	bash tests/fuzz/fuzz.sh $(SECONDS)
 
 native:
 	bash $(KERNELS)/build.sh

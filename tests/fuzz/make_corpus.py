@@ -1,0 +1,58 @@
+"""Writes the fuzzer's seeds, real packets of every codec: python tests/fuzz/make_corpus.py
+
+decode_fuzzer.cpp says what an input is. Run it again after a change of the format, and commit what it writes; inputs
+that once broke a decoder lie in the same folder under names of their own (crash-*) and are never removed.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import Side, make_codec
+from efficient_dl.codec.packet import DTYPE_CODES, HEADER_BYTES
+
+CORPUS = Path(__file__).resolve().parent / "corpus"
+DECODERS = {"lossless": 0, "bits:0.5": 1, "bits:2.0": 1, "bits:4.0": 1}
+
+
+def main() -> None:
+    """Replaces the seeds."""
+    CORPUS.mkdir(exist_ok=True)
+    for old in CORPUS.glob("seed-*"):
+        old.unlink()
+    for spec, decoder in DECODERS.items():
+        for dtype, code in DTYPE_CODES.items():
+            for kind, (segments, x) in enumerate(_tensors()):
+                side = Side(segments=segments)
+                packet = make_codec(spec, checksum=False).encode(x.to(dtype), side)
+                prefix = struct.pack("<BBBBI", decoder, code, kind << 2, 0, x.numel() - 1)
+                name = f"seed-{spec.replace(':', '-')}-{str(dtype).removeprefix('torch.')}-{kind}"
+                (CORPUS / name).write_bytes(prefix + bytes(packet[HEADER_BYTES:].numpy()))
+
+
+def _tensors() -> list[tuple[tuple[int, ...], Tensor]]:
+    """One tensor for each way of cutting it that decode_fuzzer.cpp knows."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(numel: int) -> Tensor:
+        return torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator)
+
+    mixed = noise(3000)
+    mixed[256:1024] = 0
+    mixed[1500] = torch.inf
+    mixed[2000] = 1e30
+    small = noise(20)
+    return [
+        ((1200,), noise(1200)),
+        ((1000, 0, 2000), mixed),
+        ((700, 700, 600), noise(2000) * (torch.rand(2000, generator=generator) < 0.05)),
+        ((3, 3, 3, 3, 3, 3, 2), small),
+    ]
+
+
+if __name__ == "__main__":
+    main()
