@@ -98,6 +98,22 @@ int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64
     return words_end - words;
 }
 
+// slots[indices[i]] for 4 or 16 indices, one load after the other: on Zen 4 gather instructions take longer.
+inline __m128i load_4(const uint32_t* slots, uint64_t indices) {
+    __m128i entries = _mm_cvtsi32_si128(static_cast<int>(slots[indices & 0xffff]));
+    entries = _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 16 & 0xffff]), 1);
+    entries = _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 32 & 0xffff]), 2);
+    return _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 48]), 3);
+}
+
+inline __m512i load_16(const uint32_t* slots, const uint16_t* indices) {
+    uint64_t four[4];
+    memcpy(four, indices, sizeof four);
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load_4(slots, four[0])), load_4(slots, four[1]), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_4(slots, four[2])), load_4(slots, four[3]), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 // Decodes one row and returns where its words end; may read kLanes words from `words` on.
 inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words, __m512i* x, uint8_t* symbols) {
     // Low bytes of 32 dwords in two registers, in the lower half of the result.
@@ -112,6 +128,11 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
     const __m512i last_words = _mm512_add_epi16(first_words, _mm512_set1_epi16(16));
     const __m512i slot_mask = _mm512_set1_epi32(kFrequencyTotal - 1);
     const __m512i lowest = _mm512_set1_epi32(1 << 16);
+    alignas(64) uint16_t indices[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRegisters; ++i)
+        _mm256_store_si256(reinterpret_cast<__m256i*>(indices + 16 * i),
+                           _mm512_cvtepi32_epi16(_mm512_and_si512(x[i], slot_mask)));
 
 #pragma GCC unroll 4
     for (int pair = 0; pair < kRegisters / 2; ++pair) {
@@ -120,7 +141,7 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
             __m512i& state = x[2 * pair + k];
-            entry[k] = _mm512_i32gather_epi32(_mm512_and_si512(state, slot_mask), table.slot, 4);
+            entry[k] = load_16(table.slot, indices + 32 * pair + 16 * k);
             const __m512i high = _mm512_srli_epi32(state, kFrequencyBits);
             const __m512i offset = _mm512_and_si512(_mm512_srli_epi32(entry[k], 8), slot_mask);
             const __m512i product = _mm512_mullo_epi32(_mm512_srli_epi32(entry[k], 20), high);
