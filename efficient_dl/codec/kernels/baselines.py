@@ -26,7 +26,7 @@ def max_blockwise_bytes(codec_id: int, block_values: int, numel: int, num_segmen
     """The largest body of int8, int4 or sign: every segment ends with a short block."""
     num_blocks = min(numel, numel // block_values + num_segments)
     packed = _VALUES_PER_BYTE[codec_id]
-    return _BLOCK_HEADER_BYTES + 4 * num_blocks + (numel + (packed - 1) * num_blocks) // packed
+    return _BLOCK_HEADER_BYTES + 2 * num_blocks + (numel + (packed - 1) * num_blocks) // packed
 
 
 def topk_count(fraction: float, numel: int) -> int:

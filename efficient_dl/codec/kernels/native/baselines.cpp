@@ -14,9 +14,14 @@ namespace edl {
 namespace {
 
 constexpr int64_t kPartValues = 1 << 16;  // what one thread takes at a time, at least
-constexpr uint32_t kNan = 0x7fc00000;
-constexpr uint32_t kInfinity = 0x7f800000;
-constexpr uint32_t kSmallestNormal = 0x00800000;
+constexpr int64_t kScaleBytes = 2;
+
+// Scales are the top halves of float32 numbers.
+constexpr uint16_t kNan = 0x7fc0;
+constexpr uint16_t kInfinity = 0x7f80;
+constexpr uint16_t kSmallestNormal = 0x0080;
+
+float scale_value(uint16_t scale) { return std::bit_cast<float>(static_cast<uint32_t>(scale) << 16); }
 
 // How a codec writes a block.
 struct Format {
@@ -99,26 +104,28 @@ const float* floats_at(const Kernels& kernels, const ConstValues& x, int64_t fir
     return buffer;
 }
 
-// The step of a block: absmax / level, 0 if that is denormal, and rounded down if level * step would overflow.
-uint32_t integer_scale(uint32_t max_bits, int level) {
-    if (max_bits >= kInfinity) return kNan;
+// The step of a block: absmax / level, rounded up so that no |q| is above the level; 0 if that is denormal. Next to the
+// largest float32 it is rounded down instead, for level * step to be finite, and the quantizer cuts q to the level.
+uint16_t integer_scale(uint32_t max_bits, int level) {
+    if (max_bits >= uint32_t{kInfinity} << 16) return kNan;
     const float divisor = static_cast<float>(level);
-    const float scale = std::bit_cast<float>(max_bits) / divisor;
-    const uint32_t bits = std::bit_cast<uint32_t>(scale);
-    if (bits < kSmallestNormal) return 0;
-    return std::bit_cast<uint32_t>(scale * divisor) == kInfinity ? bits - 1 : bits;
+    const uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(max_bits) / divisor);
+    const uint16_t scale = static_cast<uint16_t>((bits + 0xffff) >> 16);
+    if (bits < uint32_t{kSmallestNormal} << 16) return 0;
+    return std::bit_cast<uint32_t>(scale_value(scale) * divisor) >> 16 == kInfinity ? scale - 1 : scale;
 }
 
-// A chunk's sum; then chunks' sums, which are folded in the same way (docs/format.md).
-uint32_t mean_scale(std::vector<double>& sums, uint32_t max_bits, int64_t numel) {
-    if (max_bits >= kInfinity) return kNan;
+// The mean magnitude from the sums of the block's chunks, folded like the values of one; rounded half to even.
+uint16_t mean_scale(std::vector<double>& sums, uint32_t max_bits, int64_t numel) {
+    if (max_bits >= uint32_t{kInfinity} << 16) return kNan;
     size_t width = std::bit_ceil(sums.size());
     sums.resize(width, 0.0);
     while (width > 1) {
         width /= 2;
         for (size_t i = 0; i < width; ++i) sums[i] += sums[i + width];
     }
-    return std::bit_cast<uint32_t>(static_cast<float>(sums[0] / static_cast<double>(numel)));
+    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(sums[0] / static_cast<double>(numel)));
+    return static_cast<uint16_t>(std::min((bits + 0x7fff + (bits >> 16 & 1)) >> 16, uint32_t{kInfinity} - 1));
 }
 
 struct BlockCoder {
@@ -129,7 +136,7 @@ struct BlockCoder {
     ConstValues x;
     std::vector<double> sums;
 
-    uint32_t encode_block(int64_t first, int64_t numel, uint8_t* payload) {
+    uint16_t encode_block(int64_t first, int64_t numel, uint8_t* payload) {
         float buffer[kChunkValues];
         const float* floats = buffer;
         uint32_t max_bits = 0;
@@ -140,7 +147,7 @@ struct BlockCoder {
             max_bits = std::max(max_bits, loops.max_bits(floats, count));
             if (format.level == 0) sums.push_back(loops.sum_of_magnitudes(floats, count));
         }
-        const uint32_t scale = format.level == 0 ? mean_scale(sums, max_bits, numel)
+        const uint16_t scale = format.level == 0 ? mean_scale(sums, max_bits, numel)
                                                  : integer_scale(max_bits, format.level);
         if (scale == 0 || scale == kNan) {
             // q = 0 everywhere, which int4 writes as 8; a short block's last nibble too.
@@ -151,8 +158,8 @@ struct BlockCoder {
             const int64_t count = std::min<int64_t>(kChunkValues, numel - done);
             if (numel > kChunkValues) floats = floats_at(kernels, x, first + done, count, buffer);
             uint8_t* target = payload + done / format.values_per_byte;
-            if (codec == EDL_INT8) loops.quantize_int8(floats, count, std::bit_cast<float>(scale), target);
-            else if (codec == EDL_INT4) loops.quantize_int4(floats, count, std::bit_cast<float>(scale), target);
+            if (codec == EDL_INT8) loops.quantize_int8(floats, count, scale_value(scale), target);
+            else if (codec == EDL_INT4) loops.quantize_int4(floats, count, scale_value(scale), target);
             else loops.pack_signs(floats, count, target);
         }
         return scale;
@@ -167,8 +174,8 @@ void count_symbols(int codec, const uint8_t* payload, int64_t numel, uint64_t* c
     }
 }
 
-bool is_scale(uint32_t bits, const Format& format) {
-    const uint32_t smallest = format.level == 0 ? 0 : kSmallestNormal;
+bool is_scale(uint16_t bits, const Format& format) {
+    const uint16_t smallest = format.level == 0 ? 0 : kSmallestNormal;
     return bits == 0 || bits == kNan || (bits >= smallest && bits < kInfinity);
 }
 
@@ -213,16 +220,16 @@ private:
 };
 
 void decode_block(const BlockLoops& loops, int codec, const Format& format, const uint8_t* payload, int64_t numel,
-                  uint32_t scale, OutputBuffer& out) {
+                  uint16_t scale, OutputBuffer& out) {
     if (!has_clean_end(codec, payload, numel)) throw CodecError{EDL_BAD_PADDING};
     for (int64_t done = 0; done < numel; done += kChunkValues) {
         const int64_t count = std::min<int64_t>(kChunkValues, numel - done);
         const uint8_t* source = payload + done / format.values_per_byte;
         float* room = out.room(count);
         bool is_valid = true;
-        if (codec == EDL_INT8) is_valid = loops.dequantize_int8(source, count, std::bit_cast<float>(scale), room);
-        else if (codec == EDL_INT4) is_valid = loops.dequantize_int4(source, count, std::bit_cast<float>(scale), room);
-        else loops.unpack_signs(source, count, scale, room);
+        if (codec == EDL_INT8) is_valid = loops.dequantize_int8(source, count, scale_value(scale), room);
+        else if (codec == EDL_INT4) is_valid = loops.dequantize_int4(source, count, scale_value(scale), room);
+        else loops.unpack_signs(source, count, scale_value(scale), room);
         if (!is_valid) throw CodecError{EDL_BAD_SYMBOL};
         out.filled(count);
     }
@@ -237,14 +244,14 @@ int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x
     const Format format = format_of(codec);
     const Grid grid = cut(segments, block_values, format);
     body.value(static_cast<uint32_t>(block_values));
-    uint8_t* scales = body.reserve(4 * grid.num_blocks);
+    uint8_t* scales = body.reserve(kScaleBytes * grid.num_blocks);
     uint8_t* payload = body.reserve(grid.payload_bytes);
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
         BlockCoder coder{kernels, block_loops(kernels), codec, format, x, {}};
         for_each_block(segments, block_values, format, grid.parts[static_cast<size_t>(index)],
                        [&](int64_t first, int64_t numel, int64_t block, int64_t offset) {
-                           const uint32_t scale = coder.encode_block(first, numel, payload + offset);
-                           std::memcpy(scales + 4 * block, &scale, sizeof scale);
+                           const uint16_t scale = coder.encode_block(first, numel, payload + offset);
+                           std::memcpy(scales + kScaleBytes * block, &scale, sizeof scale);
                        });
     });
     if (stats != nullptr) {
@@ -252,15 +259,15 @@ int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x
         for (const Part& part : grid.parts)
             for_each_block(segments, block_values, format, part,
                            [&](int64_t, int64_t numel, int64_t block, int64_t offset) {
-                               uint32_t scale;
-                               std::memcpy(&scale, scales + 4 * block, sizeof scale);
+                               uint16_t scale;
+                               std::memcpy(&scale, scales + kScaleBytes * block, sizeof scale);
                                stats->empty_blocks += scale == 0;
                                stats->nonfinite_blocks += scale == kNan;
                                if (scale != 0 && scale != kNan) count_symbols(codec, payload + offset, numel, counts);
                            });
         stats->order0_bits = entropy_bits(counts, 256);
         stats->model_bits = 8.0 * static_cast<double>(grid.payload_bytes);
-        stats->scale_bits = 32.0 * static_cast<double>(grid.num_blocks);
+        stats->scale_bits = 8.0 * static_cast<double>(kScaleBytes * grid.num_blocks);
         stats->header_bits = 32;
     }
     return body.written();
@@ -271,7 +278,7 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
     const Format format = format_of(codec);
     const Grid grid = cut(segments, block_values, format);
     if (body.value<uint32_t>() != block_values) throw CodecError{EDL_BAD_PARAMETERS};
-    const uint8_t* scales = body.take(4 * grid.num_blocks);
+    const uint8_t* scales = body.take(kScaleBytes * grid.num_blocks);
     const uint8_t* payload = body.take(grid.payload_bytes);
     if (body.remaining() != 0) throw CodecError{EDL_TRAILING_BYTES};
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
@@ -279,8 +286,8 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
         OutputBuffer buffer(kernels, out, part.first_value);
         for_each_block(segments, block_values, format, part,
                        [&](int64_t, int64_t numel, int64_t block, int64_t offset) {
-                           uint32_t scale;
-                           std::memcpy(&scale, scales + 4 * block, sizeof scale);
+                           uint16_t scale;
+                           std::memcpy(&scale, scales + kScaleBytes * block, sizeof scale);
                            if (!is_scale(scale, format)) throw CodecError{EDL_BAD_CODES};
                            decode_block(block_loops(kernels), codec, format, payload + offset, numel, scale, buffer);
                        });

@@ -6,7 +6,12 @@ inline float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds |v| < 2^22 to an integer, half to even
 
-inline uint32_t rounded_bits(float value) { return bits_of(value + kMagic); }  // low bits: two's complement
+// The low bits are the integer's, two's complement.
+inline uint32_t rounded_bits(float value, float level) {
+    value = value < level ? value : level;
+    value = value > -level ? value : -level;
+    return bits_of(value + kMagic);
+}
 
 uint32_t max_bits(const float* values, int64_t count) {
     int32_t highest = 0;  // signed, which older instruction sets compare: without its sign a float is not negative
@@ -35,12 +40,12 @@ double sum_of_magnitudes(const float* values, int64_t count) {
 }
 
 void quantize_int8(const float* values, int64_t count, float scale, uint8_t* __restrict bytes) {
-    for (int64_t i = 0; i < count; ++i) bytes[i] = static_cast<uint8_t>(rounded_bits(values[i] / scale));
+    for (int64_t i = 0; i < count; ++i) bytes[i] = static_cast<uint8_t>(rounded_bits(values[i] / scale, 127.0f));
 }
 
 void quantize_int4(const float* values, int64_t count, float scale, uint8_t* __restrict bytes) {
     uint8_t q[kChunkValues + 2];
-    for (int64_t i = 0; i < count; ++i) q[i] = static_cast<uint8_t>(rounded_bits(values[i] / scale) + 8);
+    for (int64_t i = 0; i < count; ++i) q[i] = static_cast<uint8_t>(rounded_bits(values[i] / scale, 7.0f) + 8);
     q[count] = 8;
     const int64_t num_bytes = (count + 1) / 2;
     for (int64_t i = 0; i < num_bytes; ++i) {
@@ -84,7 +89,8 @@ void pack_signs(const float* values, int64_t count, uint8_t* __restrict bytes) {
     }
 }
 
-void unpack_signs(const uint8_t* bytes, int64_t count, uint32_t scale_bits, float* __restrict values) {
+void unpack_signs(const uint8_t* bytes, int64_t count, float scale, float* __restrict values) {
+    const uint32_t scale_bits = bits_of(scale);
     const uint32_t flip = scale_bits > 0x7f800000 ? 0 : 0x80000000;  // a NaN has one sign
     const int64_t whole = count / 8;
     for (int64_t i = 0; i < whole; ++i) {

@@ -103,7 +103,7 @@ EDL_EXPORT int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int
                                     int accumulate);
 
 /* The baselines. block_values: a positive multiple of 8, below 2^32; bodies of another size are refused. A capacity of
- * 4 + 4 * blocks + the values' bits is needed. */
+ * 4 + 2 * blocks + the values' bits is needed. */
 EDL_EXPORT int64_t edl_blockwise_encode(int codec, const void* x, int64_t numel, int dtype, const int64_t* segments,
                                         int64_t num_segments, int64_t block_values, uint8_t* body, int64_t capacity,
                                         edl_stats* stats);

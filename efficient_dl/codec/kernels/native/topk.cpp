@@ -6,13 +6,13 @@
 #include <vector>
 
 #include "baselines.hpp"
+#include "block_loops.hpp"
 #include "threads.hpp"
 
 namespace edl {
 namespace {
 
 constexpr int64_t kPartValues = 1 << 18;  // what one thread takes at a time
-constexpr int64_t kChunkValues = 1024;
 constexpr int kNumBins = 2048;  // of the magnitude's top 11 bits: the exponent and some of the mantissa
 constexpr int kNumTables = 4;   // histograms in turn: neighbours often hit the same bin, whose count is then in flight
 
@@ -241,10 +241,11 @@ void topk_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, int
         alignas(64) uint8_t sent[kChunkValues * sizeof(float)];
         alignas(64) uint8_t results[kChunkValues * sizeof(float)];
         for (int64_t first = 0; first < count; first += kChunkValues) {
-            const int64_t part = std::min(kChunkValues, count - first);
+            const int64_t part = std::min<int64_t>(kChunkValues, count - first);
             std::memcpy(sent, values + first * width, static_cast<size_t>(part * width));
             kernels.load(sent, packet_dtype, part, floats);
-            if (out.accumulate) gather<Bits>(out.data, positions.data() + first, part, results);
+            if (!out.accumulate) block_loops(kernels).make_nans_alike(floats, part);
+            else gather<Bits>(out.data, positions.data() + first, part, results);
             kernels.store(floats, out.dtype, part, results, out.accumulate);
             scatter<Bits>(results, positions.data() + first, part, out.data);
         }

@@ -70,7 +70,8 @@ class ReferenceTopk:
             return
         out.zero_()
         if dtype != out.dtype:
-            values = values.to(out.dtype)
+            # A NaN keeps its bits in its own dtype only: processors widen them differently.
+            values = values.to(out.dtype).masked_fill_(values.isnan(), torch.nan)
         width = values.dtype.itemsize
         byte_view(out).view(-1, width)[positions] = byte_view(values).view(-1, width)
 

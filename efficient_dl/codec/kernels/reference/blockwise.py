@@ -10,14 +10,14 @@ from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.entropy import order0_bits
-from efficient_dl.codec.kernels.reference.wire import Reader, to_bytes
+from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, to_bytes
 from efficient_dl.errors import CorruptPacket
 
-NAN_SCALE: Final = 0x7FC00000
-INFINITY: Final = 0x7F800000
-SMALLEST_NORMAL: Final = 0x00800000
+NAN_SCALE: Final = 0x7FC0  # scales are the top halves of float32 numbers
+INFINITY: Final = 0x7F80
+SMALLEST_NORMAL: Final = 0x0080
 HEADER_BYTES: Final = 4
-SCALE_BYTES: Final = 4
+SCALE_BYTES: Final = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BlockFormat(Protocol):
     smallest_scale: int
 
     def scales(self, rows: Tensor) -> Tensor:
-        """The bits of each block's scale, int32 (blocks,): 0 for an empty one, `NAN_SCALE` for a non-finite one."""
+        """Each block's scale, int32 (blocks,), below 2^15: 0 for an empty one, `NAN_SCALE` for a non-finite one."""
         ...
 
     def quantize(self, rows: Tensor, scales: Tensor) -> Tensor:
@@ -89,6 +89,11 @@ def block_runs(segments: tuple[int, ...], block_values: int) -> list[Run]:
     return runs
 
 
+def scale_values(scales: Tensor) -> Tensor:
+    """int32 scales, the top halves of float32 numbers, as those numbers."""
+    return (scales << 16).view(torch.float32)
+
+
 def payload_bytes(length: int, values_per_byte: int) -> int:
     """Bytes of one block's values."""
     return -(-length // values_per_byte)
@@ -105,7 +110,7 @@ def encode(
         rows = run.rows(x).to(torch.float32)
         bits = form.scales(rows)
         has_scale = ((bits != 0) & (bits != NAN_SCALE))[:, None]
-        scales = torch.where(has_scale, bits.view(torch.float32)[:, None], 1.0)
+        scales = torch.where(has_scale, scale_values(bits)[:, None], 1.0)
         # Blocks without a scale are emptied before they are rounded: a NaN has no integer.
         symbols = form.quantize(torch.where(has_scale, rows, 0.0), scales)
         symbols = torch.where(has_scale, symbols, form.neutral())
@@ -123,7 +128,7 @@ def encode(
         stats.empty_blocks = int((scales == 0).sum())
         stats.nonfinite_blocks = int((scales == NAN_SCALE).sum())
     head = to_bytes(torch.tensor([block_values], device=x.device), HEADER_BYTES)
-    return torch.cat([head, scales.view(torch.uint8), payload])
+    return torch.cat([head, to_bytes(scales, SCALE_BYTES), payload])
 
 
 def decode(body: Tensor, segments: tuple[int, ...], block_values: int, form: BlockFormat) -> Tensor:
@@ -139,12 +144,11 @@ def decode(body: Tensor, segments: tuple[int, ...], block_values: int, form: Blo
         )
     runs = block_runs(segments, block_values)
     num_blocks = sum(run.num_blocks for run in runs)
-    # A packet may start anywhere in a receive buffer: clone, so that a typed view is aligned.
-    bits = reader.take(SCALE_BYTES * num_blocks).clone().view(torch.int32)
+    bits = from_bytes(reader.take(SCALE_BYTES * num_blocks), SCALE_BYTES).to(torch.int32)
     is_number = (bits >= form.smallest_scale) & (bits < INFINITY)
     if not bool(((bits == 0) | (bits == NAN_SCALE) | is_number).all()):
         raise CorruptPacket("a block's scale is out of range")
-    scales = bits.view(torch.float32)
+    scales = scale_values(bits)
     out = torch.empty(sum(segments), dtype=torch.float32, device=body.device)
     first = 0
     for run in runs:

@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.kernels.baselines import INT4, INT8
-from efficient_dl.codec.kernels.reference.blockwise import INFINITY, NAN_SCALE, SMALLEST_NORMAL
+from efficient_dl.codec.kernels.reference.blockwise import (
+    INFINITY,
+    NAN_SCALE,
+    SMALLEST_NORMAL,
+    scale_values,
+)
 from efficient_dl.errors import CorruptPacket
 
 
 class _IntegerFormat:
-    """q = x / step, half to even, step = max |x| / level (docs/format.md, "Baselines")."""
+    """q = x / step, half to even, step = max |x| / level rounded up to 16 bits (docs/format.md, "Baselines")."""
 
     smallest_scale = SMALLEST_NORMAL
 
@@ -21,17 +26,17 @@ class _IntegerFormat:
     def scales(self, rows: Tensor) -> Tensor:
         """See `BlockFormat.scales`."""
         highest = (rows.view(torch.int32) & 0x7FFFFFFF).amax(1)
-        is_finite = highest < INFINITY
+        is_finite = highest < INFINITY << 16
         # A tensor as divisor: with a number, torch may multiply by its reciprocal.
         level = torch.full((), self._level, dtype=torch.float32, device=rows.device)
-        step = torch.where(is_finite, highest, 0).view(torch.float32) / level
-        bits = step.view(torch.int32)
-        bits = torch.where((step * level).isinf(), bits - 1, bits)
-        bits = torch.where(bits < SMALLEST_NORMAL, 0, bits)
-        return torch.where(is_finite, bits, NAN_SCALE)
+        bits = (torch.where(is_finite, highest, 0).view(torch.float32) / level).view(torch.int32)
+        scales = (bits + 0xFFFF) >> 16
+        scales = torch.where((scale_values(scales) * level).isinf(), scales - 1, scales)
+        scales = torch.where(bits < SMALLEST_NORMAL << 16, 0, scales)
+        return torch.where(is_finite, scales, NAN_SCALE)
 
     def _rounded(self, rows: Tensor, scales: Tensor) -> Tensor:
-        return (rows / scales).round_()
+        return (rows / scales).clamp_(-self._level, self._level).round_()
 
 
 class Int8Format(_IntegerFormat):

@@ -24,15 +24,16 @@ class SignFormat:
 
     def scales(self, rows: Tensor) -> Tensor:
         """See `BlockFormat.scales`."""
-        is_finite = (rows.view(torch.int32) & 0x7FFFFFFF).amax(1) < INFINITY
+        is_finite = (rows.view(torch.int32) & 0x7FFFFFFF).amax(1) < INFINITY << 16
         magnitudes = torch.where(is_finite[:, None], rows, 0.0).abs().to(torch.float64)
         num_blocks, length = magnitudes.shape
         if length > _CHUNK_VALUES:
             missing = -length % _CHUNK_VALUES
             chunks = torch.nn.functional.pad(magnitudes, (0, missing)).view(-1, _CHUNK_VALUES)
             magnitudes = _fold(chunks).view(num_blocks, -1)
-        means = (_fold(magnitudes)[:, 0] / length).to(torch.float32)
-        return torch.where(is_finite, means.view(torch.int32), NAN_SCALE)
+        bits = (_fold(magnitudes)[:, 0] / length).to(torch.float32).view(torch.int32)
+        scales = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).clamp(max=INFINITY - 1)
+        return torch.where(is_finite, scales, NAN_SCALE)
 
     def neutral(self) -> int:
         """See `BlockFormat.neutral`."""
