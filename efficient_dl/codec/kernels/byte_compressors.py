@@ -56,7 +56,7 @@ class ByteCompressorBody:
         """See `BodyKernel.encode`."""
         data = byte_view(x).cpu()
         position = 0
-        pieces = data.split(_PIECE_BYTES)
+        pieces = _pieces(data)
         for piece in pieces:
             compressed = self._compressor.compress(piece.numpy().data)
             is_stored = len(compressed) >= piece.numel()
@@ -77,7 +77,7 @@ class ByteCompressorBody:
         packed = body.cpu()
         data = torch.empty(out.numel() * dtype.itemsize, dtype=torch.uint8)
         position = 0
-        for piece in data.split(_PIECE_BYTES):
+        for piece in _pieces(data):
             position = self._decode_piece(packed, position, piece)
         if position != packed.numel():
             raise CorruptPacket(
@@ -197,6 +197,10 @@ def _load(codec: str, package: str, module: str) -> object:
             found=str(error),
             fix=f'run pip install {package}, or install "efficient_dl[bytes]"',
         ) from error
+
+
+def _pieces(data: Tensor) -> list[Tensor]:
+    return [data[first : first + _PIECE_BYTES] for first in range(0, data.numel(), _PIECE_BYTES)]
 
 
 def _tensor(data: bytes) -> Tensor:

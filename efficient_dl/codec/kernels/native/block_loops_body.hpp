@@ -92,14 +92,14 @@ void pack_signs(const float* values, int64_t count, uint8_t* __restrict bytes) {
 void unpack_signs(const uint8_t* bytes, int64_t count, float scale, float* __restrict values) {
     const uint32_t scale_bits = bits_of(scale);
     const uint32_t flip = scale_bits > 0x7f800000 ? 0 : 0x80000000;  // a NaN has one sign
-    const int64_t whole = count / 8;
-    for (int64_t i = 0; i < whole; ++i) {
-        const uint32_t byte = bytes[i];
-        for (uint32_t k = 0; k < 8; ++k)
-            values[8 * i + k] = float_of(scale_bits ^ ((byte & (1u << k)) != 0 ? flip : 0));
+    uint8_t is_set[kChunkValues];
+    const int64_t num_bytes = (count + 7) / 8;
+    for (int64_t i = 0; i < num_bytes; ++i) {
+        // Byte k keeps bit k of its copy.
+        const uint64_t eight = bytes[i] * 0x0101010101010101u & 0x8040201008040201u;
+        __builtin_memcpy(is_set + 8 * i, &eight, sizeof eight);
     }
-    for (int64_t i = 8 * whole; i < count; ++i)
-        values[i] = float_of(scale_bits ^ ((bytes[i / 8] >> (i % 8) & 1) != 0 ? flip : 0));
+    for (int64_t i = 0; i < count; ++i) values[i] = float_of(scale_bits ^ (is_set[i] != 0 ? flip : 0));
 }
 
 void make_nans_alike(float* values, int64_t count) {
