@@ -56,7 +56,18 @@ def test_the_header_is_what_the_document_says() -> None:
 
 
 def test_an_empty_tensor_is_a_header() -> None:
-    for spec in ("identity", "lossless", "bits:2.0", "int8", "int4", "sign", "topk:0.01", "bf16", "zstd", "lz4"):
+    for spec in (
+        "identity",
+        "lossless",
+        "bits:2.0",
+        "int8",
+        "int4",
+        "sign",
+        "topk:0.01",
+        "bf16",
+        "zstd",
+        "lz4",
+    ):
         packet = make_codec(spec).encode(torch.empty(0))
         assert packet.numel() == 32
         make_codec(spec).decode(packet, torch.empty(0))
