@@ -274,11 +274,13 @@ def test_compressed_packets_cannot_claim_more_than_their_tensor(spec: str) -> No
     good = body_of(packet)
     bodies += [good[:-1], good + b"\0", b"", good[:3], struct.pack("<I", 1 << 31) + bytes(399_999)]
     tracemalloc.start()
-    for body in bodies:
-        with pytest.raises(CorruptPacket):
-            codec.decode(with_body(packet, body), out)
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        for body in bodies:
+            with pytest.raises(CorruptPacket):
+                codec.decode(with_body(packet, body), out)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert peak_bytes < 4_000_000
 
 
