@@ -237,7 +237,10 @@ void decode_block(const BlockLoops& loops, int codec, const Format& format, cons
 
 }  // namespace
 
-int64_t value_bytes(int dtype) { return dtype == EDL_FLOAT32 ? 4 : 2; }
+int64_t value_bytes(int dtype) {
+    constexpr int64_t kBytes[] = {4, 2, 2, 1, 1};  // by the packet's dtype codes
+    return kBytes[dtype];
+}
 
 int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x, const Segments& segments,
                          int64_t block_values, ByteWriter& body, edl_stats* stats) {

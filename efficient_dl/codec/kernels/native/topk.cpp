@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
-#include <type_traits>
 #include <vector>
 
 #include "baselines.hpp"
@@ -25,7 +24,7 @@ template <typename Bits>
 constexpr Bits kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
 
 template <typename Bits>
-constexpr int kBinShift = static_cast<int>(8 * sizeof(Bits)) - 12;
+constexpr int kBinShift = std::max(static_cast<int>(8 * sizeof(Bits)) - 12, 0);
 
 using Histogram = std::vector<uint32_t>;
 
@@ -183,7 +182,11 @@ void scatter(const uint8_t* gathered, const uint32_t* positions, int64_t count, 
 // Calls work with an unsigned integer of a value's width.
 template <typename Work>
 auto with_bits(int dtype, Work&& work) {
-    return value_bytes(dtype) == 4 ? work(uint32_t{}) : work(uint16_t{});
+    switch (value_bytes(dtype)) {
+        case 4: return work(uint32_t{});
+        case 2: return work(uint16_t{});
+        default: return work(uint8_t{});
+    }
 }
 
 }  // namespace

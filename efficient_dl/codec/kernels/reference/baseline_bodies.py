@@ -63,17 +63,17 @@ class ReferenceTopk:
         """See `BodyKernel.decode`. With accumulate, places whose value was not kept stay as they are."""
         count = topk_count(self._fraction, out.numel())
         positions, values = topk.decode(body, dtype, out.numel(), count)
+        places = byte_view(out).view(-1, out.dtype.itemsize)  # torch indexes no float8
         if accumulate:
-            kept = out[positions]
+            kept = places[positions].view(out.dtype).view(-1)
             apply_values(values.to(torch.float32), kept, True)
-            out[positions] = kept
-            return
-        out.zero_()
-        if dtype != out.dtype:
-            # A NaN keeps its bits in its own dtype only: processors widen them differently.
-            values = values.to(out.dtype).masked_fill_(values.isnan(), torch.nan)
-        width = values.dtype.itemsize
-        byte_view(out).view(-1, width)[positions] = byte_view(values).view(-1, width)
+            values = kept
+        else:
+            places.zero_()
+            if dtype != out.dtype:
+                # A NaN keeps its bits in its own dtype only: processors widen them differently.
+                values = values.to(out.dtype).masked_fill_(values.isnan(), torch.nan)
+        places[positions] = byte_view(values).view(-1, out.dtype.itemsize)
 
 
 class ReferenceCast:

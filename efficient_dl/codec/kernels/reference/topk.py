@@ -31,7 +31,7 @@ def encode(x: Tensor, count: int, stats: PacketStats | None) -> Tensor:
             mode = candidate
             break
     data = candidates[mode] if mode in _GAP_WIDTHS else _encode_bitmap(positions, x.numel())
-    values = byte_view(x[positions])
+    values = byte_view(x).view(-1, x.dtype.itemsize)[positions].view(-1)  # torch indexes no float8
     if stats is not None:
         stats.header_bits = 8.0 * HEADER_BYTES
         stats.order0_bits = stats.model_bits = 8.0 * (data.numel() + values.numel())
