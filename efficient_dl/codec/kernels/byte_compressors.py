@@ -25,7 +25,7 @@ _PIECE_HEADER: Final = struct.Struct("<I")
 _STORED: Final = 1 << 31
 
 
-class Compressor(Protocol):
+class ByteCompressor(Protocol):
     """One piece of at most 2^30 bytes at a time."""
 
     def compress(self, data: memoryview) -> bytes:
@@ -43,7 +43,7 @@ class ByteCompressorBody:
     Tensors of other devices pass through the CPU's memory: these compressors run nowhere else.
     """
 
-    def __init__(self, name: str, compressor: Compressor) -> None:
+    def __init__(self, name: str, compressor: ByteCompressor) -> None:
         self.name = name
         self._compressor = compressor
 
@@ -142,12 +142,12 @@ class ZstdCompressor:
         self._level = level
 
     def compress(self, data: memoryview) -> bytes:
-        """See `Compressor.compress`."""
+        """See `ByteCompressor.compress`."""
         # An object of its own for each call: they are not safe to share between threads.
         return self._module.ZstdCompressor(level=self._level, write_content_size=True).compress(data)
 
     def decompress(self, data: memoryview, num_bytes: int) -> bytes:
-        """See `Compressor.decompress`."""
+        """See `ByteCompressor.decompress`."""
         try:
             # The library allocates what a frame claims, so the claim is checked first.
             claimed = self._module.get_frame_parameters(data).content_size
@@ -177,11 +177,11 @@ class Lz4Compressor:
         self._module = cast("_Lz4Module", _load("lz4", "lz4", "lz4.block"))
 
     def compress(self, data: memoryview) -> bytes:
-        """See `Compressor.compress`."""
+        """See `ByteCompressor.compress`."""
         return self._module.compress(data, store_size=False)
 
     def decompress(self, data: memoryview, num_bytes: int) -> bytes:
-        """See `Compressor.decompress`."""
+        """See `ByteCompressor.decompress`."""
         try:
             return self._module.decompress(data, uncompressed_size=num_bytes)
         except (self._module.LZ4BlockError, ValueError) as error:
