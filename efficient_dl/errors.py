@@ -97,3 +97,7 @@ class SideMismatch(CorruptPacket):
 
 class NativeLibraryMissing(EdlError, ImportError):
     """The compiled codec kernels are not built, or of another version."""
+
+
+class PackageMissing(EdlError, ImportError):
+    """An optional package that a setting needs is not installed."""

@@ -1,12 +1,33 @@
-"""Codecs by name: "identity", "lossless", "bits:2.0"."""
+"""Codecs by name: "identity", "lossless", "bits:2.0", and the baselines to compare them with."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from efficient_dl.codec.contract import Codec
+from efficient_dl.codec.kernels import baselines
+from efficient_dl.codec.kernels.byte_compressors import (
+    DEFAULT_ZSTD_LEVEL,
+    MAX_ZSTD_LEVEL,
+    MIN_ZSTD_LEVEL,
+    ByteCompressorBody,
+    Lz4Compressor,
+    ZstdCompressor,
+)
+from efficient_dl.codec.kernels.reference.baseline_bodies import (
+    ReferenceBlockwise,
+    ReferenceCast,
+    ReferenceTopk,
+)
+from efficient_dl.codec.kernels.reference.blockwise import BlockFormat
+from efficient_dl.codec.kernels.reference.blockwise_int import Int4Format, Int8Format
 from efficient_dl.codec.kernels.reference.bodies import CopyBody, ReferenceBlock, ReferenceSplit
+from efficient_dl.codec.kernels.reference.sign import SignFormat
 from efficient_dl.codec.packet_codec import BodyKernel, PacketCodec
 from efficient_dl.errors import ConfigError
 
@@ -17,9 +38,33 @@ KERNELS: Final = ("auto", "native", "portable", "reference")
 _IDENTITY, _LOSSLESS, _BLOCK = 0, 1, 2
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A codec's canonical parameter ("" for none) and its kernels for CPU tensors and for others."""
+
+    parameter: str
+    cpu: BodyKernel
+    device: BodyKernel
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The codecs that share a name and an id: what may follow "name:", and how one is made.
+
+    make: from the parameter's text (None where the spec has none) and the kernel's name.
+    usages: how `codec_names` lists them. example: a spec that works, for "did you mean".
+    """
+
+    codec_id: int
+    exact: bool
+    usages: tuple[str, ...]
+    example: str
+    make: Callable[[str | None, str], _Made]
+
+
 def codec_names() -> tuple[str, ...]:
-    """What `make_codec` takes; a rate in bits a value follows "bits:"."""
-    return ("identity", "lossless", "bits:RATE")
+    """What `make_codec` takes; a parameter in capitals stands for a number."""
+    return tuple(usage for family in _FAMILIES.values() for usage in family.usages)
 
 
 def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Codec:
@@ -27,11 +72,15 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
 
     spec: "identity" (the tensor's bytes), "lossless" (exact, exponents entropy-coded), or "bits:RATE" (uniform
         quantizer with local scales, entropy-coded to about RATE bits a value, scales included; 0.1 to 7).
+        Baselines: "int8", "int4" and "sign", each with a scale for every 256 values ("int8:64": every 64,
+        "int8:tensor": every parameter); "topk:0.01" (the largest 1 % of the magnitudes); "fp16" and "bf16"
+        (casts); "zstd", "zstd:LEVEL" and "lz4" (exact, over the raw bytes; optional packages).
     checksum: put an xxh3-64 of the body into every packet; can be off between processes that trust their link.
     kernel: what runs on CPU tensors: "auto" and "native" (C++, the best instruction set of this processor),
         "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices use "reference".
 
-    Raises ConfigError for an unknown or impossible spec, NativeLibraryMissing if the C++ library is not built.
+    Raises ConfigError for an unknown or impossible spec, NativeLibraryMissing if the C++ library is not built,
+    PackageMissing if the spec needs a package that is not installed.
     Example: `make_codec("bits:2.0").encode(gradient)`.
     """
     if kernel not in KERNELS:
@@ -41,51 +90,203 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
             found=kernel,
             fix='use kernel="auto"',
         )
-    if spec == "identity":
-        return PacketCodec(spec, _IDENTITY, True, CopyBody(), CopyBody(), checksum)
-    if spec == "lossless":
-        return PacketCodec(spec, _LOSSLESS, True, _native_split(kernel), ReferenceSplit(), checksum)
-    if spec.startswith("bits:"):
-        bits = _parse_bits(spec)
-        return PacketCodec(
-            f"bits:{bits}", _BLOCK, False, _native_block(kernel, bits), ReferenceBlock(bits), checksum
-        )
-    near = difflib.get_close_matches(spec, ("identity", "lossless", "bits:2.0"), n=1, cutoff=0.4)
-    raise ConfigError(
+    name, colon, parameter = spec.partition(":")
+    family = _FAMILIES.get(name)
+    if family is None:
+        raise _unknown(spec)
+    made = family.make(parameter if colon else None, kernel)
+    canonical = f"{name}:{made.parameter}" if made.parameter else name
+    return PacketCodec(canonical, family.codec_id, family.exact, made.cpu, made.device, checksum)
+
+
+def _unknown(spec: str) -> ConfigError:
+    examples = tuple(family.example for family in _FAMILIES.values())
+    near = difflib.get_close_matches(spec, examples, n=1, cutoff=0.4)
+    return ConfigError(
         f"unknown codec {spec!r}",
         expected=", ".join(codec_names()),
         fix=f"did you mean {near[0]!r}?" if near else 'for example make_codec("bits:2.0")',
     )
 
 
-def _native_split(kernel: str) -> BodyKernel:
-    if kernel == "reference":
-        return ReferenceSplit()
-    from efficient_dl.codec.kernels.native.bodies import NativeSplit
-
-    return NativeSplit(portable=kernel == "portable")
-
-
-def _native_block(kernel: str, bits: float) -> BodyKernel:
-    if kernel == "reference":
-        return ReferenceBlock(bits)
-    from efficient_dl.codec.kernels.native.bodies import NativeBlock
-
-    return NativeBlock(bits, portable=kernel == "portable")
+def _on_cpu(
+    kernel: str, reference: Callable[[], BodyKernel], native: Callable[[bool], BodyKernel]
+) -> BodyKernel:
+    # native: with portable=True or False. It imports what it needs, so that torch alone is enough for "reference".
+    return reference() if kernel == "reference" else native(kernel == "portable")
 
 
-def _parse_bits(spec: str) -> float:
-    text = spec.removeprefix("bits:")
-    try:
-        bits = float(text)
-    except ValueError:
-        bits = float("nan")
+def _require_no_parameter(name: str, parameter: str | None) -> None:
+    if parameter is not None:
+        raise ConfigError(
+            f"the codec {name!r} takes no parameter",
+            found=repr(f"{name}:{parameter}"),
+            fix=f"use make_codec({name!r})",
+        )
+
+
+def _make_identity(parameter: str | None, kernel: str) -> _Made:
+    _require_no_parameter("identity", parameter)
+    return _Made("", CopyBody(), CopyBody())
+
+
+def _make_lossless(parameter: str | None, kernel: str) -> _Made:
+    _require_no_parameter("lossless", parameter)
+
+    def native(portable: bool) -> BodyKernel:
+        from efficient_dl.codec.kernels.native.bodies import NativeSplit
+
+        return NativeSplit(portable)
+
+    return _Made("", _on_cpu(kernel, ReferenceSplit, native), ReferenceSplit())
+
+
+def _make_block(parameter: str | None, kernel: str) -> _Made:
+    bits = _parse_bits(parameter or "")
+
+    def native(portable: bool) -> BodyKernel:
+        from efficient_dl.codec.kernels.native.bodies import NativeBlock
+
+        return NativeBlock(bits, portable)
+
+    return _Made(f"{bits}", _on_cpu(kernel, lambda: ReferenceBlock(bits), native), ReferenceBlock(bits))
+
+
+def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | None, str], _Made]:
+    def make(parameter: str | None, kernel: str) -> _Made:
+        block_values = _parse_block_values(name, parameter)
+
+        def native(portable: bool) -> BodyKernel:
+            from efficient_dl.codec.kernels.native.baseline_bodies import NativeBlockwise
+
+            return NativeBlockwise(form().codec_id, block_values, portable)
+
+        def reference() -> BodyKernel:
+            return ReferenceBlockwise(form(), block_values)
+
+        labels = {baselines.DEFAULT_BLOCK_VALUES: "", baselines.MAX_BLOCK_VALUES: "tensor"}
+        label = labels.get(block_values, str(block_values))
+        return _Made(label, _on_cpu(kernel, reference, native), reference())
+
+    return make
+
+
+def _make_topk(parameter: str | None, kernel: str) -> _Made:
+    fraction = _parse_fraction(parameter or "")
+
+    def native(portable: bool) -> BodyKernel:
+        from efficient_dl.codec.kernels.native.baseline_bodies import NativeTopk
+
+        return NativeTopk(fraction, portable)
+
+    return _Made(
+        f"{fraction}", _on_cpu(kernel, lambda: ReferenceTopk(fraction), native), ReferenceTopk(fraction)
+    )
+
+
+def _cast(name: str, wire_dtype: torch.dtype) -> Callable[[str | None, str], _Made]:
+    def make(parameter: str | None, kernel: str) -> _Made:
+        _require_no_parameter(name, parameter)
+
+        def native(portable: bool) -> BodyKernel:
+            from efficient_dl.codec.kernels.native.baseline_bodies import NativeCast
+
+            return NativeCast(wire_dtype, portable)
+
+        return _Made(
+            "", _on_cpu(kernel, lambda: ReferenceCast(wire_dtype), native), ReferenceCast(wire_dtype)
+        )
+
+    return make
+
+
+def _make_zstd(parameter: str | None, kernel: str) -> _Made:
+    level = _parse_level(parameter)
+    body = ByteCompressorBody("zstd", ZstdCompressor(level))
+    return _Made("" if level == DEFAULT_ZSTD_LEVEL else str(level), body, body)
+
+
+def _make_lz4(parameter: str | None, kernel: str) -> _Made:
+    _require_no_parameter("lz4", parameter)
+    body = ByteCompressorBody("lz4", Lz4Compressor())
+    return _Made("", body, body)
+
+
+def _parse_bits(text: str) -> float:
+    bits = _number(text)
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(
             "the rate of a lossy codec is out of range",
             expected=f"{MIN_BITS} to {MAX_BITS} bits a value",
             found=repr(text),
-            where=f"codec {spec!r}",
+            where=f"codec {f'bits:{text}'!r}",
             fix='use for example "bits:2.0", or "lossless" for more',
         )
     return bits
+
+
+def _parse_block_values(name: str, text: str | None) -> int:
+    if text is None:
+        return baselines.DEFAULT_BLOCK_VALUES
+    if text == "tensor":
+        return baselines.MAX_BLOCK_VALUES
+    values = int(text) if text.isascii() and text.isdecimal() and len(text) < 12 else 0
+    if values % baselines.BLOCK_MULTIPLE or not 0 < values <= baselines.MAX_BLOCK_VALUES:
+        raise ConfigError(
+            "the block size of a codec is out of range",
+            expected=f"a multiple of {baselines.BLOCK_MULTIPLE} up to {baselines.MAX_BLOCK_VALUES}, or tensor",
+            found=repr(text),
+            where=f"codec {f'{name}:{text}'!r}",
+            fix=f'use for example "{name}:256"',
+        )
+    return values
+
+
+def _parse_fraction(text: str) -> float:
+    fraction = _number(text)
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            "the fraction of values that top-k keeps is out of range",
+            expected="more than 0 and at most 1",
+            found=repr(text),
+            where=f"codec {f'topk:{text}'!r}",
+            fix='use for example "topk:0.01"',
+        )
+    return fraction
+
+
+def _parse_level(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_ZSTD_LEVEL
+    level = int(text) if text.isascii() and text.isdecimal() and len(text) < 4 else 0
+    if not MIN_ZSTD_LEVEL <= level <= MAX_ZSTD_LEVEL:
+        raise ConfigError(
+            "the level of zstd is out of range",
+            expected=f"{MIN_ZSTD_LEVEL} to {MAX_ZSTD_LEVEL}",
+            found=repr(text),
+            where=f"codec {f'zstd:{text}'!r}",
+            fix='use for example "zstd:3"',
+        )
+    return level
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+_FAMILIES: Final[dict[str, _Family]] = {
+    "identity": _Family(_IDENTITY, True, ("identity",), "identity", _make_identity),
+    "lossless": _Family(_LOSSLESS, True, ("lossless",), "lossless", _make_lossless),
+    "bits": _Family(_BLOCK, False, ("bits:RATE",), "bits:2.0", _make_block),
+    "int8": _Family(baselines.INT8, False, ("int8", "int8:BLOCK"), "int8", _blockwise("int8", Int8Format)),
+    "int4": _Family(baselines.INT4, False, ("int4", "int4:BLOCK"), "int4", _blockwise("int4", Int4Format)),
+    "sign": _Family(baselines.SIGN, False, ("sign", "sign:BLOCK"), "sign", _blockwise("sign", SignFormat)),
+    "topk": _Family(baselines.TOPK, False, ("topk:FRACTION",), "topk:0.01", _make_topk),
+    "fp16": _Family(baselines.FLOAT16, False, ("fp16",), "fp16", _cast("fp16", torch.float16)),
+    "bf16": _Family(baselines.BFLOAT16, False, ("bf16",), "bf16", _cast("bf16", torch.bfloat16)),
+    "zstd": _Family(baselines.ZSTD, True, ("zstd", "zstd:LEVEL"), "zstd", _make_zstd),
+    "lz4": _Family(baselines.LZ4, True, ("lz4",), "lz4", _make_lz4),
+}

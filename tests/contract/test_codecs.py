@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from efficient_dl.codec import Codec, PacketStats, Side, make_codec
 from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
 
-SPECS = ("identity", "lossless", "bits:0.5", "bits:2.0", "bits:4.0", "bits:7.0")
-EXACT = ("identity", "lossless")
-LOSSY = tuple(spec for spec in SPECS if spec not in EXACT)
+QUANTIZERS = ("bits:0.5", "bits:2.0", "bits:4.0", "bits:7.0")
+BLOCKWISE = ("int8", "int4", "int4:64", "sign", "sign:tensor")
+EXACT = ("identity", "lossless", "zstd", "lz4")
+SPECS = (*EXACT, *QUANTIZERS, *BLOCKWISE, "topk:0.01", "topk:0.3", "fp16", "bf16")
+BLOCKS_OF_256 = (*QUANTIZERS, "int8", "int4", "sign")
 KERNELS = ("reference", "portable", "native")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 129, 255, 256, 257, 1000, 32768, 33000, 70001, 140000)
@@ -87,7 +89,7 @@ def test_exact_codecs_return_every_bit(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("spec", QUANTIZERS)
 @settings(max_examples=25, deadline=None)
 @given(
     numel=st.integers(1, 40000),
@@ -128,7 +130,7 @@ def test_small_tensors_are_not_rounded_away(spec: str, most: float, kernel: str)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("spec", QUANTIZERS)
 def test_scalars_beside_a_large_parameter_are_unbiased(spec: str, kernel: str) -> None:
     codec = make_codec(spec, kernel=kernel)
     x = torch.randn(60_400, generator=torch.Generator().manual_seed(3))
@@ -152,12 +154,14 @@ def test_accumulate_adds_in_float32(spec: str, kernel: str, dtype: torch.dtype) 
     assert torch.equal(total, start + wide)
     narrow = gradient_like(3000, dtype, 5)
     expected = (narrow.float() + wide).to(dtype)
+    if spec.startswith("topk:"):
+        expected = torch.where(wide == 0, narrow, expected)  # nothing is added there: a -0 stays one
     codec.decode(packet, narrow, accumulate=True, side=side)
     assert torch.equal(bits_of(narrow), bits_of(expected))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("spec", BLOCKS_OF_256)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_nonfinite_value_makes_its_block_nan_and_no_other(spec: str, kernel: str, bad: float) -> None:
     codec, stats = make_codec(spec, kernel=kernel), PacketStats()
@@ -181,7 +185,7 @@ def test_packets_fit_max_bytes_even_for_the_worst_tensors(spec: str, kernel: str
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("spec", LOSSY)
+@pytest.mark.parametrize("spec", QUANTIZERS)
 def test_the_rate_is_what_was_asked_for(spec: str, kernel: str) -> None:
     x = torch.randn(300_000, generator=torch.Generator().manual_seed(1))
     packet = make_codec(spec, kernel=kernel).encode(x)
@@ -207,7 +211,7 @@ def test_the_packet_is_little_more_than_its_parts(spec: str, kernel: str) -> Non
         assert parts <= 8 * packet.numel() <= parts + paddings + (lane_states if numel > 20 else 0)
 
 
-@pytest.mark.parametrize("spec", ("lossless", "bits:2.0", "bits:4.0"))
+@pytest.mark.parametrize("spec", ("lossless", "bits:2.0", "bits:4.0", *BLOCKWISE, "topk:0.01", "fp16"))
 def test_all_kernels_report_the_same_stats(spec: str) -> None:
     reports: list[PacketStats] = []
     for kernel in KERNELS:
@@ -219,6 +223,7 @@ def test_all_kernels_report_the_same_stats(spec: str) -> None:
         assert report.model_bits == pytest.approx(reports[0].model_bits, rel=1e-9)
         assert (report.scale_bits, report.header_bits) == (reports[0].scale_bits, reports[0].header_bits)
         assert (report.escapes, report.empty_blocks) == (reports[0].escapes, reports[0].empty_blocks)
+        assert report.nonfinite_blocks == reports[0].nonfinite_blocks
         assert report.relative_step == reports[0].relative_step
 
 

@@ -34,6 +34,27 @@ GOLDEN = {
     ("bits:4.0", torch.float32): (67572, "54d0cdb53ae984d7"),
     ("bits:4.0", torch.bfloat16): (67576, "ef561d05521ec702"),
     ("bits:4.0", torch.float16): (67540, "0a7214b213995743"),
+    ("int8", torch.float32): (141135, "7d37f02dd741a854"),
+    ("int8", torch.bfloat16): (141135, "5076ad308e096ac1"),
+    ("int8", torch.float16): (141135, "e9f0b87f20fed3f6"),
+    ("int4", torch.float32): (71134, "1eb89a05e255c8a6"),
+    ("int4", torch.bfloat16): (71134, "22f744239178b1bd"),
+    ("int4", torch.float16): (71134, "87dd885961c383ba"),
+    ("sign", torch.float32): (18633, "115ffbba853e400f"),
+    ("sign", torch.bfloat16): (18633, "a436a412e9daf9fa"),
+    ("sign", torch.float16): (18633, "61bdaaaf2bb47365"),
+    ("sign:tensor", torch.float32): (17541, "0d3739a8f6eb3a56"),
+    ("sign:tensor", torch.bfloat16): (17541, "cb5e9a226f7800bb"),
+    ("sign:tensor", torch.float16): (17541, "2dbcd4d1f9cff0da"),
+    ("topk:0.01", torch.float32): (7072, "e77ce910734d10ef"),
+    ("topk:0.01", torch.bfloat16): (4276, "dc6b55978aabef2b"),
+    ("topk:0.01", torch.float16): (4272, "edab3c47cdf02f2a"),
+    ("fp16", torch.float32): (280038, "e3976194fd31fcb0"),
+    ("fp16", torch.bfloat16): (280038, "0ae689ec7bd36c16"),
+    ("fp16", torch.float16): (280038, "d9c2b460f4d739a2"),
+    ("bf16", torch.float32): (280038, "af9e74881b6c9443"),
+    ("bf16", torch.bfloat16): (280038, "56d86484d1b7d843"),
+    ("bf16", torch.float16): (280038, "6a0ddcf0cd43180b"),
 }
 
 
@@ -42,6 +63,14 @@ def test_packets_are_the_golden_bytes(spec: str, dtype: torch.dtype) -> None:
     packet = make_codec(spec).encode(golden_tensor(dtype), Side(segments=(100_000, 40_003)))
     digest = xxhash.xxh3_64_hexdigest(packet.numpy().data)
     assert (packet.numel(), digest) == GOLDEN[spec, dtype]
+
+
+@pytest.mark.parametrize("spec", ["zstd", "lz4"])
+def test_compressed_packets_decode_whatever_the_compressors_version(spec: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, out = golden_tensor(dtype), torch.empty(140_003, dtype=dtype)
+        make_codec(spec).decode(make_codec(spec).encode(x), out)
+        assert torch.equal(out, x)
 
 
 def test_the_header_is_what_the_document_says() -> None:
@@ -56,7 +85,18 @@ def test_the_header_is_what_the_document_says() -> None:
 
 
 def test_an_empty_tensor_is_a_header() -> None:
-    for spec in ("identity", "lossless", "bits:2.0"):
+    for spec in (
+        "identity",
+        "lossless",
+        "bits:2.0",
+        "int8",
+        "int4",
+        "sign",
+        "topk:0.01",
+        "bf16",
+        "zstd",
+        "lz4",
+    ):
         packet = make_codec(spec).encode(torch.empty(0))
         assert packet.numel() == 32
         make_codec(spec).decode(packet, torch.empty(0))

@@ -1,10 +1,12 @@
 // Feeds damaged packets to the decoders in buffers of exactly the right size; built with sanitizers by
 // test_native_kernels.py. Usage: fuzz ISA ROUNDS SEED. Prints "ok" and what happened; aborts on a wrong result.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <vector>
@@ -91,30 +93,107 @@ struct Outcomes {
     int64_t refused = 0, decoded = 0;
 };
 
+using Encode = std::function<int64_t(uint8_t* body, int64_t capacity, edl_stats* stats)>;
+using Decode =
+    std::function<int64_t(const uint8_t* body, int64_t body_bytes, uint8_t* out, int out_dtype, int accumulate)>;
+
+// One codec's calls for one tensor.
+struct Codec {
+    int64_t capacity;
+    bool is_exact;
+    Encode encode;
+    Decode decode;
+};
+
+// What the codecs are called with; the lengths outlive the calls.
+struct Input {
+    const uint8_t* x;
+    int64_t numel;
+    int dtype;
+    const std::vector<int64_t>& segments;
+    const float* steps;
+
+    int64_t num_segments() const { return static_cast<int64_t>(segments.size()); }
+};
+
+Codec split_codec(const Input& in) {
+    return {edl_split_max_bytes(in.numel, in.dtype), true,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_split_encode(in.x, in.numel, in.dtype, body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_split_decode(body, size, in.dtype, in.numel, out, out_dtype, accumulate);
+            }};
+}
+
+Codec block_codec(const Input& in) {
+    const int64_t bits_q16 = 6554 + below(7 * 65536);
+    return {edl_block_max_bytes(in.numel, in.num_segments(), bits_q16 <= 163840 ? 0 : 1), false,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_block_encode(in.x, in.numel, in.dtype, in.segments.data(), in.num_segments(), bits_q16,
+                                        in.steps, body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_block_decode(body, size, in.dtype, in.numel, in.segments.data(), in.num_segments(), out,
+                                        out_dtype, accumulate);
+            }};
+}
+
+Codec blockwise_codec(const Input& in) {
+    const int codecs[] = {EDL_INT8, EDL_INT4, EDL_SIGN};
+    const int64_t sizes[] = {8, 24, 256, 1024, 4096, 2147483640};
+    const int codec = codecs[below(3)];
+    const int64_t block_values = sizes[below(6)];
+    const int64_t most_blocks = std::min(in.numel, in.numel / block_values + in.num_segments());
+    return {4 + 2 * most_blocks + in.numel, false,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_blockwise_encode(codec, in.x, in.numel, in.dtype, in.segments.data(), in.num_segments(),
+                                            block_values, body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_blockwise_decode(codec, body, size, in.dtype, in.numel, in.segments.data(),
+                                            in.num_segments(), block_values, out, out_dtype, accumulate);
+            }};
+}
+
+Codec topk_codec(const Input& in) {
+    const int64_t count = 1 + below(below(2) == 0 ? in.numel : std::min<int64_t>(in.numel, 20));
+    return {16 + (in.numel + 7) / 8 + count * item_bytes(in.dtype), false,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_topk_encode(in.x, in.numel, in.dtype, count, body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_topk_decode(body, size, in.dtype, in.numel, count, out, out_dtype, accumulate);
+            }};
+}
+
+Codec cast_codec(const Input& in) {
+    const int wire_dtype = below(2) == 0 ? EDL_FLOAT16 : EDL_BFLOAT16;
+    return {in.numel * item_bytes(wire_dtype), in.dtype == wire_dtype,
+            [=](uint8_t* body, int64_t capacity, edl_stats*) {
+                return edl_cast_encode(in.x, in.numel, in.dtype, wire_dtype, body, capacity);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_cast_decode(body, size, wire_dtype, in.numel, out, out_dtype, accumulate);
+            }};
+}
+
 void round_trip(const float* steps, Outcomes& outcomes) {
+    Codec (*const makers[])(const Input&) = {split_codec, block_codec, blockwise_codec, topk_codec, cast_codec};
     const int dtype = static_cast<int>(below(3));
-    const bool exact_codec = below(2) == 0;
     const int64_t numel = random_numel();
     const std::vector<uint8_t> tensor = random_tensor(numel, dtype);
     const std::vector<int64_t> segments = random_segments(numel);
-    const int64_t num_segments = static_cast<int64_t>(segments.size());
-    const int64_t bits_q16 = 6554 + below(7 * 65536);
     const auto x = exact(tensor.data(), static_cast<int64_t>(tensor.size()));
-    const auto encode = [&](uint8_t* body, int64_t capacity, edl_stats* stats) {
-        return exact_codec ? edl_split_encode(x.get(), numel, dtype, body, capacity, stats)
-                           : edl_block_encode(x.get(), numel, dtype, segments.data(), num_segments, bits_q16, steps,
-                                              body, capacity, stats);
-    };
+    const Codec codec = makers[below(5)]({x.get(), numel, dtype, segments, steps});
+    const bool exact_codec = codec.is_exact;
+    const int64_t capacity = codec.capacity;
+    const Encode& encode = codec.encode;
     const auto decode = [&](const std::vector<uint8_t>& body, uint8_t* out, int out_dtype, int accumulate) {
         const auto bytes = exact(body.data(), static_cast<int64_t>(body.size()));
-        const int64_t size = static_cast<int64_t>(body.size());
-        return exact_codec ? edl_split_decode(bytes.get(), size, dtype, numel, out, out_dtype, accumulate)
-                           : edl_block_decode(bytes.get(), size, dtype, numel, segments.data(), num_segments, out,
-                                              out_dtype, accumulate);
+        return codec.decode(bytes.get(), static_cast<int64_t>(body.size()), out, out_dtype, accumulate);
     };
 
-    const int64_t capacity = exact_codec ? edl_split_max_bytes(numel, dtype)
-                                         : edl_block_max_bytes(numel, num_segments, bits_q16 <= 163840 ? 0 : 1);
     std::vector<uint8_t> body(static_cast<size_t>(capacity));
     edl_stats stats;
     const int64_t size = encode(body.data(), capacity, &stats);

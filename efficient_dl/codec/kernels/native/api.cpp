@@ -2,6 +2,7 @@
 #include <cstring>
 #include <new>
 
+#include "baselines.hpp"
 #include "codecs.hpp"
 #include "edl_codec.h"
 #include "ieee.hpp"
@@ -74,6 +75,11 @@ edl::Output checked_output(void* out, int64_t numel, int packet_dtype, int out_d
     return {out, numel, out_dtype, accumulate != 0};
 }
 
+void check_blockwise(int codec, int64_t block_values) {
+    require(codec == EDL_INT8 || codec == EDL_INT4 || codec == EDL_SIGN);
+    require(block_values > 0 && block_values % 8 == 0 && block_values < int64_t{1} << 32);
+}
+
 }  // namespace
 
 extern "C" {
@@ -98,6 +104,7 @@ const char* edl_error_name(int64_t code) {
         case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet, or behind the end of a short block";
         case EDL_BAD_ESCAPES: return "a tile's escapes do not match its directory entry";
         case EDL_BAD_PADDING: return "padding is not zero";
+        case EDL_BAD_POSITIONS: return "the kept values' positions do not fit their tensor";
         default: return code >= 0 ? "success" : "unknown error";
     }
 }
@@ -187,6 +194,84 @@ int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int
         if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);
         edl::block_decode(*thread_kernels, reader, grid, output);
+        return 0;
+    });
+}
+
+int64_t edl_blockwise_encode(int codec, const void* x, int64_t numel, int dtype, const int64_t* segments,
+                             int64_t num_segments, int64_t block_values, uint8_t* body, int64_t capacity,
+                             edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        check_blockwise(codec, block_values);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        return edl::blockwise_encode(*thread_kernels, codec, {x, numel, dtype}, grid, block_values, writer, stats);
+    });
+}
+
+int64_t edl_blockwise_decode(int codec, const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
+                             const int64_t* segments, int64_t num_segments, int64_t block_values, void* out,
+                             int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_body(body, body_bytes);
+        check_blockwise(codec, block_values);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::blockwise_decode(*thread_kernels, codec, reader, grid, block_values, output);
+        return 0;
+    });
+}
+
+int64_t edl_topk_encode(const void* x, int64_t numel, int dtype, int64_t count, uint8_t* body, int64_t capacity,
+                        edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        require(count <= numel && (count > 0 || numel == 0));
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        return edl::topk_encode({x, numel, dtype}, count, writer, stats);
+    });
+}
+
+int64_t edl_topk_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, int64_t count, void* out,
+                        int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_body(body, body_bytes);
+        require(count <= numel && (count > 0 || numel == 0));
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::topk_decode(*thread_kernels, reader, dtype, count, output);
+        return 0;
+    });
+}
+
+int64_t edl_cast_encode(const void* x, int64_t numel, int dtype, int wire_dtype, uint8_t* body, int64_t capacity) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        require(is_dtype(wire_dtype));
+        ByteWriter writer(body, capacity);
+        return edl::cast_encode(*thread_kernels, {x, numel, dtype}, wire_dtype, writer);
+    });
+}
+
+int64_t edl_cast_decode(const uint8_t* body, int64_t body_bytes, int wire_dtype, int64_t numel, void* out,
+                        int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        check_tensor(out, numel, out_dtype);
+        check_body(body, body_bytes);
+        require(is_dtype(wire_dtype));
+        ByteReader reader(body, body_bytes);
+        edl::cast_decode(*thread_kernels, reader, wire_dtype, {out, numel, out_dtype, accumulate != 0});
         return 0;
     });
 }

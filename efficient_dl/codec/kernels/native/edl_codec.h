@@ -1,4 +1,4 @@
-/* The C interface of the compiled codecs: bodies of lossless and block-quantized packets (docs/format.md).
+/* The C interface of the compiled codecs: bodies of lossless, block-quantized and baseline packets (docs/format.md).
  *
  * Plain C types and pointers only, so that any Python, fuzzer or sanitizer can load it. Every function that
  * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Calls
@@ -21,10 +21,13 @@
 extern "C" {
 #endif
 
-#define EDL_ABI_VERSION 1
+#define EDL_ABI_VERSION 2
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
 enum edl_dtype { EDL_FLOAT32 = 0, EDL_BFLOAT16 = 1, EDL_FLOAT16 = 2 };
+
+/* The blockwise baselines, by their codes in the packet's header. */
+enum edl_blockwise { EDL_INT8 = 16, EDL_INT4 = 17, EDL_SIGN = 19 };
 
 enum edl_error {
     /* The caller's mistakes and the machine's limits. */
@@ -45,7 +48,8 @@ enum edl_error {
     EDL_BAD_STREAM = -23,
     EDL_BAD_SYMBOL = -24,
     EDL_BAD_ESCAPES = -25,
-    EDL_BAD_PADDING = -26
+    EDL_BAD_PADDING = -26,
+    EDL_BAD_POSITIONS = -27
 };
 
 /* What an encode call measured. Bits are totals over the tensor. */
@@ -97,6 +101,25 @@ EDL_EXPORT int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int
 EDL_EXPORT int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
                                     const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
                                     int accumulate);
+
+/* The baselines. block_values: a positive multiple of 8, below 2^32; bodies of another size are refused. A capacity of
+ * 4 + 2 * blocks + the values' bits is needed. */
+EDL_EXPORT int64_t edl_blockwise_encode(int codec, const void* x, int64_t numel, int dtype, const int64_t* segments,
+                                        int64_t num_segments, int64_t block_values, uint8_t* body, int64_t capacity,
+                                        edl_stats* stats);
+EDL_EXPORT int64_t edl_blockwise_decode(int codec, const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
+                                        const int64_t* segments, int64_t num_segments, int64_t block_values, void* out,
+                                        int out_dtype, int accumulate);
+/* count: values that are kept, 1 ... numel. With accumulate, the others' places in out are not touched. */
+EDL_EXPORT int64_t edl_topk_encode(const void* x, int64_t numel, int dtype, int64_t count, uint8_t* body,
+                                   int64_t capacity, edl_stats* stats);
+EDL_EXPORT int64_t edl_topk_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, int64_t count,
+                                   void* out, int out_dtype, int accumulate);
+/* wire_dtype: what the body holds; out_dtype may be any. */
+EDL_EXPORT int64_t edl_cast_encode(const void* x, int64_t numel, int dtype, int wire_dtype, uint8_t* body,
+                                   int64_t capacity);
+EDL_EXPORT int64_t edl_cast_decode(const uint8_t* body, int64_t body_bytes, int wire_dtype, int64_t numel, void* out,
+                                   int out_dtype, int accumulate);
 
 #ifdef __cplusplus
 }

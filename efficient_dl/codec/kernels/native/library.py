@@ -11,7 +11,7 @@ from typing import Final
 
 from efficient_dl.errors import CorruptPacket, NativeLibraryMissing
 
-ABI_VERSION: Final = 1
+ABI_VERSION: Final = 2
 LIBRARY_NAME: Final = "libedl_codec.so"
 NUM_STEPS: Final = 321
 
@@ -147,6 +147,127 @@ class NativeLibrary:
             )
         )
 
+    def blockwise_encode(
+        self,
+        codec: int,
+        x: int,
+        numel: int,
+        dtype: int,
+        segments: tuple[int, ...],
+        block_values: int,
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Encodes as int8, int4 or sign (codec: 16, 17, 19) with a scale for each block."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(
+                self._library.edl_blockwise_encode(
+                    codec, x, numel, dtype, lengths, len(segments), block_values, body, capacity, pointer
+                )
+            )
+        )
+
+    def blockwise_decode(
+        self,
+        codec: int,
+        body: int,
+        body_bytes: int,
+        dtype: int,
+        numel: int,
+        segments: tuple[int, ...],
+        block_values: int,
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of `blockwise_encode` into out, or adds to it."""
+        self._select_isa()
+        lengths = _int64_array(segments)
+        self._checked(
+            int(
+                self._library.edl_blockwise_decode(
+                    codec,
+                    body,
+                    body_bytes,
+                    dtype,
+                    numel,
+                    lengths,
+                    len(segments),
+                    block_values,
+                    out,
+                    out_dtype,
+                    int(accumulate),
+                )
+            )
+        )
+
+    def topk_encode(
+        self,
+        x: int,
+        numel: int,
+        dtype: int,
+        count: int,
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Encodes the `count` largest magnitudes, of equal ones the first."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        return self._checked(
+            int(self._library.edl_topk_encode(x, numel, dtype, count, body, capacity, pointer))
+        )
+
+    def topk_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        dtype: int,
+        numel: int,
+        count: int,
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of `topk_encode` into out, or adds to it at the kept places."""
+        self._select_isa()
+        self._checked(
+            int(
+                self._library.edl_topk_decode(
+                    body, body_bytes, dtype, numel, count, out, out_dtype, int(accumulate)
+                )
+            )
+        )
+
+    def cast_encode(self, x: int, numel: int, dtype: int, wire_dtype: int, body: int, capacity: int) -> int:
+        """Rounds to another dtype."""
+        self._select_isa()
+        return self._checked(int(self._library.edl_cast_encode(x, numel, dtype, wire_dtype, body, capacity)))
+
+    def cast_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        wire_dtype: int,
+        numel: int,
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Converts a body of `cast_encode` to out's dtype, or adds it to out."""
+        self._select_isa()
+        self._checked(
+            int(
+                self._library.edl_cast_decode(
+                    body, body_bytes, wire_dtype, numel, out, out_dtype, int(accumulate)
+                )
+            )
+        )
+
     def _select_isa(self) -> None:
         # The choice is per thread, so that two codecs in one process cannot change each other's.
         self._checked(int(self._library.edl_set_isa(self._requested_isa)))
@@ -229,6 +350,16 @@ def _open(path: Path) -> ctypes.CDLL:
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
+        "edl_blockwise_encode": [
+            int32, pointer, int64, int32, pointer, int64, int64, pointer, int64, pointer,
+        ],
+        "edl_blockwise_decode": [
+            int32, pointer, int64, int32, int64, pointer, int64, int64, pointer, int32, int32,
+        ],
+        "edl_topk_encode": [pointer, int64, int32, int64, pointer, int64, pointer],
+        "edl_topk_decode": [pointer, int64, int32, int64, int64, pointer, int32, int32],
+        "edl_cast_encode": [pointer, int64, int32, int32, pointer, int64],
+        "edl_cast_decode": [pointer, int64, int32, int64, pointer, int32, int32],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -8,6 +8,7 @@ from torch import Tensor
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.reference import block, split
 from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid
+from efficient_dl.codec.kernels.reference.outputs import apply_values as _apply
 from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES
 from efficient_dl.codec.kernels.reference.tiles import LANES
 from efficient_dl.codec.packet import byte_view
@@ -110,12 +111,3 @@ class ReferenceBlock:
         if not accumulate:
             # The NaN of docs/format.md: torch's vectorized conversion to bfloat16 has another one.
             out.masked_fill_(values.isnan(), torch.nan)
-
-
-def _apply(values: Tensor, out: Tensor, accumulate: bool) -> None:
-    if not accumulate:
-        out.copy_(values)
-    elif out.dtype == torch.float32:
-        out.add_(values)
-    else:
-        out.copy_(out.to(torch.float32).add_(values))
