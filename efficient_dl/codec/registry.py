@@ -12,7 +12,7 @@ from efficient_dl.errors import ConfigError
 
 MIN_BITS: Final = 0.1
 MAX_BITS: Final = 7.0
-KERNELS: Final = ("auto", "native", "portable", "reference")
+KERNELS: Final = ("auto", "native", "avx512", "avx2", "portable", "reference")
 
 _IDENTITY, _LOSSLESS, _BLOCK = 0, 1, 2
 
@@ -29,9 +29,11 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         quantizer with local scales, entropy-coded to about RATE bits a value, scales included; 0.1 to 7).
     checksum: put an xxh3-64 of the body into every packet; can be off between processes that trust their link.
     kernel: what runs on CPU tensors: "auto" and "native" (C++, the best instruction set of this processor),
-        "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices use "reference".
+        "avx512", "avx2", "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices
+        use "reference".
 
-    Raises ConfigError for an unknown or impossible spec, NativeLibraryMissing if the C++ library is not built.
+    Raises ConfigError for an unknown or impossible spec and for a kernel that this processor cannot run,
+    NativeLibraryMissing if the C++ library is not built.
     Example: `make_codec("bits:2.0").encode(gradient)`.
     """
     if kernel not in KERNELS:
@@ -63,7 +65,7 @@ def _native_split(kernel: str) -> BodyKernel:
         return ReferenceSplit()
     from efficient_dl.codec.kernels.native.bodies import NativeSplit
 
-    return NativeSplit(portable=kernel == "portable")
+    return NativeSplit(_isa(kernel))
 
 
 def _native_block(kernel: str, bits: float) -> BodyKernel:
@@ -71,7 +73,11 @@ def _native_block(kernel: str, bits: float) -> BodyKernel:
         return ReferenceBlock(bits)
     from efficient_dl.codec.kernels.native.bodies import NativeBlock
 
-    return NativeBlock(bits, portable=kernel == "portable")
+    return NativeBlock(bits, _isa(kernel))
+
+
+def _isa(kernel: str) -> str:
+    return "auto" if kernel == "native" else kernel
 
 
 def _parse_bits(spec: str) -> float:

@@ -16,8 +16,9 @@ using edl::CodecError;
 using edl::Kernels;
 
 const Kernels& best_kernels() {
-    const Kernels* avx512 = edl::avx512_kernels();
-    return avx512 != nullptr ? *avx512 : edl::portable_kernels();
+    if (const Kernels* avx512 = edl::avx512_kernels()) return *avx512;
+    if (const Kernels* avx2 = edl::avx2_kernels()) return *avx2;
+    return edl::portable_kernels();
 }
 
 thread_local const Kernels* thread_kernels = &best_kernels();
@@ -112,6 +113,8 @@ int64_t edl_set_isa(const char* name) {
         thread_kernels = &edl::portable_kernels();
     } else if (std::strcmp(name, "avx512") == 0 && edl::avx512_kernels() != nullptr) {
         thread_kernels = edl::avx512_kernels();
+    } else if (std::strcmp(name, "avx2") == 0 && edl::avx2_kernels() != nullptr) {
+        thread_kernels = edl::avx2_kernels();
     } else {
         return EDL_UNSUPPORTED_ISA;
     }

@@ -66,10 +66,10 @@ EDL_EXPORT int64_t edl_abi_version(void);
 /* A sentence for an error code; never NULL. */
 EDL_EXPORT const char* edl_error_name(int64_t code);
 
-/* The instruction set this thread uses: "avx512" or "portable". */
+/* The instruction set this thread uses: "avx512", "avx2" or "portable". */
 EDL_EXPORT const char* edl_isa(void);
 
-/* Chooses it for the calling thread: "auto", "avx512" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
+/* Chooses it for the calling thread: "auto" (the best), "avx512", "avx2" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
 
 /* Threads that one call may use, the caller's included: for the whole process. At first OMP_NUM_THREADS, or the

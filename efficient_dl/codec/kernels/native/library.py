@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import platform
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from efficient_dl.errors import CorruptPacket, NativeLibraryMissing
+from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 
 ABI_VERSION: Final = 1
 LIBRARY_NAME: Final = "libedl_codec.so"
@@ -17,6 +18,7 @@ NUM_STEPS: Final = 321
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3
+_UNSUPPORTED_ISA: Final = -4
 _HERE: Final = Path(__file__).resolve().parent
 _BUILD: Final = f"run sh {_HERE / 'build.sh'}, or install the package again (pip install -e .)"
 
@@ -51,7 +53,7 @@ class NativeStats(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The library's functions for one instruction set: "auto", "avx512" or "portable".
+    """The library's functions for one instruction set: "auto" (the best), "avx512", "avx2" or "portable".
 
     Addresses are of contiguous memory (`tensor.data_ptr()`), dtypes the packet's codes (0 float32, 1 bfloat16,
     2 float16). Calls release the GIL and may run in any number of threads. Encoders return the bytes of the body.
@@ -161,13 +163,22 @@ class NativeLibrary:
             )
         if result == _NO_MEMORY:
             raise MemoryError("the native codec could not allocate its scratch memory")
+        if result == _UNSUPPORTED_ISA:
+            raise ConfigError(
+                f"the codec kernels cannot use the instruction set {self._requested_isa.decode()!r}",
+                expected="one that this processor and this build have",
+                found=f"kernels up to {_text(self._library.edl_isa())!r}",
+                where=platform.machine(),
+                fix='use kernel="auto", which takes the best there is',
+            )
         raise ValueError(f"native codec: {reason} (code {result})")
 
 
 @lru_cache(maxsize=8)
 def load_library(isa: str = "auto", path: Path | None = None) -> NativeLibrary:
-    """Returns the library for an instruction set; raises `NativeLibraryMissing` if it is not built or too old.
+    """Returns the library for an instruction set.
 
+    Raises `NativeLibraryMissing` if it is not built or too old, `ConfigError` if the processor lacks isa.
     path: another build of the library, for tests.
     """
     return NativeLibrary(_open(find_library() if path is None else path), isa)
