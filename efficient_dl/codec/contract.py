@@ -78,8 +78,7 @@ class Codec(Protocol):
         ...
 
     def kernel_for(self, device: torch.device) -> str:
-        """What runs on tensors of this device: "native-avx512", "native-avx2", "native-portable",
-        "reference" or "copy"."""
+        """What runs on tensors of this device: "native-ISA" (avx512, avx2, portable), "reference" or "copy"."""
         ...
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_dl.codec import Codec, PacketStats, Side, make_codec
-from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
+from efficient_dl.codec import Codec, PacketStats, Side, make_codec, registry
+from efficient_dl.codec.kernels.native.library import available_isas
+from efficient_dl.errors import ConfigError, CorruptPacket, SideMismatch, UnsupportedTensor
 
 SPECS = ("identity", "lossless", "bits:0.5", "bits:2.0", "bits:4.0", "bits:7.0")
 EXACT = ("identity", "lossless")
 LOSSY = tuple(spec for spec in SPECS if spec not in EXACT)
-KERNELS = ("reference", "portable", "native")
+KERNELS = ("reference", *available_isas())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 127, 128, 129, 255, 256, 257, 1000, 32768, 33000, 70001, 140000)
 
@@ -269,6 +270,19 @@ def test_another_side_is_refused(spec: str) -> None:
         codec.decode(packet, torch.empty(1000))
     with pytest.raises(ValueError, match="sums to 999"):
         codec.encode(x, Side(segments=(400, 599)))
+
+
+@pytest.mark.parametrize("kernel", registry.KERNELS)
+def test_a_kernel_is_what_was_asked_for_or_refused(kernel: str) -> None:
+    native = [f"native-{isa}" for isa in available_isas()]
+    cpu = torch.device("cpu")
+    if kernel in ("auto", "native"):
+        assert make_codec("bits:2.0", kernel=kernel).kernel_for(cpu) == native[0]
+    elif kernel == "reference" or f"native-{kernel}" in native:
+        assert make_codec("bits:2.0", kernel=kernel).kernel_for(cpu).removeprefix("native-") == kernel
+    else:
+        with pytest.raises(ConfigError, match="cannot use the instruction set"):
+            make_codec("bits:2.0", kernel=kernel)
 
 
 @pytest.mark.parametrize("spec", SPECS)

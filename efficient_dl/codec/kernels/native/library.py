@@ -15,6 +15,7 @@ from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 ABI_VERSION: Final = 1
 LIBRARY_NAME: Final = "libedl_codec.so"
 NUM_STEPS: Final = 321
+ISAS: Final = ("avx512", "avx2", "portable")
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3
@@ -184,6 +185,11 @@ def load_library(isa: str = "auto", path: Path | None = None) -> NativeLibrary:
     return NativeLibrary(_open(find_library() if path is None else path), isa)
 
 
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor and this build of the library have, the best first."""
+    return tuple(isa for isa in ISAS if _is_available(isa))
+
+
 def find_library() -> Path:
     """Where the compiled library is: beside this file, or where the package was installed from it (editable)."""
     candidates = [_HERE / LIBRARY_NAME]
@@ -252,6 +258,14 @@ def _open(path: Path) -> ctypes.CDLL:
     library.edl_error_name.argtypes = [ctypes.c_int64]
     library.edl_error_name.restype = ctypes.c_char_p
     return library
+
+
+def _is_available(isa: str) -> bool:
+    try:
+        load_library(isa)
+    except ConfigError:
+        return False
+    return True
 
 
 def _text(value: bytes) -> str:
