@@ -7,6 +7,7 @@ from typing import Final
 
 from efficient_dl.codec.contract import Codec
 from efficient_dl.codec.kernels.reference.bodies import CopyBody, ReferenceBlock, ReferenceSplit
+from efficient_dl.codec.kernels.reference.split import SPLIT_DTYPES
 from efficient_dl.codec.packet_codec import BodyKernel, PacketCodec
 from efficient_dl.errors import ConfigError
 
@@ -46,7 +47,9 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
     if spec == "identity":
         return PacketCodec(spec, _IDENTITY, True, CopyBody(), CopyBody(), checksum)
     if spec == "lossless":
-        return PacketCodec(spec, _LOSSLESS, True, _native_split(kernel), ReferenceSplit(), checksum)
+        return PacketCodec(
+            spec, _LOSSLESS, True, _native_split(kernel), ReferenceSplit(), checksum, SPLIT_DTYPES
+        )
     if spec.startswith("bits:"):
         bits = _parse_bits(spec)
         return PacketCodec(

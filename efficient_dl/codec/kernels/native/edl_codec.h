@@ -24,7 +24,13 @@ extern "C" {
 #define EDL_ABI_VERSION 1
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
-enum edl_dtype { EDL_FLOAT32 = 0, EDL_BFLOAT16 = 1, EDL_FLOAT16 = 2 };
+enum edl_dtype {
+    EDL_FLOAT32 = 0,
+    EDL_BFLOAT16 = 1,
+    EDL_FLOAT16 = 2,
+    EDL_FLOAT8_E4M3FN = 3, /* the block quantizer only */
+    EDL_FLOAT8_E5M2 = 4    /* the block quantizer only */
+};
 
 enum edl_error {
     /* The caller's mistakes and the machine's limits. */

@@ -57,8 +57,9 @@ class NativeLibrary:
     """The library's functions for one instruction set: "auto" (the best), "avx512", "avx2" or "portable".
 
     Addresses are of contiguous memory (`tensor.data_ptr()`), dtypes the packet's codes (0 float32, 1 bfloat16,
-    2 float16). Calls release the GIL and may run in any number of threads. Encoders return the bytes of the body.
-    Decoders raise `CorruptPacket` with the reason; the output's content is then undefined.
+    2 float16; for the block quantizer also 3 float8_e4m3fn, 4 float8_e5m2). Calls release the GIL and may run in any
+    number of threads. Encoders return the bytes of the body. Decoders raise `CorruptPacket` with the reason; the
+    output's content is then undefined.
     """
 
     def __init__(self, library: ctypes.CDLL, isa: str = "auto") -> None:

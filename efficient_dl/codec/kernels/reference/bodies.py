@@ -14,6 +14,7 @@ from efficient_dl.codec.packet import byte_view
 from efficient_dl.errors import CorruptPacket
 
 _TABLE_BYTES = 416
+_MAX_E4M3FN = 448.0
 
 
 class CopyBody:
@@ -107,15 +108,19 @@ class ReferenceBlock:
         """See `BodyKernel.decode`."""
         values = block.decode(body, BlockGrid(segments, body.device))
         _apply(values, out, accumulate)
-        if not accumulate:
-            # The NaN of docs/format.md: torch's vectorized conversion to bfloat16 has another one.
+        if not accumulate and out.dtype == torch.bfloat16:
+            # The NaN of docs/format.md: torch's vectorized conversion has another one.
             out.masked_fill_(values.isnan(), torch.nan)
 
 
 def _apply(values: Tensor, out: Tensor, accumulate: bool) -> None:
-    if not accumulate:
-        out.copy_(values)
-    elif out.dtype == torch.float32:
+    values = values.to(torch.float32)
+    if out.dtype == torch.float32 and accumulate:
         out.add_(values)
-    else:
-        out.copy_(out.to(torch.float32).add_(values))
+        return
+    if accumulate:
+        values = out.to(torch.float32).add_(values)
+    if out.dtype == torch.float8_e4m3fn:
+        # Releases of torch differ in what becomes of larger values; a packet's meaning must not.
+        values = values.clamp(-_MAX_E4M3FN, _MAX_E4M3FN)
+    out.copy_(values)
