@@ -145,7 +145,7 @@ void round_trip(const float* steps, Outcomes& outcomes) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 4 || edl_set_isa(argv[1]) != 0) return 2;
+    if (argc != 4 || edl_set_isa(argv[1]) != 0 || edl_set_num_threads(3) != 0) return 2;
     random_bits.seed(static_cast<uint64_t>(std::atoll(argv[3])));
     float steps[EDL_NUM_STEPS];
     for (int j = -192; j <= 128; ++j) steps[j + 192] = std::exp2(static_cast<float>(j) / 32);

@@ -15,6 +15,7 @@ from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 ABI_VERSION: Final = 1
 LIBRARY_NAME: Final = "libedl_codec.so"
 NUM_STEPS: Final = 321
+MAX_THREADS: Final = 256
 ISAS: Final = ("avx512", "avx2", "portable")
 
 _FIRST_CORRUPT: Final = -16
@@ -151,6 +152,14 @@ class NativeLibrary:
             )
         )
 
+    def num_threads(self) -> int:
+        """Threads that one call may use, the caller's included."""
+        return self._checked(int(self._library.edl_num_threads()))
+
+    def set_num_threads(self, count: int) -> None:
+        """Sets it, for the whole process."""
+        self._checked(int(self._library.edl_set_num_threads(count)))
+
     def _select_isa(self) -> None:
         # The choice is per thread, so that two codecs in one process cannot change each other's.
         self._checked(int(self._library.edl_set_isa(self._requested_isa)))
@@ -184,6 +193,26 @@ def load_library(isa: str = "auto", path: Path | None = None) -> NativeLibrary:
     path: another build of the library, for tests.
     """
     return NativeLibrary(_open(find_library() if path is None else path), isa)
+
+
+def num_threads() -> int:
+    """Threads that one call may use, the caller's included.
+
+    At first OMP_NUM_THREADS, or the processors that this process may run on, at most 16.
+    """
+    return load_library().num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Sets `num_threads` for the whole process, 1 to 256. Packets and values do not depend on it."""
+    if not 1 <= count <= MAX_THREADS:
+        raise ConfigError(
+            "the number of codec threads is out of range",
+            expected=f"1 to {MAX_THREADS}",
+            found=str(count),
+            fix="pass the processors that this process may use",
+        )
+    load_library().set_num_threads(count)
 
 
 def available_isas() -> tuple[str, ...]:
@@ -247,6 +276,8 @@ def _open(path: Path) -> ctypes.CDLL:
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
+        "edl_num_threads": [],
+        "edl_set_num_threads": [int64],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(library, name)
