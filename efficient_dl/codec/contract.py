@@ -63,8 +63,9 @@ class PacketStats:
 class Codec(Protocol):
     """A pure, deterministic map from a contiguous tensor to bytes and back. No state, no ranks.
 
-    Tensors are contiguous, of any shape, float32, bfloat16 or float16, with numel < 2**31; anything else raises
-    `UnsupportedTensor`. Packets are contiguous 1-D uint8 tensors on the tensor's device.
+    Tensors are contiguous, of any shape, float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, with numel < 2**31;
+    anything else raises `UnsupportedTensor`, as the float8 types do in "lossless". Packets are contiguous 1-D uint8
+    tensors on the tensor's device.
     """
 
     @property
@@ -78,7 +79,7 @@ class Codec(Protocol):
         ...
 
     def kernel_for(self, device: torch.device) -> str:
-        """What runs on tensors of this device: "native-avx512", "native-portable", "reference", "copy" and so on."""
+        """What runs on tensors of this device: "native-ISA" (avx512, avx2, portable), "reference", "copy" and so on."""
         ...
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:

@@ -16,7 +16,7 @@ from efficient_dl.codec.packet import (
     read_header,
     write_header,
 )
-from efficient_dl.errors import UnsupportedTensor
+from efficient_dl.errors import CorruptPacket, UnsupportedTensor
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
@@ -51,7 +51,14 @@ class PacketCodec:
     """Implements `Codec` over body kernels: one for CPU tensors, one for everything else."""
 
     def __init__(
-        self, name: str, codec_id: int, exact: bool, cpu: BodyKernel, device: BodyKernel, checksum: bool
+        self,
+        name: str,
+        codec_id: int,
+        exact: bool,
+        cpu: BodyKernel,
+        device: BodyKernel,
+        checksum: bool,
+        dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES),
     ) -> None:
         self._name = name
         self._codec_id = codec_id
@@ -59,6 +66,7 @@ class PacketCodec:
         self._cpu = cpu
         self._device = device
         self._checksum = checksum
+        self._dtypes = dtypes
 
     def __repr__(self) -> str:
         return f"make_codec({self._name!r})"
@@ -79,8 +87,7 @@ class PacketCodec:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:
         """See `Codec.max_bytes`."""
-        if dtype not in DTYPE_CODES:
-            raise UnsupportedTensor(f"a codec cannot take a tensor of {dtype}")
+        self._check_dtype(dtype)
         if numel == 0:
             return HEADER_BYTES
         return HEADER_BYTES + self._cpu.max_bytes(numel, dtype, len(_segments(side, numel)))
@@ -119,11 +126,29 @@ class PacketCodec:
 
     def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
         """See `Codec.decode`."""
+        check_tensor(out)
+        if out.dtype != torch.float32:
+            self._check_dtype(out.dtype)
         body, code = read_header(packet, self._codec_id, out, side)
+        if _DTYPES[code] not in self._dtypes:
+            raise CorruptPacket(
+                f"the packet claims to hold a dtype that {self._name!r} does not encode",
+                expected=", ".join(str(dtype) for dtype in self._dtypes),
+                found=str(_DTYPES[code]),
+                where="packet header",
+            )
         if out.numel():
             segments = _segments(side, out.numel())
             kernel = self._kernel(out.device)
             kernel.decode(body, _DTYPES[code], segments, out.detach().view(-1), accumulate)
+
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in self._dtypes:
+            raise UnsupportedTensor(
+                f"the codec {self._name!r} cannot take a tensor of {dtype}",
+                expected=", ".join(str(dtype) for dtype in self._dtypes),
+                fix="convert the tensor, or use another codec",
+            )
 
     def _kernel(self, device: torch.device) -> BodyKernel:
         return self._cpu if device.type == "cpu" else self._device

@@ -33,7 +33,7 @@ from efficient_dl.errors import ConfigError
 
 MIN_BITS: Final = 0.1
 MAX_BITS: Final = 7.0
-KERNELS: Final = ("auto", "native", "portable", "reference")
+KERNELS: Final = ("auto", "native", "avx512", "avx2", "portable", "reference")
 
 _IDENTITY, _LOSSLESS, _BLOCK = 0, 1, 2
 
@@ -77,10 +77,12 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         (casts); "zstd", "zstd:LEVEL" and "lz4" (exact, over the raw bytes; optional packages).
     checksum: put an xxh3-64 of the body into every packet; can be off between processes that trust their link.
     kernel: what runs on CPU tensors: "auto" and "native" (C++, the best instruction set of this processor),
-        "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices use "reference".
+        "avx512", "avx2", "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices
+        use "reference".
 
-    Raises ConfigError for an unknown or impossible spec, NativeLibraryMissing if the C++ library is not built,
-    PackageMissing if the spec needs a package that is not installed.
+    Raises ConfigError for an unknown or impossible spec and for a kernel that this processor cannot run,
+    NativeLibraryMissing if the C++ library is not built, PackageMissing if the spec needs a package that is not
+    installed.
     Example: `make_codec("bits:2.0").encode(gradient)`.
     """
     if kernel not in KERNELS:
@@ -110,10 +112,10 @@ def _unknown(spec: str) -> ConfigError:
 
 
 def _on_cpu(
-    kernel: str, reference: Callable[[], BodyKernel], native: Callable[[bool], BodyKernel]
+    kernel: str, reference: Callable[[], BodyKernel], native: Callable[[str], BodyKernel]
 ) -> BodyKernel:
-    # native: with portable=True or False. It imports what it needs, so that torch alone is enough for "reference".
-    return reference() if kernel == "reference" else native(kernel == "portable")
+    # native: for an instruction set. It imports what it needs, so that torch alone is enough for "reference".
+    return reference() if kernel == "reference" else native("auto" if kernel == "native" else kernel)
 
 
 def _require_no_parameter(name: str, parameter: str | None) -> None:
@@ -133,10 +135,10 @@ def _make_identity(parameter: str | None, kernel: str) -> _Made:
 def _make_lossless(parameter: str | None, kernel: str) -> _Made:
     _require_no_parameter("lossless", parameter)
 
-    def native(portable: bool) -> BodyKernel:
+    def native(isa: str) -> BodyKernel:
         from efficient_dl.codec.kernels.native.bodies import NativeSplit
 
-        return NativeSplit(portable)
+        return NativeSplit(isa)
 
     return _Made("", _on_cpu(kernel, ReferenceSplit, native), ReferenceSplit())
 
@@ -144,10 +146,10 @@ def _make_lossless(parameter: str | None, kernel: str) -> _Made:
 def _make_block(parameter: str | None, kernel: str) -> _Made:
     bits = _parse_bits(parameter or "")
 
-    def native(portable: bool) -> BodyKernel:
+    def native(isa: str) -> BodyKernel:
         from efficient_dl.codec.kernels.native.bodies import NativeBlock
 
-        return NativeBlock(bits, portable)
+        return NativeBlock(bits, isa)
 
     return _Made(f"{bits}", _on_cpu(kernel, lambda: ReferenceBlock(bits), native), ReferenceBlock(bits))
 
@@ -156,10 +158,10 @@ def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | No
     def make(parameter: str | None, kernel: str) -> _Made:
         block_values = _parse_block_values(name, parameter)
 
-        def native(portable: bool) -> BodyKernel:
+        def native(isa: str) -> BodyKernel:
             from efficient_dl.codec.kernels.native.baseline_bodies import NativeBlockwise
 
-            return NativeBlockwise(form().codec_id, block_values, portable)
+            return NativeBlockwise(form().codec_id, block_values, isa)
 
         def reference() -> BodyKernel:
             return ReferenceBlockwise(form(), block_values)
@@ -174,10 +176,10 @@ def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | No
 def _make_topk(parameter: str | None, kernel: str) -> _Made:
     fraction = _parse_fraction(parameter or "")
 
-    def native(portable: bool) -> BodyKernel:
+    def native(isa: str) -> BodyKernel:
         from efficient_dl.codec.kernels.native.baseline_bodies import NativeTopk
 
-        return NativeTopk(fraction, portable)
+        return NativeTopk(fraction, isa)
 
     return _Made(
         f"{fraction}", _on_cpu(kernel, lambda: ReferenceTopk(fraction), native), ReferenceTopk(fraction)
@@ -188,10 +190,10 @@ def _cast(name: str, wire_dtype: torch.dtype) -> Callable[[str | None, str], _Ma
     def make(parameter: str | None, kernel: str) -> _Made:
         _require_no_parameter(name, parameter)
 
-        def native(portable: bool) -> BodyKernel:
+        def native(isa: str) -> BodyKernel:
             from efficient_dl.codec.kernels.native.baseline_bodies import NativeCast
 
-            return NativeCast(wire_dtype, portable)
+            return NativeCast(wire_dtype, isa)
 
         return _Made(
             "", _on_cpu(kernel, lambda: ReferenceCast(wire_dtype), native), ReferenceCast(wire_dtype)

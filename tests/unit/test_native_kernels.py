@@ -17,16 +17,17 @@ from torch import Tensor
 from efficient_dl.codec import PacketStats
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
-from efficient_dl.codec.kernels.native.library import NativeLibrary, load_library
+from efficient_dl.codec.kernels.native.library import NativeLibrary, available_isas, load_library
 from efficient_dl.codec.kernels.reference.bodies import ReferenceBlock, ReferenceSplit
-from efficient_dl.errors import CorruptPacket, NativeLibraryMissing
+from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 
 HERE = Path(__file__).resolve().parent
 NATIVE = Path(library.__file__).resolve().parent
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2"]
 AVX512_FLAGS += ["-mbmi", "-mbmi2", "-mpopcnt"]
+AVX2_FLAGS = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mf16c"]
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = sorted({load_library().isa, "portable"})
+ISAS = available_isas()
 
 Body = NativeSplit | NativeBlock | ReferenceSplit | ReferenceBlock
 
@@ -90,9 +91,9 @@ def special_tensors() -> Iterator[tuple[str, Tensor]]:
 
 @pytest.mark.parametrize("x", [pytest.param(x, id=name) for name, x in special_tensors()])
 def test_special_tensors_give_the_reference_bytes(x: Tensor) -> None:
-    pairs: list[tuple[Body, list[Body]]] = [(ReferenceSplit(), [NativeSplit(), NativeSplit(portable=True)])]
+    pairs: list[tuple[Body, list[Body]]] = [(ReferenceSplit(), [NativeSplit(isa) for isa in ISAS])]
     for bits in (0.5, 2.0, 4.0):
-        pairs.append((ReferenceBlock(bits), [NativeBlock(bits), NativeBlock(bits, portable=True)]))
+        pairs.append((ReferenceBlock(bits), [NativeBlock(bits, isa) for isa in ISAS]))
     for reference, natives in pairs:
         expected = encoded(reference, x)
         values = decoded(reference, expected, x)
@@ -106,7 +107,7 @@ def test_many_short_segments_give_the_reference_bytes() -> None:
     x = laplace_like(sum(segments))
     for bits in (1.0, 3.0):
         expected = encoded(ReferenceBlock(bits), x, segments)
-        for native in (NativeBlock(bits), NativeBlock(bits, portable=True)):
+        for native in (NativeBlock(bits, isa) for isa in ISAS):
             assert torch.equal(encoded(native, x, segments), expected)
             out = decoded(native, expected, x, segments)
             assert torch.equal(out, decoded(ReferenceBlock(bits), expected, x, segments))
@@ -134,7 +135,7 @@ def test_a_caller_that_flushes_denormals_changes_nothing() -> None:
 def test_a_nonfinite_block_has_one_bit_pattern(dtype: torch.dtype, nan: int) -> None:
     x = laplace_like(1000).to(dtype)
     x[300] = -torch.inf
-    for kernel in (NativeBlock(2.0), NativeBlock(2.0, portable=True)):
+    for kernel in (NativeBlock(2.0, isa) for isa in ISAS):
         out = decoded(kernel, encoded(kernel, x), x)
         assert (bits_of(out[256:512]) == nan).all()
         out = torch.zeros_like(x)
@@ -149,33 +150,33 @@ def test_every_instruction_set_rounds_sums_alike(
 ) -> None:
     x, start = laplace_like(5000, 3).to(dtype), (laplace_like(5000, 5) * 1e-3).to(dtype)
     totals: list[Tensor] = []
-    for portable in (False, True):
-        body_kernel = NativeSplit(portable) if kernel is NativeSplit else NativeBlock(2.0, portable)
+    for isa in ISAS:
+        body_kernel = NativeSplit(isa) if kernel is NativeSplit else NativeBlock(2.0, isa)
         for out in (start.clone(), start.to(torch.float32, copy=True)):
             body_kernel.decode(encoded(body_kernel, x), dtype, (5000,), out, True)
             totals.append(out)
-    assert torch.equal(totals[0], totals[2]) and torch.equal(totals[1], totals[3])
+    for i, total in enumerate(totals):
+        assert torch.equal(total, totals[i % 2])
 
 
 def test_stats_agree_between_instruction_sets_and_with_the_packet() -> None:
     x = spiky()
     reports: list[PacketStats] = []
-    for portable in (False, True):
-        for kernel in (NativeSplit(portable), NativeBlock(2.0, portable)):
+    for isa in ISAS:
+        for kernel in (NativeSplit(isa), NativeBlock(2.0, isa)):
             stats = PacketStats()
             room = torch.empty(kernel.max_bytes(x.numel(), x.dtype, 1), dtype=torch.uint8)
             body_bytes = kernel.encode(x, (x.numel(),), room, stats)
             assert 8 * body_bytes >= stats.model_bits + stats.header_bits
             reports.append(stats)
-    assert reports[:2] == reports[2:]
+    assert all(report == reports[i % 2] for i, report in enumerate(reports))
     assert reports[1].escapes > 0
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_cut_raises_and_no_byte_crashes(isa: str) -> None:
-    portable = isa == "portable"
     x = torch.cat([laplace_like(700), torch.zeros(300), spiky()[:2000]])
-    for kernel in (NativeSplit(portable), NativeBlock(2.0, portable), NativeBlock(4.0, portable)):
+    for kernel in (NativeSplit(isa), NativeBlock(2.0, isa), NativeBlock(4.0, isa)):
         body = encoded(kernel, x)
         for length in range(0, body.numel(), 1 if body.numel() < 1500 else 7):
             with pytest.raises(CorruptPacket):
@@ -197,15 +198,15 @@ def test_stored_symbols_outside_of_the_alphabet_are_refused() -> None:
     # 24 bytes of parameters, a code and padding, no table; the directory's only entry says: stored.
     assert body[32] & 1 == 0
     body[36] = 122
-    for kernel in (NativeBlock(2.0), NativeBlock(2.0, portable=True)):
+    for kernel in (NativeBlock(2.0, isa) for isa in ISAS):
         with pytest.raises(CorruptPacket, match="alphabet"):
             decoded(kernel, body, x)
 
 
 def test_the_instruction_set_belongs_to_the_codec_not_to_the_process() -> None:
     x = laplace_like(300_000)
-    kernels = [NativeBlock(2.0, portable=i % 2 == 1) for i in range(8)]
-    assert kernels[0].name == f"native-{load_library().isa}" and kernels[1].name == "native-portable"
+    kernels = [NativeBlock(2.0, isa) for isa in ("auto", *ISAS)] * 2
+    assert [kernel.name for kernel in kernels] == [f"native-{isa}" for isa in (ISAS[0], *ISAS)] * 2
     expected = encoded(kernels[0], x)
     with ThreadPoolExecutor(4) as pool:
         assert all(
@@ -224,8 +225,15 @@ def test_wrong_arguments_are_refused() -> None:
         native.split_max_bytes(2**31, 0)
     with pytest.raises(ValueError, match="argument"):
         native.block_decode(room.data_ptr(), 100, 0, 5000, (4000, 999), x.data_ptr(), 0, False)
-    with pytest.raises(ValueError, match="instruction set"):
+    with pytest.raises(ConfigError, match=f"instruction set 'sse9'(.|\n)*kernels up to '{ISAS[0]}'"):
         load_library("sse9")
+
+
+def test_the_instruction_sets_are_those_of_this_processor() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if IS_X86 else ""
+    assert ISAS[-1] == "portable"
+    assert ("avx2" in ISAS) == (" avx2 " in flags)
+    assert ("avx512" in ISAS) == (" avx512_vbmi2 " in flags)
 
 
 def test_a_missing_or_foreign_library_says_how_to_build_it(
@@ -249,6 +257,11 @@ def compiler() -> str:
     return found
 
 
+def vector_flags(source: Path) -> list[str]:
+    isa = source.stem.rpartition("_")[2]
+    return {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}.get(isa, [])
+
+
 def run(*command: str | Path) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -257,10 +270,10 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.slow
 def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", *(AVX512_FLAGS if IS_X86 else [])]
+    flags = ["-O3", "-std=c++20", "-ffp-contract=off", *(AVX512_FLAGS + AVX2_FLAGS if IS_X86 else [])]
     program = tmp_path / "division"
     run(compiler(), *flags, "-w", HERE / "native/division.cpp", NATIVE / "tables.cpp", "-o", program)
-    assert run(program, load_library().isa).startswith("ok ")
+    assert run(program, *ISAS).startswith("ok ")
 
 
 @pytest.mark.slow
@@ -277,7 +290,7 @@ def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
-    sanitize = ["-O1", "-std=c++20", "-ffp-contract=off", "-w", "-fsanitize=address,undefined"]
+    sanitize = ["-O1", "-std=c++20", "-pthread", "-ffp-contract=off", "-w", "-fsanitize=address,undefined"]
     sanitize += ["-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() { return 0; }")
@@ -288,7 +301,7 @@ def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
         pytest.skip("this compiler lacks the address or undefined-behaviour sanitizer")
     objects: list[Path] = []
     for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native/fuzz.cpp"]:
-        extra = AVX512_FLAGS if IS_X86 and source.stem.endswith("_avx512") else []
+        extra = vector_flags(source) if IS_X86 else []
         objects.append(tmp_path / f"{source.stem}.o")
         run(compiler(), *sanitize, *extra, "-c", source, "-o", objects[-1])
     program = tmp_path / "fuzz"

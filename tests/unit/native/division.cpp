@@ -1,9 +1,11 @@
 // Checks the encoders' division by a frequency where it is hardest: the first and the last state of every quotient.
-// Compiled by test_native_kernels.py. Prints "ok" and the number of states checked.
+// Compiled by test_native_kernels.py. Usage: division ISA ...: the instruction sets that this processor has. Prints
+// "ok" and the number of states checked.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 
+#include "../../../efficient_dl/codec/kernels/native/rans_avx2.cpp"
 #include "../../../efficient_dl/codec/kernels/native/rans_avx512.cpp"
 #include "../../../efficient_dl/codec/kernels/native/tables.hpp"
 
@@ -62,10 +64,41 @@ bool check_avx512(const EncodeTable& table, uint32_t f) {
 }
 #endif
 
+#if defined(__AVX2__)
+bool check_avx2(const EncodeTable& table, uint32_t f) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i vf = _mm256_set1_epi32(static_cast<int>(f));
+    const __m256 vinverse = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(table.vector_entry[0].inverse)));
+    const __m256i vpacked = _mm256_set1_epi32(static_cast<int>(table.vector_entry[0].packed));
+    __m256i wrong = _mm256_setzero_si256();
+    for (int q = 0; q < (1 << 20); q += 8) {
+        const __m256i quotient = _mm256_add_epi32(_mm256_set1_epi32(q), lane);
+        const __m256i first = _mm256_mullo_epi32(quotient, vf);
+        const __m256i remainder = _mm256_sub_epi32(vf, _mm256_set1_epi32(1));
+        const __m256i expected = _mm256_slli_epi32(quotient, 12);
+        wrong = _mm256_or_si256(wrong,
+                                _mm256_xor_si256(edl::avx2::encode_step(first, vinverse, vpacked), expected));
+        wrong = _mm256_or_si256(
+            wrong, _mm256_xor_si256(edl::avx2::encode_step(_mm256_add_epi32(first, remainder), vinverse, vpacked),
+                                    _mm256_add_epi32(expected, remainder)));
+    }
+    const bool right = _mm256_testz_si256(wrong, wrong) != 0;
+    if (!right) std::printf("avx2: f %u\n", f);
+    return right;
+}
+#endif
+
+bool is_listed(const char* isa, int argc, char** argv) {
+    for (int i = 1; i < argc; ++i)
+        if (std::strcmp(argv[i], isa) == 0) return true;
+    return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-    const bool has_avx512 = argc > 1 && std::strcmp(argv[1], "avx512") == 0;
+    [[maybe_unused]] const bool has_avx512 = is_listed("avx512", argc, argv);
+    [[maybe_unused]] const bool has_avx2 = is_listed("avx2", argc, argv);
     uint64_t checked = 0;
     for (uint32_t f = 1; f <= 4096; ++f) {
         const EncodeTable table(table_with(f));
@@ -76,8 +109,12 @@ int main(int argc, char** argv) {
             if (!check_avx512(table, f)) return 1;
             checked += 2u << 20;
         }
-#else
-        (void)has_avx512;
+#endif
+#if defined(__AVX2__)
+        if (has_avx2) {
+            if (!check_avx2(table, f)) return 1;
+            checked += 2u << 20;
+        }
 #endif
     }
     std::printf("ok %llu\n", static_cast<unsigned long long>(checked));

@@ -24,7 +24,9 @@ int64_t below(int64_t limit) { return static_cast<int64_t>(random_bits() % stati
     std::abort();
 }
 
-int item_bytes(int dtype) { return dtype == EDL_FLOAT32 ? 4 : 2; }
+int item_bytes(int dtype) {
+    return dtype == EDL_FLOAT32 ? 4 : dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16 ? 2 : 1;
+}
 
 // Heap memory without slack, so that the sanitizer sees one byte too far.
 std::unique_ptr<uint8_t[]> exact(const uint8_t* bytes, int64_t count) {
@@ -52,7 +54,7 @@ std::vector<uint8_t> random_tensor(int64_t numel, int dtype) {
         if (kind == 3) value = below(50) == 0 ? value * 1e6f : 0.0f;
         if (kind != 1) std::memcpy(&bits, &value, sizeof bits);
         if (kind == 4) bits &= below(2) == 0 ? 0xffff0000u : 0xffffff00u;
-        if (dtype != EDL_FLOAT32) bits >>= 16;
+        bits >>= 32 - 8 * item_bytes(dtype);
         std::memcpy(bytes.data() + i * item_bytes(dtype), &bits, static_cast<size_t>(item_bytes(dtype)));
     }
     return bytes;
@@ -180,7 +182,7 @@ Codec cast_codec(const Input& in) {
 
 void round_trip(const float* steps, Outcomes& outcomes) {
     Codec (*const makers[])(const Input&) = {split_codec, block_codec, blockwise_codec, topk_codec, cast_codec};
-    const int dtype = static_cast<int>(below(3));
+    const int dtype = static_cast<int>(below(5));
     const int64_t numel = random_numel();
     const std::vector<uint8_t> tensor = random_tensor(numel, dtype);
     const std::vector<int64_t> segments = random_segments(numel);
@@ -222,7 +224,7 @@ void round_trip(const float* steps, Outcomes& outcomes) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 4 || edl_set_isa(argv[1]) != 0) return 2;
+    if (argc != 4 || edl_set_isa(argv[1]) != 0 || edl_set_num_threads(3) != 0) return 2;
     random_bits.seed(static_cast<uint64_t>(std::atoll(argv[3])));
     float steps[EDL_NUM_STEPS];
     for (int j = -192; j <= 128; ++j) steps[j + 192] = std::exp2(static_cast<float>(j) / 32);

@@ -17,8 +17,9 @@ using edl::CodecError;
 using edl::Kernels;
 
 const Kernels& best_kernels() {
-    const Kernels* avx512 = edl::avx512_kernels();
-    return avx512 != nullptr ? *avx512 : edl::portable_kernels();
+    if (const Kernels* avx512 = edl::avx512_kernels()) return *avx512;
+    if (const Kernels* avx2 = edl::avx2_kernels()) return *avx2;
+    return edl::portable_kernels();
 }
 
 thread_local const Kernels* thread_kernels = &best_kernels();
@@ -44,7 +45,9 @@ void require(bool condition) {
 constexpr int64_t kMaxNumel = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
 
-bool is_dtype(int dtype) { return dtype == EDL_FLOAT32 || dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+bool is_dtype(int dtype) { return dtype >= EDL_FLOAT32 && dtype <= EDL_FLOAT8_E5M2; }
+
+bool is_split_dtype(int dtype) { return dtype == EDL_FLOAT32 || dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
 
 void check_tensor(const void* data, int64_t numel, int dtype) {
     require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype) && (data != nullptr || numel == 0));
@@ -119,6 +122,8 @@ int64_t edl_set_isa(const char* name) {
         thread_kernels = &edl::portable_kernels();
     } else if (std::strcmp(name, "avx512") == 0 && edl::avx512_kernels() != nullptr) {
         thread_kernels = edl::avx512_kernels();
+    } else if (std::strcmp(name, "avx2") == 0 && edl::avx2_kernels() != nullptr) {
+        thread_kernels = edl::avx2_kernels();
     } else {
         return EDL_UNSUPPORTED_ISA;
     }
@@ -135,7 +140,7 @@ int64_t edl_set_num_threads(int64_t count) {
 
 int64_t edl_split_max_bytes(int64_t numel, int dtype) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype));
+        require(numel >= 0 && numel <= kMaxNumel && is_split_dtype(dtype));
         return numel == 0 ? 0 : edl::split_max_bytes(numel, dtype);
     });
 }
@@ -151,6 +156,7 @@ int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body,
                          edl_stats* stats) {
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
+        require(is_split_dtype(dtype));
         check_body(body, capacity);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
@@ -177,6 +183,7 @@ int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int dtype, int
                          int accumulate) {
     return guarded([&]() -> int64_t {
         const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        require(is_split_dtype(dtype));
         check_body(body, body_bytes);
         if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);

@@ -15,8 +15,8 @@ from efficient_dl.codec.packet import DTYPE_CODES
 class NativeBlockwise:
     """int8, int4 or sign (by their codec ids), with a scale for each block of at most block_values values."""
 
-    def __init__(self, codec_id: int, block_values: int, portable: bool = False) -> None:
-        self._library = load_library("portable" if portable else "auto")
+    def __init__(self, codec_id: int, block_values: int, isa: str = "auto") -> None:
+        self._library = load_library(isa)
         self._codec_id = codec_id
         self._block_values = block_values
         self.name = f"native-{self._library.isa}"
@@ -63,8 +63,8 @@ class NativeBlockwise:
 class NativeTopk:
     """The largest magnitudes, `fraction` of the values."""
 
-    def __init__(self, fraction: float, portable: bool = False) -> None:
-        self._library = load_library("portable" if portable else "auto")
+    def __init__(self, fraction: float, isa: str = "auto") -> None:
+        self._library = load_library(isa)
         self._fraction = fraction
         self.name = f"native-{self._library.isa}"
 
@@ -106,8 +106,8 @@ class NativeTopk:
 class NativeCast:
     """Values rounded to wire_dtype."""
 
-    def __init__(self, wire_dtype: torch.dtype, portable: bool = False) -> None:
-        self._library = load_library("portable" if portable else "auto")
+    def __init__(self, wire_dtype: torch.dtype, isa: str = "auto") -> None:
+        self._library = load_library(isa)
         self._wire_dtype = wire_dtype
         self.name = f"native-{self._library.isa}"
 

@@ -1,10 +1,12 @@
-// Decoding block-quantized packets: tile by tile into the cache, then scaled into (or added to) the output.
+// Decoding block-quantized packets: tile by tile into the cache, then scaled into (or added to) the output. The tiles
+// are shared out among the threads.
 #include <cstring>
 #include <limits>
 
 #include "codecs.hpp"
 #include "quantizer.hpp"
 #include "scratch.hpp"
+#include "threads.hpp"
 #include "tile.hpp"
 
 namespace edl {
@@ -180,7 +182,7 @@ private:
     uint8_t* symbols_;
 };
 
-thread_local Scratch thread_scratch;
+thread_local Scratch symbols_scratch;
 
 }  // namespace
 
@@ -213,14 +215,24 @@ void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segm
     FrequencyTable frequencies;
     if (num_coded > 0) frequencies = parse_table(table_data, parameters.table_bytes, parameters.mode->alphabet);
     const DecodeTable table(frequencies);
-    Scratch::Lease lease(thread_scratch, static_cast<size_t>(parameters.mode->max_tile_rows() * kLanes));
-    TileDecoder decoder(kernels, parameters, num_coded > 0 ? &table : nullptr, codes, out, lease.bytes());
-    BlockCursor cursor(segments);
-    for (int64_t t = 0; t < parameters.num_tiles; ++t) {
-        const int64_t tile_bytes = entry_field(t, 0);
-        decoder.decode(cursor, tiles, tile_bytes, entry_field(t, 1));
-        tiles += tile_bytes;
+    const std::vector<TileRange> ranges = share_tiles(segments, parameters.num_blocks, *parameters.mode);
+    std::vector<const uint8_t*> places;  // of the ranges' first tiles
+    for (const TileRange& range : ranges) {
+        places.push_back(tiles);
+        for (int64_t t = 0; t < range.num_tiles; ++t) tiles += entry_field(range.first_tile + t, 0);
     }
+    parallel_for(std::ssize(ranges), [&](int64_t i) {
+        const TileRange& range = ranges[i];
+        Scratch::Lease lease(symbols_scratch, static_cast<size_t>(parameters.mode->max_tile_rows() * kLanes));
+        TileDecoder decoder(kernels, parameters, num_coded > 0 ? &table : nullptr, codes, out, lease.bytes());
+        BlockCursor cursor = range.cursor;
+        const uint8_t* tile = places[i];
+        for (int64_t t = range.first_tile; t < range.first_tile + range.num_tiles; ++t) {
+            const int64_t tile_bytes = entry_field(t, 0);
+            decoder.decode(cursor, tile, tile_bytes, entry_field(t, 1));
+            tile += tile_bytes;
+        }
+    });
 }
 
 }  // namespace edl

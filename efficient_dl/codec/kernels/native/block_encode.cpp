@@ -1,10 +1,13 @@
-// Encoding with the block quantizer: one pass over the values, then tables and tiles over their symbols.
+// Encoding with the block quantizer: one pass over the values, then tables and tiles over their symbols. Both passes
+// are shared out among the threads by ranges of tiles.
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "codecs.hpp"
 #include "quantizer.hpp"
 #include "scratch.hpp"
+#include "threads.hpp"
 #include "tile.hpp"
 
 namespace edl {
@@ -29,10 +32,9 @@ struct BlockRecord {
     int16_t num_escapes;
 };
 
-// The whole tensor, quantized. Only blocks with a level have rows and escapes, in order.
+// A range of tiles, quantized. Only blocks with a level have rows and escapes, in order.
 struct Quantized {
-    BlockRecord* blocks;
-    int64_t num_blocks;
+    std::span<BlockRecord> blocks;
     uint8_t* rows;
     int64_t num_rows = 0;
     std::vector<int16_t> escapes;
@@ -60,32 +62,33 @@ int append_escapes(const SymbolMode& mode, const float* block, float inverse_ste
 }
 
 // Blocks go in batches, so that one block's chain of square root and division overlaps with its neighbours'.
-void quantize_all(const Kernels& kernels, const ConstValues& x, const Segments& segments, const SymbolMode& mode,
-                  float relative_step, Quantized& quantized) {
+void quantize_range(const Kernels& kernels, const ConstValues& x, BlockCursor cursor, const SymbolMode& mode,
+                    float relative_step, Quantized& quantized) {
     alignas(64) float room[kBatchBlocks][kBlockValues];
     const float* values[kBatchBlocks];
     int levels[kBatchBlocks];
     Histogram histogram;
-    BlockCursor cursor(segments);
     const int row_bytes = kLanes * mode.rows_per_block;
+    const int64_t num_blocks = std::ssize(quantized.blocks);
     const int64_t fold_every = int64_t{1} << 20;  // blocks: the counters of 32 bits stay far from full
-    int64_t done = 0, next_fold = fold_every;
-    for (;;) {
-        int batch = 0;
-        for (Block block; batch < kBatchBlocks && cursor.next(block); ++batch) {
-            values[batch] = block_floats(kernels, x, block, room[batch]);
-            const BlockMeasure measure = kernels.measure(values[batch]);
+    int64_t next_fold = fold_every;
+    for (int64_t done = 0; done < num_blocks;) {
+        const int batch = static_cast<int>(std::min<int64_t>(kBatchBlocks, num_blocks - done));
+        BlockRecord* records = quantized.blocks.data() + done;
+        for (int i = 0; i < batch; ++i) {
+            Block block = {};
+            cursor.next(block);
+            values[i] = block_floats(kernels, x, block, room[i]);
+            const BlockMeasure measure = kernels.measure(values[i]);
             const bool huge = (measure.max_bits >> 23) >= kFirstHugeExponent;
-            levels[batch] = has_scale(measure.max_bits) ? level_of(measure, block.size, relative_step)
-                            : huge                      ? kNonFiniteLevel
-                                                        : kEmptyLevel;
-            quantized.blocks[done + batch] = {static_cast<int16_t>(levels[batch]), static_cast<int16_t>(block.size),
-                                              0};
+            levels[i] = has_scale(measure.max_bits) ? level_of(measure, block.size, relative_step)
+                        : huge                      ? kNonFiniteLevel
+                                                    : kEmptyLevel;
+            records[i] = {static_cast<int16_t>(levels[i]), static_cast<int16_t>(block.size), 0};
         }
-        if (batch == 0) break;
         for (int i = 0; i < batch; ++i) {
             if (levels[i] <= 0) continue;
-            BlockRecord& record = quantized.blocks[done + i];
+            BlockRecord& record = records[i];
             const float inverse = 1.0f / step_of(levels[i]);
             uint8_t* rows = quantized.rows + quantized.num_rows * kLanes;
             uint64_t escape_mask[4] = {};
@@ -108,9 +111,9 @@ void quantize_all(const Kernels& kernels, const ConstValues& x, const Segments& 
     histogram.fold(quantized.counts);
 }
 
-int choose_base(const Quantized& quantized) {
+int choose_base(std::span<const BlockRecord> blocks) {
     int highest = 0;
-    for (int64_t i = 0; i < quantized.num_blocks; ++i) highest = std::max<int>(highest, quantized.blocks[i].level);
+    for (const BlockRecord& block : blocks) highest = std::max<int>(highest, block.level);
     return std::max(kMinBase, highest - kMaxCode);
 }
 
@@ -118,8 +121,7 @@ int choose_base(const Quantized& quantized) {
 void drop_below(int base, const SymbolMode& mode, Quantized& quantized) {
     int64_t read_row = 0, write_row = 0;
     size_t read_escape = 0, write_escape = 0;
-    for (int64_t i = 0; i < quantized.num_blocks; ++i) {
-        BlockRecord& block = quantized.blocks[i];
+    for (BlockRecord& block : quantized.blocks) {
         if (block.level <= 0) continue;
         const uint8_t* rows = quantized.rows + read_row * kLanes;
         const int row_bytes = kLanes * mode.rows_per_block;
@@ -142,27 +144,24 @@ void drop_below(int base, const SymbolMode& mode, Quantized& quantized) {
     quantized.escapes.resize(write_escape);
 }
 
-bool any_below(int base, const Quantized& quantized) {
-    for (int64_t i = 0; i < quantized.num_blocks; ++i)
-        if (quantized.blocks[i].level > 0 && quantized.blocks[i].level <= base) return true;
+bool any_below(int base, std::span<const BlockRecord> blocks) {
+    for (const BlockRecord& block : blocks)
+        if (block.level > 0 && block.level <= base) return true;
     return false;
 }
 
-void write_codes(const Quantized& quantized, int base, ByteWriter& body) {
-    uint8_t* codes = body.reserve(quantized.num_blocks);
-    for (int64_t i = 0; i < quantized.num_blocks; ++i) {
-        const int level = quantized.blocks[i].level;
-        codes[i] = static_cast<uint8_t>(level == kNonFiniteLevel ? kNonFiniteCode
-                                        : level == kEmptyLevel   ? kEmptyCode
-                                                                 : level - base);
-    }
-    body.padding_after(quantized.num_blocks);
+void write_codes(std::span<const BlockRecord> blocks, int base, ByteWriter& body) {
+    uint8_t* code = body.reserve(std::ssize(blocks));
+    for (const BlockRecord& block : blocks)
+        *code++ = static_cast<uint8_t>(block.level == kNonFiniteLevel ? kNonFiniteCode
+                                       : block.level == kEmptyLevel   ? kEmptyCode
+                                                                      : block.level - base);
+    body.padding_after(std::ssize(blocks));
 }
 
 // The rows and escapes of one tile.
 struct Tile {
-    const BlockRecord* blocks;
-    int64_t num_blocks;
+    std::span<const BlockRecord> blocks;
     const uint8_t* rows;
     int64_t num_rows;
     const int16_t* escapes;
@@ -170,52 +169,125 @@ struct Tile {
     int64_t stored_bytes;  // of its symbols
 };
 
-Tile next_tile(const SymbolMode& mode, const Quantized& quantized, int64_t first_block, const Tile& previous) {
+Tile next_tile(const SymbolMode& mode, std::span<const BlockRecord> blocks, const Tile& previous) {
     Tile tile = {};
-    tile.blocks = quantized.blocks + first_block;
-    tile.num_blocks = std::min<int64_t>(mode.tile_blocks, quantized.num_blocks - first_block);
+    tile.blocks = blocks.first(std::min<size_t>(static_cast<size_t>(mode.tile_blocks), blocks.size()));
     tile.rows = previous.rows + previous.num_rows * kLanes;
     tile.escapes = previous.escapes + previous.num_escapes * mode.values_per_escape;
-    for (int64_t i = 0; i < tile.num_blocks; ++i) {
-        if (tile.blocks[i].level <= 0) continue;
+    for (const BlockRecord& block : tile.blocks) {
+        if (block.level <= 0) continue;
         tile.num_rows += mode.rows_per_block;
-        tile.num_escapes += tile.blocks[i].num_escapes;
-        for (int row = 0; row < mode.rows_per_block; ++row)
-            tile.stored_bytes += mode.lanes(tile.blocks[i].size, row);
+        tile.num_escapes += block.num_escapes;
+        for (int row = 0; row < mode.rows_per_block; ++row) tile.stored_bytes += mode.lanes(block.size, row);
     }
     return tile;
 }
 
 void write_stored_symbols(const SymbolMode& mode, const Tile& tile, ByteWriter& body) {
     const uint8_t* row = tile.rows;
-    for (int64_t i = 0; i < tile.num_blocks; ++i) {
-        if (tile.blocks[i].level <= 0) continue;
-        for (int r = 0; r < mode.rows_per_block; ++r, row += kLanes) body.bytes(row, mode.lanes(tile.blocks[i].size, r));
+    for (const BlockRecord& block : tile.blocks) {
+        if (block.level <= 0) continue;
+        for (int r = 0; r < mode.rows_per_block; ++r, row += kLanes) body.bytes(row, mode.lanes(block.size, r));
     }
     body.padding_after(tile.stored_bytes);
 }
 
-double order0_bits(const SymbolMode& mode, const Quantized& quantized) {
-    uint64_t counts[2 * kByteRadius + 1] = {};
-    for (int s = 0; s < mode.alphabet - 1; ++s) {
-        if (mode.code == kPairMode.code) {
-            counts[s / kPairBase - kPairRadius + kByteRadius] += quantized.counts[s];
-            counts[s % kPairBase - kPairRadius + kByteRadius] += quantized.counts[s];
-        } else {
-            counts[s] += quantized.counts[s];
+// What a range of tiles added to the packet.
+struct RangeResult {
+    int64_t num_coded = 0;
+    int64_t stored_bytes = 0;                   // of symbols in stored tiles
+    uint64_t stored_counts[kMaxAlphabet] = {};  // of their symbols
+};
+
+// All that encode_range can write.
+int64_t max_range_bytes(const Quantized& quantized, int64_t num_tiles) {
+    return quantized.num_rows * kLanes + 2 * std::ssize(quantized.escapes) + 4 * num_tiles;
+}
+
+thread_local Scratch words_scratch;
+
+// Codes the tiles of a range one behind the other, and their entries in the directory.
+RangeResult encode_range(const Kernels& kernels, const SymbolMode& mode, const FrequencyTable& frequencies,
+                         const Quantized& quantized, ByteWriter& body, uint8_t* directory) {
+    const int64_t max_words = mode.max_tile_rows() * kLanes;
+    Scratch::Lease lease(words_scratch, static_cast<size_t>(max_words) * sizeof(uint16_t));
+    TileEncoder encoder(kernels, frequencies, reinterpret_cast<uint16_t*>(lease.bytes()), mode.max_tile_rows());
+    RangeResult result;
+    Tile tile = {};
+    tile.rows = quantized.rows;
+    tile.escapes = quantized.escapes.data();
+    for (std::span<const BlockRecord> left = quantized.blocks; !left.empty(); left = left.subspan(tile.blocks.size())) {
+        tile = next_tile(mode, left, tile);
+        const int64_t before = body.written();
+        bool coded = false;
+        if (tile.num_rows > kCarriedRows) {
+            const int64_t coded_rows = tile.num_rows - kCarriedRows;
+            const uint8_t* carried = tile.rows + coded_rows * kLanes;
+            coded = encoder.encode(tile.rows, coded_rows, carried, carried + kLanes) < padded(tile.stored_bytes);
         }
+        if (coded) encoder.write(body);
+        else write_stored_symbols(mode, tile, body);
+        body.bytes(tile.escapes, tile.num_escapes * mode.escape_bytes());
+        body.padding_after(tile.num_escapes * mode.escape_bytes());
+        result.num_coded += coded;
+        if (!coded) {
+            result.stored_bytes += tile.stored_bytes;
+            for (int64_t s = 0; s < tile.num_rows * kLanes; ++s) ++result.stored_counts[tile.rows[s]];
+        }
+        const uint32_t entry[2] = {static_cast<uint32_t>(body.written() - before),
+                                   (coded ? 1u : 0u) | static_cast<uint32_t>(tile.num_escapes) << 1};
+        std::memcpy(directory, entry, sizeof entry);
+        directory += sizeof entry;
     }
-    for (const int16_t q : quantized.escapes) ++counts[std::clamp<int>(q, -kByteRadius, kByteRadius) + kByteRadius];
+    return result;
+}
+
+thread_local Scratch tiles_scratch;
+
+// Codes all ranges into the body. The first one goes to its place at once, the others, whose places are not known
+// yet, through scratch memory.
+std::vector<RangeResult> encode_tiles(const Kernels& kernels, const SymbolMode& mode,
+                                      const FrequencyTable& frequencies, const std::vector<TileRange>& ranges,
+                                      const std::vector<Quantized>& quantized, ByteWriter& body, uint8_t* directory) {
+    const int64_t num_ranges = std::ssize(ranges);
+    std::vector<int64_t> offsets = {0};
+    for (int64_t i = 1; i < num_ranges; ++i)
+        offsets.push_back(offsets.back() + max_range_bytes(quantized[i], ranges[i].num_tiles));
+    Scratch::Lease lease(tiles_scratch, static_cast<size_t>(offsets.back()));
+    std::vector<RangeResult> results(static_cast<size_t>(num_ranges));
+    std::vector<ByteWriter> writers = {body};
+    for (int64_t i = 1; i < num_ranges; ++i)
+        writers.emplace_back(lease.bytes() + offsets[i - 1], offsets[i] - offsets[i - 1]);
+    parallel_for(num_ranges, [&](int64_t i) {
+        results[i] = encode_range(kernels, mode, frequencies, quantized[i], writers[i],
+                                  directory + 8 * ranges[i].first_tile);
+    });
+    body = writers[0];
+    std::vector<uint8_t*> places = {nullptr};
+    for (int64_t i = 1; i < num_ranges; ++i) places.push_back(body.reserve(writers[i].written()));
+    parallel_for(num_ranges - 1, [&](int64_t i) {
+        std::memcpy(places[i + 1], lease.bytes() + offsets[i], static_cast<size_t>(writers[i + 1].written()));
+    });
+    return results;
+}
+
+double order0_bits(const SymbolMode& mode, const std::vector<Quantized>& quantized) {
+    uint64_t counts[2 * kByteRadius + 1] = {};
+    for (const Quantized& range : quantized) {
+        for (int s = 0; s < mode.alphabet - 1; ++s) {
+            if (mode.code == kPairMode.code) {
+                counts[s / kPairBase - kPairRadius + kByteRadius] += range.counts[s];
+                counts[s % kPairBase - kPairRadius + kByteRadius] += range.counts[s];
+            } else {
+                counts[s] += range.counts[s];
+            }
+        }
+        for (const int16_t q : range.escapes) ++counts[std::clamp<int>(q, -kByteRadius, kByteRadius) + kByteRadius];
+    }
     return entropy_bits(counts, 2 * kByteRadius + 1);
 }
 
-// Everything that the passes share, in one piece of memory.
-size_t scratch_bytes(int64_t num_blocks, const SymbolMode& mode) {
-    return static_cast<size_t>(num_blocks * (kLanes * mode.rows_per_block) + mode.max_tile_rows() * kLanes * 2 +
-                               num_blocks * static_cast<int64_t>(sizeof(BlockRecord)));
-}
-
-thread_local Scratch thread_scratch;
+thread_local Scratch blocks_scratch;
 
 }  // namespace
 
@@ -237,18 +309,33 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     const int64_t num_tiles = (num_blocks + mode.tile_blocks - 1) / mode.tile_blocks;
     const int step_index = choose_step(kernels, x, segments, num_blocks, mode, bits_q16, steps);
 
-    Scratch::Lease lease(thread_scratch, scratch_bytes(num_blocks, mode));
-    Quantized quantized;
-    quantized.num_blocks = num_blocks;
-    uint16_t* words = reinterpret_cast<uint16_t*>(lease.bytes());
-    quantized.rows = reinterpret_cast<uint8_t*>(words + mode.max_tile_rows() * kLanes);
-    quantized.blocks = reinterpret_cast<BlockRecord*>(quantized.rows + num_blocks * kLanes * mode.rows_per_block);
-    quantize_all(kernels, x, segments, mode, steps[step_index - kFirstStep], quantized);
-    const int base = choose_base(quantized);
-    if (any_below(base, quantized)) drop_below(base, mode, quantized);
+    // The rows and records of all blocks; each range of tiles has its own part of both.
+    const int64_t row_bytes = kLanes * mode.rows_per_block;
+    Scratch::Lease lease(blocks_scratch, static_cast<size_t>(num_blocks) *
+                                             (static_cast<size_t>(row_bytes) + sizeof(BlockRecord)));
+    const std::span<BlockRecord> blocks(reinterpret_cast<BlockRecord*>(lease.bytes() + num_blocks * row_bytes),
+                                        static_cast<size_t>(num_blocks));
+    const std::vector<TileRange> ranges = share_tiles(segments, num_blocks, mode);
+    std::vector<Quantized> quantized(ranges.size());
+    parallel_for(std::ssize(ranges), [&](int64_t i) {
+        const TileRange& range = ranges[i];
+        quantized[i].blocks = blocks.subspan(static_cast<size_t>(range.first_block), static_cast<size_t>(range.num_blocks));
+        quantized[i].rows = lease.bytes() + range.first_block * row_bytes;
+        quantize_range(kernels, x, range.cursor, mode, steps[step_index - kFirstStep], quantized[i]);
+    });
+    const int base = choose_base(blocks);
+    if (any_below(base, blocks))
+        for (Quantized& range : quantized) drop_below(base, mode, range);
 
-    const bool can_code = quantized.num_rows > 0;
-    const FrequencyTable frequencies = can_code ? normalize(quantized.counts, mode.alphabet) : FrequencyTable{};
+    uint64_t counts[kMaxAlphabet] = {};
+    int64_t num_rows = 0, num_escapes = 0;
+    for (const Quantized& range : quantized) {
+        for (int s = 0; s < kMaxAlphabet; ++s) counts[s] += range.counts[s];
+        num_rows += range.num_rows;
+        num_escapes += std::ssize(range.escapes) / mode.values_per_escape;
+    }
+    const bool can_code = num_rows > 0;
+    const FrequencyTable frequencies = can_code ? normalize(counts, mode.alphabet) : FrequencyTable{};
     const int64_t table_bytes = can_code ? serialized_bytes(frequencies) : 0;
     body.value(static_cast<uint8_t>(mode.code));
     body.value(uint8_t{0});
@@ -259,41 +346,19 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     body.value(static_cast<uint32_t>(base));
     uint8_t* table_bytes_field = body.position();
     body.value(static_cast<uint32_t>(table_bytes));
-    write_codes(quantized, base, body);
+    write_codes(blocks, base, body);
     uint8_t* table = body.reserve(table_bytes);
     if (can_code) serialize(frequencies, table);
     uint8_t* directory = body.reserve(8 * num_tiles);
+    const std::vector<RangeResult> results =
+        encode_tiles(kernels, mode, frequencies, ranges, quantized, body, directory);
 
-    TileEncoder encoder(kernels, frequencies, words, mode.max_tile_rows());
-    Tile tile = {};
-    tile.rows = quantized.rows;
-    tile.escapes = quantized.escapes.data();
     int64_t num_coded = 0, stored_bytes = 0;
-    uint64_t coded_counts[kMaxAlphabet];
-    std::copy(std::begin(quantized.counts), std::end(quantized.counts), coded_counts);
-    for (int64_t t = 0; t < num_tiles; ++t) {
-        tile = next_tile(mode, quantized, t * mode.tile_blocks, tile);
-        const int64_t before = body.written();
-        bool coded = false;
-        if (tile.num_rows > kCarriedRows) {
-            const int64_t coded_rows = tile.num_rows - kCarriedRows;
-            const uint8_t* carried = tile.rows + coded_rows * kLanes;
-            coded = encoder.encode(tile.rows, coded_rows, carried, carried + kLanes) < padded(tile.stored_bytes);
-        }
-        if (coded) encoder.write(body);
-        else write_stored_symbols(mode, tile, body);
-        body.bytes(tile.escapes, tile.num_escapes * mode.escape_bytes());
-        body.padding_after(tile.num_escapes * mode.escape_bytes());
-        num_coded += coded;
-        if (!coded && stats != nullptr) {
-            stored_bytes += tile.stored_bytes;
-            for (int64_t s = 0; s < tile.num_rows * kLanes; ++s) --coded_counts[tile.rows[s]];
-        }
-        const uint32_t entry[2] = {static_cast<uint32_t>(body.written() - before),
-                                   (coded ? 1u : 0u) | static_cast<uint32_t>(tile.num_escapes) << 1};
-        std::memcpy(directory + 8 * t, entry, sizeof entry);
+    for (const RangeResult& result : results) {
+        num_coded += result.num_coded;
+        stored_bytes += result.stored_bytes;
+        for (int s = 0; s < kMaxAlphabet; ++s) counts[s] -= result.stored_counts[s];  // what is left was coded
     }
-
     const int64_t sent_table_bytes = num_coded > 0 ? table_bytes : 0;
     if (sent_table_bytes != table_bytes) {
         // All tiles were stored: take the table out.
@@ -303,16 +368,15 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     }
 
     if (stats != nullptr) {
-        const int64_t num_escapes = static_cast<int64_t>(quantized.escapes.size()) / mode.values_per_escape;
         stats->order0_bits = order0_bits(mode, quantized);
-        stats->model_bits = table_bits(coded_counts, frequencies) +
+        stats->model_bits = table_bits(counts, frequencies) +
                             8.0 * static_cast<double>(stored_bytes + num_escapes * mode.escape_bytes());
         stats->scale_bits = 8.0 * static_cast<double>(num_blocks);
         stats->header_bits = 8 * (kParameterBytes + sent_table_bytes + 8 * num_tiles);
         stats->escapes = num_escapes;
-        for (int64_t i = 0; i < num_blocks; ++i) {
-            stats->empty_blocks += quantized.blocks[i].level == kEmptyLevel;
-            stats->nonfinite_blocks += quantized.blocks[i].level == kNonFiniteLevel;
+        for (const BlockRecord& block : blocks) {
+            stats->empty_blocks += block.level == kEmptyLevel;
+            stats->nonfinite_blocks += block.level == kNonFiniteLevel;
         }
         stats->step_index = step_index;
         stats->coded_tiles = static_cast<int32_t>(num_coded);

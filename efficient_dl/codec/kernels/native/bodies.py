@@ -16,8 +16,8 @@ _STEPS = float_array(STEPS)
 class NativeSplit:
     """The exact codec (docs/format.md, codec 1)."""
 
-    def __init__(self, portable: bool = False) -> None:
-        self._library = load_library("portable" if portable else "auto")
+    def __init__(self, isa: str = "auto") -> None:
+        self._library = load_library(isa)
         self.name = f"native-{self._library.isa}"
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
@@ -51,8 +51,8 @@ class NativeSplit:
 class NativeBlock:
     """The block quantizer (docs/format.md, codec 2) at a rate of `bits` a value."""
 
-    def __init__(self, bits: float, portable: bool = False) -> None:
-        self._library = load_library("portable" if portable else "auto")
+    def __init__(self, bits: float, isa: str = "auto") -> None:
+        self._library = load_library(isa)
         self._bits_q16 = round(bits * 65536)
         self.name = f"native-{self._library.isa}"
 

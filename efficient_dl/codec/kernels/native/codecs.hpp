@@ -8,15 +8,17 @@
 
 namespace edl {
 
+inline int item_bytes(int dtype) {
+    return dtype == EDL_FLOAT32 ? 4 : dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16 ? 2 : 1;
+}
+
 // Values passed by pointer and dtype; the pointer is aligned to the dtype.
 struct ConstValues {
     const void* data;
     int64_t numel;
     int dtype;
 
-    const void* at(int64_t index) const {
-        return static_cast<const uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
-    }
+    const void* at(int64_t index) const { return static_cast<const uint8_t*>(data) + index * item_bytes(dtype); }
 };
 
 struct Output {
@@ -25,9 +27,7 @@ struct Output {
     int dtype;
     bool accumulate;
 
-    void* at(int64_t index) const {
-        return static_cast<uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
-    }
+    void* at(int64_t index) const { return static_cast<uint8_t*>(data) + index * item_bytes(dtype); }
 };
 
 struct Segments {

@@ -24,7 +24,13 @@ extern "C" {
 #define EDL_ABI_VERSION 2
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
-enum edl_dtype { EDL_FLOAT32 = 0, EDL_BFLOAT16 = 1, EDL_FLOAT16 = 2 };
+enum edl_dtype {
+    EDL_FLOAT32 = 0,
+    EDL_BFLOAT16 = 1,
+    EDL_FLOAT16 = 2,
+    EDL_FLOAT8_E4M3FN = 3, /* the block quantizer only */
+    EDL_FLOAT8_E5M2 = 4    /* the block quantizer only */
+};
 
 /* The blockwise baselines, by their codes in the packet's header. */
 enum edl_blockwise { EDL_INT8 = 16, EDL_INT4 = 17, EDL_SIGN = 19 };
@@ -70,10 +76,10 @@ EDL_EXPORT int64_t edl_abi_version(void);
 /* A sentence for an error code; never NULL. */
 EDL_EXPORT const char* edl_error_name(int64_t code);
 
-/* The instruction set this thread uses: "avx512" or "portable". */
+/* The instruction set this thread uses: "avx512", "avx2" or "portable". */
 EDL_EXPORT const char* edl_isa(void);
 
-/* Chooses it for the calling thread: "auto", "avx512" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
+/* Chooses it for the calling thread: "auto" (the best), "avx512", "avx2" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
 
 /* Threads that one call may use, the caller's included: for the whole process. At first OMP_NUM_THREADS, or the

@@ -1,7 +1,7 @@
 // The inner loops that exist once per instruction set, as a table of functions.
 //
-// Plain declarations only: the AVX-512 files are compiled with flags that other files must not inherit, so no
-// inline function or template may be instantiated in both.
+// Plain declarations only: the AVX2 and AVX-512 files are compiled with flags that other files must not inherit, so
+// no inline function or template may be instantiated in both.
 #pragma once
 
 #include <cstdint>
@@ -63,5 +63,7 @@ struct Kernels {
 const Kernels& portable_kernels();
 // NULL where this build or this processor has no AVX-512 (F, BW, DQ, VL, VBMI, VBMI2).
 const Kernels* avx512_kernels();
+// NULL where they have no AVX2 (with BMI1, BMI2, POPCNT, F16C).
+const Kernels* avx2_kernels();
 
 }  // namespace edl

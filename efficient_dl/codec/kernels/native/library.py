@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import platform
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from efficient_dl.errors import CorruptPacket, NativeLibraryMissing
+from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 
 ABI_VERSION: Final = 2
 LIBRARY_NAME: Final = "libedl_codec.so"
 NUM_STEPS: Final = 321
+MAX_THREADS: Final = 256
+ISAS: Final = ("avx512", "avx2", "portable")
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3
+_UNSUPPORTED_ISA: Final = -4
 _HERE: Final = Path(__file__).resolve().parent
 _BUILD: Final = f"run sh {_HERE / 'build.sh'}, or install the package again (pip install -e .)"
 
@@ -51,11 +55,12 @@ class NativeStats(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The library's functions for one instruction set: "auto", "avx512" or "portable".
+    """The library's functions for one instruction set: "auto" (the best), "avx512", "avx2" or "portable".
 
     Addresses are of contiguous memory (`tensor.data_ptr()`), dtypes the packet's codes (0 float32, 1 bfloat16,
-    2 float16). Calls release the GIL and may run in any number of threads. Encoders return the bytes of the body.
-    Decoders raise `CorruptPacket` with the reason; the output's content is then undefined.
+    2 float16; for the block quantizer also 3 float8_e4m3fn, 4 float8_e5m2). Calls release the GIL and may run in any
+    number of threads. Encoders return the bytes of the body. Decoders raise `CorruptPacket` with the reason; the
+    output's content is then undefined.
     """
 
     def __init__(self, library: ctypes.CDLL, isa: str = "auto") -> None:
@@ -268,6 +273,14 @@ class NativeLibrary:
             )
         )
 
+    def num_threads(self) -> int:
+        """Threads that one call may use, the caller's included."""
+        return self._checked(int(self._library.edl_num_threads()))
+
+    def set_num_threads(self, count: int) -> None:
+        """Sets it, for the whole process."""
+        self._checked(int(self._library.edl_set_num_threads(count)))
+
     def _select_isa(self) -> None:
         # The choice is per thread, so that two codecs in one process cannot change each other's.
         self._checked(int(self._library.edl_set_isa(self._requested_isa)))
@@ -282,16 +295,50 @@ class NativeLibrary:
             )
         if result == _NO_MEMORY:
             raise MemoryError("the native codec could not allocate its scratch memory")
+        if result == _UNSUPPORTED_ISA:
+            raise ConfigError(
+                f"the codec kernels cannot use the instruction set {self._requested_isa.decode()!r}",
+                expected="one that this processor and this build have",
+                found=f"kernels up to {_text(self._library.edl_isa())!r}",
+                where=platform.machine(),
+                fix='use kernel="auto", which takes the best there is',
+            )
         raise ValueError(f"native codec: {reason} (code {result})")
 
 
 @lru_cache(maxsize=8)
 def load_library(isa: str = "auto", path: Path | None = None) -> NativeLibrary:
-    """Returns the library for an instruction set; raises `NativeLibraryMissing` if it is not built or too old.
+    """Returns the library for an instruction set.
 
+    Raises `NativeLibraryMissing` if it is not built or too old, `ConfigError` if the processor lacks isa.
     path: another build of the library, for tests.
     """
     return NativeLibrary(_open(find_library() if path is None else path), isa)
+
+
+def num_threads() -> int:
+    """Threads that one call may use, the caller's included.
+
+    At first OMP_NUM_THREADS, or the processors that this process may run on, at most 16.
+    """
+    return load_library().num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Sets `num_threads` for the whole process, 1 to 256. Packets and values do not depend on it."""
+    if not 1 <= count <= MAX_THREADS:
+        raise ConfigError(
+            "the number of codec threads is out of range",
+            expected=f"1 to {MAX_THREADS}",
+            found=str(count),
+            fix="pass the processors that this process may use",
+        )
+    load_library().set_num_threads(count)
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor and this build of the library have, the best first."""
+    return tuple(isa for isa in ISAS if _is_available(isa))
 
 
 def find_library() -> Path:
@@ -360,6 +407,8 @@ def _open(path: Path) -> ctypes.CDLL:
         "edl_topk_decode": [pointer, int64, int32, int64, int64, pointer, int32, int32],
         "edl_cast_encode": [pointer, int64, int32, int32, pointer, int64],
         "edl_cast_decode": [pointer, int64, int32, int64, pointer, int32, int32],
+        "edl_num_threads": [],
+        "edl_set_num_threads": [int64],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(library, name)
@@ -372,6 +421,14 @@ def _open(path: Path) -> ctypes.CDLL:
     library.edl_error_name.argtypes = [ctypes.c_int64]
     library.edl_error_name.restype = ctypes.c_char_p
     return library
+
+
+def _is_available(isa: str) -> bool:
+    try:
+        load_library(isa)
+    except ConfigError:
+        return False
+    return True
 
 
 def _text(value: bytes) -> str:

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "codecs.hpp"
 #include "symbols.hpp"
@@ -53,6 +54,24 @@ public:
         return true;
     }
 
+    // Passes over up to count blocks, segment by segment.
+    void skip(int64_t count) {
+        while (count > 0) {
+            if (done_in_segment_ == length_) {
+                if (segment_ == segments_.count) return;
+                length_ = segments_.lengths[segment_++];
+                done_in_segment_ = 0;
+            }
+            const int64_t left = (length_ - done_in_segment_ + kBlockValues - 1) / kBlockValues;
+            const int64_t blocks = std::min(count, left);
+            const int64_t values = std::min(blocks * kBlockValues, length_ - done_in_segment_);
+            done_in_segment_ += values;
+            offset_ += values;
+            index_ += blocks;
+            count -= blocks;
+        }
+    }
+
 private:
     Segments segments_;
     int64_t segment_ = 0, length_ = 0, done_in_segment_ = 0;
@@ -60,6 +79,18 @@ private:
 };
 
 int64_t count_blocks(const Segments& segments);
+
+// A run of tiles that one thread codes, and where its blocks begin.
+struct TileRange {
+    BlockCursor cursor;  // at its first block
+    int64_t first_block;
+    int64_t num_blocks;
+    int64_t first_tile;
+    int64_t num_tiles;
+};
+
+// All tiles in as many ranges of about the same size as keep the threads busy; a single one for a single thread.
+std::vector<TileRange> share_tiles(const Segments& segments, int64_t num_blocks, const SymbolMode& mode);
 
 // The absolute scale code: the step's float has the bits level << 21, so 4 levels an octave.
 inline constexpr int kMinLevel = 4;

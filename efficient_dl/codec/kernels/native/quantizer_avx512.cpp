@@ -30,6 +30,8 @@ inline __m256i narrowed(__m512 values, int dtype) {
     return dtype == EDL_BFLOAT16 ? to_bfloat16(values) : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
 }
 
+inline bool is_half(int dtype) { return dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+
 inline __mmask16 lanes_below(int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1);
 }
@@ -59,6 +61,7 @@ void load(const void* values, int dtype, int64_t count, float* floats) {
         memcpy(floats, values, static_cast<size_t>(count) * sizeof(float));
         return;
     }
+    if (!is_half(dtype)) return portable_kernels().load(values, dtype, count, floats);
     const auto* halves = static_cast<const uint16_t*>(values);
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 lanes = lanes_below(count - i);
@@ -71,6 +74,8 @@ void store(const float* values, int dtype, int64_t count, void* out, bool accumu
         memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
         return;
     }
+    if (dtype != EDL_FLOAT32 && !is_half(dtype))
+        return portable_kernels().store(values, dtype, count, out, accumulate);
     auto* floats = static_cast<float*>(out);
     auto* halves = static_cast<uint16_t*>(out);
     for (int64_t i = 0; i < count; i += 16) {

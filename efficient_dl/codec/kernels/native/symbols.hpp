@@ -1,6 +1,6 @@
 // Constants of the block quantizer's symbols and scales (docs/format.md, codec 2).
 //
-// `static`, not `inline`: these functions are compiled both with and without AVX-512, and a linker that merges
+// `static`, not `inline`: these functions are compiled with and without AVX2 and AVX-512, and a linker that merges
 // inline functions could keep the copy that other processors cannot run.
 #pragma once
 

@@ -171,6 +171,7 @@ double table_bits(const uint64_t* counts, const FrequencyTable& table) {
 
 EncodeTable::EncodeTable(const FrequencyTable& table) {
     std::memset(entry, 0, sizeof entry);
+    std::memset(vector_entry, 0, sizeof vector_entry);
     std::memset(inverse_byte, 0, sizeof inverse_byte);
     std::memset(packed_byte, 0, sizeof packed_byte);
     bool present[kMaxAlphabet] = {};
@@ -186,6 +187,7 @@ EncodeTable::EncodeTable(const FrequencyTable& table) {
         // Four units in the last place below the nearest float to 1/f; see encode_step() in rans_avx512.cpp.
         const uint32_t inverse = std::bit_cast<uint32_t>(1.0f / static_cast<float>(f)) - 4;
         const uint32_t packed = (f - 1) << 20 | table.start[s];
+        vector_entry[s] = {inverse, packed};
         for (int byte = 0; byte < 4; ++byte) {
             inverse_byte[byte][s] = static_cast<uint8_t>(inverse >> (8 * byte));
             packed_byte[byte][s] = static_cast<uint8_t>(packed >> (8 * byte));

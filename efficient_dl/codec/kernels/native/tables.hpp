@@ -61,9 +61,15 @@ struct EncodeTable {
     };
     Entry entry[kMaxAlphabet];
 
-    // The AVX-512 coder's view, one byte of every entry in a row of its own for byte permutes: a float just
-    // below 1/f, and (f - 1) << 20 | start. When no two symbols share their low 7 bits (is_narrow), a
-    // 128-entry permute finds them all.
+    // The AVX2 coder's view: the bits of a float just below 1/f, and (f - 1) << 20 | start.
+    struct VectorEntry {
+        uint32_t inverse;
+        uint32_t packed;
+    };
+    alignas(8) VectorEntry vector_entry[kMaxAlphabet];
+
+    // The AVX-512 coder's view, one byte of every VectorEntry in a row of its own for byte permutes. When no two
+    // symbols share their low 7 bits (is_narrow), a 128-entry permute finds them all.
     alignas(64) uint8_t inverse_byte[4][kMaxAlphabet];
     alignas(64) uint8_t packed_byte[4][kMaxAlphabet];
     bool is_narrow;

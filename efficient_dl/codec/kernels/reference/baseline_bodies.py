@@ -8,7 +8,7 @@ from torch import Tensor
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.baselines import max_blockwise_bytes, max_topk_bytes, topk_count
 from efficient_dl.codec.kernels.reference import blockwise, cast, topk
-from efficient_dl.codec.kernels.reference.outputs import apply_values
+from efficient_dl.codec.kernels.reference.outputs import apply_rounded, apply_values
 from efficient_dl.codec.packet import byte_view
 
 
@@ -36,7 +36,7 @@ class ReferenceBlockwise:
     ) -> None:
         """See `BodyKernel.decode`."""
         values = blockwise.decode(body, segments, self._block_values, self._form)
-        _apply_rounded(values, out, accumulate)
+        apply_rounded(values, out, accumulate)
 
 
 class ReferenceTopk:
@@ -104,11 +104,4 @@ class ReferenceCast:
         if self._wire_dtype == out.dtype and not accumulate:
             byte_view(out).copy_(byte_view(values))
         else:
-            _apply_rounded(values.to(torch.float32), out, accumulate)
-
-
-def _apply_rounded(values: Tensor, out: Tensor, accumulate: bool) -> None:
-    apply_values(values, out, accumulate)
-    if not accumulate:
-        # The NaN of docs/format.md: torch's vectorized conversion to bfloat16 has another one.
-        out.masked_fill_(values.isnan(), torch.nan)
+            apply_rounded(values.to(torch.float32), out, accumulate)

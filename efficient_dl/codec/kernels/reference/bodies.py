@@ -8,7 +8,7 @@ from torch import Tensor
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.reference import block, split
 from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid
-from efficient_dl.codec.kernels.reference.outputs import apply_values as _apply
+from efficient_dl.codec.kernels.reference.outputs import apply_rounded, apply_values
 from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES
 from efficient_dl.codec.kernels.reference.tiles import LANES
 from efficient_dl.codec.packet import byte_view
@@ -48,7 +48,7 @@ class CopyBody:
             byte_view(out).copy_(body)
         else:
             # A packet may start anywhere in a receive buffer: clone, so that a typed view is aligned.
-            _apply(body.clone().view(dtype), out, accumulate)
+            apply_values(body.clone().view(dtype), out, accumulate)
 
 
 class ReferenceSplit:
@@ -73,7 +73,7 @@ class ReferenceSplit:
         """See `BodyKernel.decode`."""
         values = split.decode(body, dtype, out.numel())
         if accumulate or dtype != out.dtype:
-            _apply(values, out, accumulate)
+            apply_values(values, out, accumulate)
         else:
             byte_view(out).copy_(byte_view(values))
 
@@ -107,7 +107,4 @@ class ReferenceBlock:
     ) -> None:
         """See `BodyKernel.decode`."""
         values = block.decode(body, BlockGrid(segments, body.device))
-        _apply(values, out, accumulate)
-        if not accumulate:
-            # The NaN of docs/format.md: torch's vectorized conversion to bfloat16 has another one.
-            out.masked_fill_(values.isnan(), torch.nan)
+        apply_rounded(values, out, accumulate)

@@ -16,6 +16,7 @@ from efficient_dl.errors import CorruptPacket
 
 TILE_VALUES = 256 * LANES
 ALPHABET = 256
+SPLIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CODED_ROWS = 3
 
 
