@@ -1,0 +1,104 @@
+"""The compiled codecs on aarch64: they build without x86 flags, give the same bytes, and survive damaged packets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from efficient_dl.codec.kernels.native import library
+from efficient_dl.codec.kernels.native.library import available_isas
+
+HERE = Path(__file__).resolve().parent
+NATIVE = Path(library.__file__).resolve().parent
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+EMULATOR = "qemu-aarch64"
+AARCH64_MACHINE = 183  # of an ELF header
+
+pytestmark = pytest.mark.slow
+
+
+def needed(program: str, package: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"this machine lacks {program}: apt-get install {package}")
+    return found
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def built(compiler: str, driver: str, library_path: Path, folder: Path) -> Path:
+    """The driver with a library beside it that it is linked against."""
+    program = folder / driver
+    source = HERE / f"native/{driver}.cpp"
+    run(compiler, "-O2", "-std=c++20", "-ffp-contract=off", "-pthread", source, library_path, "-o", program)
+    return program
+
+
+def machine_of(elf: Path) -> int:
+    return int.from_bytes(elf.read_bytes()[18:20], "little")
+
+
+@pytest.fixture(scope="module")
+def cross_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = needed(CROSS_COMPILER, "g++-aarch64-linux-gnu")
+    path = tmp_path_factory.mktemp("aarch64") / "libedl_codec.so"
+    run("sh", NATIVE / "build.sh", path, CXX=compiler)
+    return path
+
+
+def test_the_build_script_asks_the_compiler_for_the_target(cross_library: Path) -> None:
+    assert machine_of(cross_library) == AARCH64_MACHINE
+
+
+def test_cmake_asks_the_compiler_for_the_target(tmp_path: Path) -> None:
+    compiler, cmake = needed(CROSS_COMPILER, "g++-aarch64-linux-gnu"), needed("cmake", "cmake")
+    root = HERE.parents[1]
+    run(cmake, "-S", root, "-B", tmp_path, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release")
+    run(cmake, "--build", tmp_path)
+    assert machine_of(tmp_path / "libedl_codec.so") == AARCH64_MACHINE
+
+
+def test_packets_and_values_are_those_of_this_machine(cross_library: Path, tmp_path: Path) -> None:
+    emulator = needed(EMULATOR, "qemu-user")
+    compiler = needed(os.environ.get("CXX", "c++"), "g++")
+    here = built(compiler, "digest", library.find_library(), tmp_path)
+    there = built(CROSS_COMPILER, "digest", cross_library, cross_library.parent)
+    prefix = f"/usr/{CROSS_COMPILER.removesuffix('-g++')}"
+    expected = run(here, "portable", LD_LIBRARY_PATH=str(library.find_library().parent))
+    assert expected.count("\n") == 3 * 4 + 2 * 3
+    for isa in available_isas():
+        assert run(here, isa, LD_LIBRARY_PATH=str(library.find_library().parent)) == expected
+    found = run(emulator, "-L", prefix, "-E", f"LD_LIBRARY_PATH={cross_library.parent}", there, "portable")
+    assert found == expected
+
+
+def test_damaged_packets_are_harmless(cross_library: Path) -> None:
+    emulator = needed(EMULATOR, "qemu-user")
+    program = built(CROSS_COMPILER, "fuzz", cross_library, cross_library.parent)
+    prefix = f"/usr/{CROSS_COMPILER.removesuffix('-g++')}"
+    output = run(
+        emulator,
+        "-L",
+        prefix,
+        "-E",
+        f"LD_LIBRARY_PATH={cross_library.parent}",
+        program,
+        "portable",
+        "60",
+        "7",
+    )
+    assert output.startswith("ok refused ")
