@@ -1,12 +1,10 @@
-"""From tiles in slots of their own to one packet: the scan over their sizes, the copies, the header."""
+"""From tiles in slots of their own to one packet: the scan over their sizes and the copies."""
 
 # pyright: basic
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Large enough that no sum of tile sizes reaches it: for packets without a capacity.
 NO_LIMIT = 1 << 62
@@ -55,38 +53,3 @@ def copy_integers(target_ptr, source_ptr, count, part, PARTS: tl.constexpr, BLOC
     for first in range(part * BLOCK, count, PARTS * BLOCK):
         value = tl.load(source_ptr + first + lane, mask=first + lane < count, other=0)
         tl.store(target_ptr + first + lane, value, mask=first + lane < count)
-
-
-@triton.jit
-def header_kernel(packet_ptr, total_ptr, body_bytes_ptr, kinds, numel, fingerprint):
-    """The header of a packet without a checksum; the body's bytes come from the device's memory."""
-    total = tl.load(body_bytes_ptr) + 32
-    tl.store(total_ptr, total)
-    tl.store(packet_ptr, 0x504C4445)  # "EDLP"
-    tl.store(packet_ptr + 1, kinds)
-    tl.store(packet_ptr + 2, numel)
-    tl.store(packet_ptr + 3, fingerprint)
-    tl.store(packet_ptr + 4, total.to(tl.int32))
-    tl.store(packet_ptr + 5, (total >> 32).to(tl.int32))
-    tl.store(packet_ptr + 6, 0)
-    tl.store(packet_ptr + 7, 0)
-
-
-def write_header_on_device(
-    packet: Tensor, body_bytes: Tensor, version: int, codec: int, dtype: int, flags: int, numel: int, fingerprint: int
-) -> Tensor:
-    """Fills packet[:32], which starts at a multiple of 4 bytes; returns the packet's bytes, 0-dim int64.
-
-    body_bytes: 0-dim int64 on the packet's device.
-    """
-    total = torch.empty((), dtype=torch.int64, device=packet.device)
-    kinds = _signed(version | codec << 8 | dtype << 16 | flags << 24)
-    header_kernel[(1,)](
-        packet[:32].view(torch.int32), total, body_bytes, kinds, numel, _signed(fingerprint), num_warps=1
-    )
-    return total
-
-
-def _signed(value: int) -> int:
-    """A 32-bit pattern as the int32 that has it: Triton would take a larger integer for 64 bits."""
-    return value - (1 << 32) if value >> 31 else value
