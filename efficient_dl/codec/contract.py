@@ -55,6 +55,7 @@ class PacketStats:
     escapes: int = 0
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
+    dropped_blocks: int = 0
     relative_step: float = 0.0
     kernel: str = ""
 
@@ -79,7 +80,7 @@ class Codec(Protocol):
         ...
 
     def kernel_for(self, device: torch.device) -> str:
-        """What runs on tensors of this device: "native-ISA" (avx512, avx2, portable), "reference", "copy" and so on."""
+        """What runs on this device's tensors: "native-ISA" (avx512, avx2, portable), "triton", "reference", "copy", ..."""
         ...
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:
@@ -90,17 +91,40 @@ class Codec(Protocol):
         """Returns the packet of x with its exact length (on a GPU this waits for the size)."""
         ...
 
+    def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
+        """The smallest capacity, in bytes, that `encode_into` takes for such a tensor; ValueError for exact codecs."""
+        ...
+
     def encode_into(
-        self, x: Tensor, out: Tensor, side: Side | None = None, stats: PacketStats | None = None
+        self,
+        x: Tensor,
+        out: Tensor,
+        side: Side | None = None,
+        stats: PacketStats | None = None,
+        *,
+        residual: Tensor | None = None,
+        capacity: int | None = None,
     ) -> Tensor:
         """Writes the packet of x to the front of out and returns its byte count, 0-dim int64 on x.device.
 
-        out: uint8 with room for max_bytes(x.numel(), x.dtype, side); less raises ValueError.
+        On a GPU with Triton nothing here waits for the device (unless stats are asked for), and after one call with
+        the same dtype, numel and side it can be captured in a CUDA graph. Such packets carry no checksum.
+
+        out: uint8 with room for max_bytes(x.numel(), x.dtype, side), or for capacity; less raises ValueError.
+        residual: lossy codecs only (ValueError for others): float32, contiguous, x.numel() values on x.device. The
+            packet is that of float32(x) + residual, and the residual is replaced by that sum minus what decoding
+            gives in float32; by 0 in blocks that decode to NaN.
+        capacity: lossy codecs only: the packet has at most this many bytes, its header included: the step is chosen
+            for that, and tiles that do not fit all the same decode to zeros. Less than fixed_bytes() raises ValueError.
         """
         ...
 
     def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
         """Decodes a packet of exactly the given length into out, or adds it to out.
+
+        A packet written for a capacity may be followed by unused bytes. On a GPU with Triton the host waits once, at
+        the end, to see whether the packet was sound; in a CUDA graph it cannot: there the output of a corrupt packet
+        is filled with NaN, and the checksum of a packet from a CPU is not verified.
 
         out: contiguous, as many values as were encoded, of the encoded dtype or float32. With accumulate, sums
         are formed in float32 and rounded to out's dtype. Raises `CorruptPacket` (`SideMismatch` for another side)

@@ -25,7 +25,8 @@ DTYPE_CODES: Final[dict[torch.dtype, int]] = {
 
 _MAGIC: Final = b"EDLP"
 _LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
-_CHECKSUM_FLAG: Final = 1
+CHECKSUM_FLAG: Final = 1
+BOUNDED_FLAG: Final = 2
 
 
 def check_tensor(x: Tensor) -> int:
@@ -65,24 +66,27 @@ def check_side(side: Side | None, numel: int) -> None:
 
 
 def write_header(
-    packet: Tensor, body_bytes: int, codec: int, dtype: int, numel: int, side: Side | None, checksum: bool
+    packet: Tensor,
+    body_bytes: int,
+    codec: int,
+    dtype: int,
+    numel: int,
+    side: Side | None,
+    checksum: bool,
+    bounded: bool = False,
 ) -> int:
     """Fills packet[:32] for a body that lies behind it already; returns the packet's bytes."""
     total = HEADER_BYTES + body_bytes
-    digest = _digest(packet[HEADER_BYTES:total]) if checksum else 0
+    digest = body_digest(packet[HEADER_BYTES:total]) if checksum else 0
+    flags = CHECKSUM_FLAG * checksum | BOUNDED_FLAG * bounded
     fingerprint = side.fingerprint if side is not None else 0
-    header = _LAYOUT.pack(
-        _MAGIC, FORMAT_VERSION, codec, dtype, _CHECKSUM_FLAG * checksum, numel, fingerprint, total, digest
-    )
+    header = _LAYOUT.pack(_MAGIC, FORMAT_VERSION, codec, dtype, flags, numel, fingerprint, total, digest)
     packet[:HEADER_BYTES].copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
     return total
 
 
-def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> tuple[Tensor, int]:
-    """Checks packet against what the caller expects; returns its body and the encoded dtype's code.
-
-    Raises `CorruptPacket`, and `SideMismatch` when only the side information differs.
-    """
+def check_packet(packet: Tensor, out: Tensor, side: Side | None) -> None:
+    """Raises for what is wrong before a byte is read: kinds, devices and sizes of the tensors."""
     check_tensor(out)
     check_side(side, out.numel())
     if packet.device != out.device:
@@ -99,6 +103,14 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
             expected=f"at least {HEADER_BYTES} bytes",
             found=f"{packet.numel()} bytes",
         )
+
+
+def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> tuple[Tensor, int]:
+    """Checks packet against what the caller expects; returns its body and the encoded dtype's code.
+
+    Raises `CorruptPacket`, and `SideMismatch` when only the side information differs.
+    """
+    check_packet(packet, out, side)
     fields = _LAYOUT.unpack(packet[:HEADER_BYTES].cpu().numpy().tobytes())
     magic, version, found_codec, dtype, flags, numel, fingerprint, total, digest = fields
     _require(magic == _MAGIC, "magic", _MAGIC, magic)
@@ -111,8 +123,11 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
         DTYPE_CODES[out.dtype],
         dtype,
     )
-    _require(flags & ~_CHECKSUM_FLAG == 0, "flags", "0 or 1", flags)
-    _require(total == packet.numel(), "packet bytes", packet.numel(), total)
+    _require(flags & ~(CHECKSUM_FLAG | BOUNDED_FLAG) == 0, "flags", "0 to 3", flags)
+    if flags & BOUNDED_FLAG:
+        _require(HEADER_BYTES <= total <= packet.numel(), "packet bytes", f"32 to {packet.numel()}", total)
+    else:
+        _require(total == packet.numel(), "packet bytes", packet.numel(), total)
     _require(numel == out.numel(), "numel", out.numel(), numel)
     expected_fingerprint = side.fingerprint if side is not None else 0
     if fingerprint != expected_fingerprint:
@@ -122,9 +137,11 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
             found=f"{fingerprint:08x}",
             fix="give decode() the Side that encode() was given",
         )
-    body = packet[HEADER_BYTES:]
-    if flags & _CHECKSUM_FLAG:
-        _require(_digest(body) == digest, "checksum", "xxh3-64 of the body", f"{digest:016x} in the header")
+    body = packet[HEADER_BYTES:total]
+    if flags & CHECKSUM_FLAG:
+        _require(
+            body_digest(body) == digest, "checksum", "xxh3-64 of the body", f"{digest:016x} in the header"
+        )
     else:
         _require(digest == 0, "checksum of a packet without one", 0, digest)
     return body, dtype
@@ -135,7 +152,8 @@ def byte_view(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _digest(body: Tensor) -> int:
+def body_digest(body: Tensor) -> int:
+    """The checksum of a body (waits for the device)."""
     return xxhash.xxh3_64_intdigest(body.cpu().numpy().data)
 
 

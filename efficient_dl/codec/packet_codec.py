@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats, Side
 from efficient_dl.codec.packet import (
+    BOUNDED_FLAG,
+    CHECKSUM_FLAG,
     DTYPE_CODES,
+    FORMAT_VERSION,
     HEADER_BYTES,
+    check_packet,
     check_side,
     check_tensor,
     read_header,
@@ -47,18 +54,77 @@ class BodyKernel(Protocol):
         ...
 
 
+@runtime_checkable
+class LossyBodyKernel(BodyKernel, Protocol):
+    """A kernel that can add a residual to the tensor, and fit a packet into a capacity."""
+
+    def fixed_bytes(self, segments: tuple[int, ...]) -> int:
+        """The smallest capacity in bytes, the header included (docs/format.md)."""
+        ...
+
+    def encode_lossy(
+        self,
+        x: Tensor,
+        segments: tuple[int, ...],
+        body: Tensor,
+        stats: PacketStats | None,
+        residual: Tensor | None,
+        capacity: int | None,
+    ) -> int | Tensor:
+        """As `encode`, with what `Codec.encode_into` says of residual and capacity (the header is in capacity)."""
+        ...
+
+
+@runtime_checkable
+class DeviceBodyKernel(Protocol):
+    """A kernel on a device that the host does not wait for. Its bodies start at a multiple of 4 bytes.
+
+    reads_any_dtype: whether it can decode to float32 without being told the encoded dtype.
+    """
+
+    reads_any_dtype: bool
+
+    @property
+    def name(self) -> str:
+        """See `BodyKernel.name`."""
+        ...
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """See `BodyKernel.max_bytes`."""
+        ...
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> Tensor:
+        """As `BodyKernel.encode`; the body's bytes are 0-dim int64 on the device."""
+        ...
+
+    def decode_on_device(
+        self,
+        packet: Tensor,
+        dtype: torch.dtype,
+        segments: tuple[int, ...],
+        out: Tensor,
+        accumulate: bool,
+        status: Tensor,
+    ) -> None:
+        """Launches the decoding of a packet (header included) and does not wait for it.
+
+        status: int64 (3,): error, the packet's bytes, its flags. Leaves out alone if error is not 0 at the start, and
+        makes it 4 for a body that is not valid; nothing outside of the packet and out is touched.
+        """
+        ...
+
+
 class PacketCodec:
-    """Implements `Codec` over body kernels: one for CPU tensors, one for everything else."""
+    """Implements `Codec` over body kernels: one for CPU tensors, and what `device` names for each other device."""
 
     def __init__(
         self,
         name: str,
         codec_id: int,
         exact: bool,
-        cpu: BodyKernel,
-        device: BodyKernel,
+        cpu: BodyKernel | DeviceBodyKernel,
+        device: Callable[[torch.device], BodyKernel | DeviceBodyKernel],
         checksum: bool,
-        dtypes: tuple[torch.dtype, ...] = tuple(DTYPE_CODES),
     ) -> None:
         self._name = name
         self._codec_id = codec_id
@@ -66,7 +132,6 @@ class PacketCodec:
         self._cpu = cpu
         self._device = device
         self._checksum = checksum
-        self._dtypes = dtypes
 
     def __repr__(self) -> str:
         return f"make_codec({self._name!r})"
@@ -87,10 +152,15 @@ class PacketCodec:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:
         """See `Codec.max_bytes`."""
-        self._check_dtype(dtype)
+        if dtype not in DTYPE_CODES:
+            raise UnsupportedTensor(f"a codec cannot take a tensor of {dtype}")
         if numel == 0:
             return HEADER_BYTES
         return HEADER_BYTES + self._cpu.max_bytes(numel, dtype, len(_segments(side, numel)))
+
+    def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
+        """See `Codec.fixed_bytes`."""
+        return self._lossy(self._cpu).fixed_bytes(_segments(side, numel)) if numel else HEADER_BYTES
 
     def encode(self, x: Tensor, side: Side | None = None, stats: PacketStats | None = None) -> Tensor:
         """See `Codec.encode`."""
@@ -99,11 +169,112 @@ class PacketCodec:
         return room[: int(self.encode_into(x, room, side, stats))].clone()
 
     def encode_into(
-        self, x: Tensor, out: Tensor, side: Side | None = None, stats: PacketStats | None = None
+        self,
+        x: Tensor,
+        out: Tensor,
+        side: Side | None = None,
+        stats: PacketStats | None = None,
+        *,
+        residual: Tensor | None = None,
+        capacity: int | None = None,
     ) -> Tensor:
-        """See `Codec.encode_into`. The reference kernel waits for the device; a fused kernel will not."""
+        """See `Codec.encode_into`. The reference kernel waits for the device, the Triton kernels do not."""
         dtype = check_tensor(x)
         check_side(side, x.numel())
+        _check_residual(residual, x)
+        self._check_room(x, out, side, capacity)
+        kernel = self._kernel(x.device)
+        waits = not _launches(kernel, x.device)
+        room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out)
+        body_bytes: int | Tensor = 0
+        flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
+        if residual is not None or capacity is not None:
+            lossy = self._lossy(kernel)
+            if x.numel():
+                flat_residual = None if residual is None else residual.view(-1)
+                body_bytes = lossy.encode_lossy(flat, segments, body, stats, flat_residual, capacity)
+        elif x.numel():
+            body_bytes = kernel.encode(flat, segments, body, stats)
+        if waits:
+            bounded, codec = capacity is not None, self._codec_id
+            total = write_header(out, int(body_bytes), codec, dtype, x.numel(), side, self._checksum, bounded)
+            count = torch.full((), total, dtype=torch.int64, device=x.device)
+        else:
+            count = self._write_header_on_device(room, body_bytes, dtype, x.numel(), side, capacity)
+        if room is not out:
+            out.copy_(room)
+        if stats is not None:
+            stats.numel, stats.packet_bytes, stats.kernel = x.numel(), int(count), kernel.name
+            stats.header_bits += 8.0 * HEADER_BYTES
+        return count
+
+    def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
+        """See `Codec.decode`."""
+        kernel = self._kernel(out.device)
+        flat, segments = out.detach().view(-1), _segments(side, out.numel())
+        if isinstance(kernel, DeviceBodyKernel):
+            self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side)
+            return
+        body, code = read_header(packet, self._codec_id, out, side)
+        if out.numel():
+            kernel.decode(body, _DTYPES[code], segments, flat, accumulate)
+
+    def _decode_on_device(
+        self,
+        kernel: DeviceBodyKernel,
+        packet: Tensor,
+        dtype: torch.dtype,
+        out: Tensor,
+        accumulate: bool,
+        side: Side | None,
+    ) -> None:
+        from efficient_dl.codec.kernels.triton import header
+
+        check_packet(packet, out, side)
+        aligned = packet if packet.data_ptr() % 4 == 0 else packet.clone()
+        fingerprint = 0 if side is None else side.fingerprint
+        any_dtype = kernel.reads_any_dtype and out.dtype == torch.float32
+        dtypes = tuple(DTYPE_CODES.values()) if any_dtype else (DTYPE_CODES[dtype],)
+        status = header.check_header(
+            aligned, FORMAT_VERSION, self._codec_id, dtypes, out.numel(), fingerprint
+        )
+        if out.numel():
+            kernel.decode_on_device(aligned, dtype, _segments(side, out.numel()), out, accumulate, status)
+        if out.is_cuda and torch.cuda.is_current_stream_capturing():
+            header.fill_if_corrupt(out, status)
+            return
+        error, _, flags = cast("list[int]", status.tolist())  # pyright: ignore[reportUnknownMemberType]
+        if error or flags & CHECKSUM_FLAG:
+            _, code = read_header(packet, self._codec_id, out, side)
+            if error == header.OTHER_DTYPE and _DTYPES[code] != dtype:
+                self._decode_on_device(kernel, packet, _DTYPES[code], out, accumulate, side)
+            elif error:
+                raise CorruptPacket(
+                    "the packet's body is not valid",
+                    where=f"codec {self._name}, {out.numel()} values, found on {out.device}",
+                    fix="check that both ends run the same release and that the bytes arrived whole",
+                )
+
+    def _write_header_on_device(
+        self,
+        out: Tensor,
+        body_bytes: int | Tensor,
+        dtype: int,
+        numel: int,
+        side: Side | None,
+        capacity: int | None,
+    ) -> Tensor:
+        from efficient_dl.codec.kernels.triton.header import write_header_on_device
+
+        if isinstance(body_bytes, int):
+            body_bytes = torch.full((), body_bytes, dtype=torch.int64, device=out.device)
+        flags = 0 if capacity is None else BOUNDED_FLAG
+        fingerprint = 0 if side is None else side.fingerprint
+        return write_header_on_device(
+            out, body_bytes, FORMAT_VERSION, self._codec_id, dtype, flags, numel, fingerprint
+        )
+
+    def _check_room(self, x: Tensor, out: Tensor, side: Side | None, capacity: int | None) -> None:
         if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous():
             raise ValueError(
                 f"out must be a contiguous 1-D uint8 tensor, not {out.dtype}, {tuple(out.shape)}"
@@ -111,47 +282,52 @@ class PacketCodec:
         if out.device != x.device:
             raise UnsupportedTensor(f"the tensor is on {x.device}, the room for its packet on {out.device}")
         needed = self.max_bytes(x.numel(), x.dtype, side)
+        if capacity is not None:
+            fixed = self.fixed_bytes(x.numel(), side)
+            if capacity < fixed:
+                raise ValueError(f"a capacity of {capacity} bytes is too small, fixed_bytes() is {fixed}")
+            needed = min(needed, capacity)
         if out.numel() < needed:
-            raise ValueError(f"out has {out.numel()} bytes, max_bytes() asks for {needed}")
-        kernel = self._kernel(x.device)
-        body_bytes = 0
-        if x.numel():
-            segments = _segments(side, x.numel())
-            body_bytes = kernel.encode(x.detach().view(-1), segments, out[HEADER_BYTES:], stats)
-        total = write_header(out, body_bytes, self._codec_id, dtype, x.numel(), side, self._checksum)
-        if stats is not None:
-            stats.numel, stats.packet_bytes, stats.kernel = x.numel(), total, kernel.name
-            stats.header_bits += 8.0 * HEADER_BYTES
-        return torch.tensor(total, dtype=torch.int64, device=x.device)
+            raise ValueError(f"out has {out.numel()} bytes, max_bytes() or the capacity asks for {needed}")
 
-    def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
-        """See `Codec.decode`."""
-        check_tensor(out)
-        if out.dtype != torch.float32:
-            self._check_dtype(out.dtype)
-        body, code = read_header(packet, self._codec_id, out, side)
-        if _DTYPES[code] not in self._dtypes:
-            raise CorruptPacket(
-                f"the packet claims to hold a dtype that {self._name!r} does not encode",
-                expected=", ".join(str(dtype) for dtype in self._dtypes),
-                found=str(_DTYPES[code]),
-                where="packet header",
-            )
-        if out.numel():
-            segments = _segments(side, out.numel())
-            kernel = self._kernel(out.device)
-            kernel.decode(body, _DTYPES[code], segments, out.detach().view(-1), accumulate)
-
-    def _check_dtype(self, dtype: torch.dtype) -> None:
-        if dtype not in self._dtypes:
+    def _lossy(self, kernel: BodyKernel | DeviceBodyKernel) -> LossyBodyKernel:
+        if self._exact:
+            raise ValueError(f"codec {self._name!r} is exact: it takes no residual and no capacity")
+        if not isinstance(kernel, LossyBodyKernel):
             raise UnsupportedTensor(
-                f"the codec {self._name!r} cannot take a tensor of {dtype}",
-                expected=", ".join(str(dtype) for dtype in self._dtypes),
-                fix="convert the tensor, or use another codec",
+                f"kernel {kernel.name!r} takes no residual and no capacity",
+                fix='use make_codec(..., kernel="reference"), or a tensor on a GPU',
             )
+        return kernel
 
-    def _kernel(self, device: torch.device) -> BodyKernel:
-        return self._cpu if device.type == "cpu" else self._device
+    def _kernel(self, device: torch.device) -> BodyKernel | DeviceBodyKernel:
+        return self._cpu if device.type == "cpu" else self._device(device)
+
+
+def _check_residual(residual: Tensor | None, x: Tensor) -> None:
+    if residual is None:
+        return
+    if residual.dtype != torch.float32 or residual.numel() != x.numel() or not residual.is_contiguous():
+        raise UnsupportedTensor(
+            "a residual is a contiguous float32 tensor with as many values as the encoded one",
+            expected=f"{x.numel()} values",
+            found=f"{residual.dtype}, shape {tuple(residual.shape)}",
+        )
+    if residual.device != x.device:
+        raise UnsupportedTensor(f"the tensor is on {x.device}, its residual on {residual.device}")
+
+
+def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bool:
+    """Whether the header, too, is written by a kernel on the device: then nothing waits."""
+    if isinstance(kernel, DeviceBodyKernel):
+        return True
+    return device.type == "cuda" and kernel.name == "copy" and is_triton_installed()
+
+
+@functools.cache
+def is_triton_installed() -> bool:
+    """Whether tensors on CUDA devices are coded by the Triton kernels."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _segments(side: Side | None, numel: int) -> tuple[int, ...]:

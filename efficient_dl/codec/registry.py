@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -28,23 +29,25 @@ from efficient_dl.codec.kernels.reference.blockwise import BlockFormat
 from efficient_dl.codec.kernels.reference.blockwise_int import Int4Format, Int8Format
 from efficient_dl.codec.kernels.reference.bodies import CopyBody, ReferenceBlock, ReferenceSplit
 from efficient_dl.codec.kernels.reference.sign import SignFormat
-from efficient_dl.codec.packet_codec import BodyKernel, PacketCodec
+from efficient_dl.codec.packet_codec import BodyKernel, DeviceBodyKernel, PacketCodec, is_triton_installed
 from efficient_dl.errors import ConfigError
 
 MIN_BITS: Final = 0.1
 MAX_BITS: Final = 7.0
-KERNELS: Final = ("auto", "native", "avx512", "avx2", "portable", "reference")
+KERNELS: Final = ("auto", "native", "avx512", "avx2", "portable", "reference", "triton")
+
+AnyBodyKernel = BodyKernel | DeviceBodyKernel
 
 _IDENTITY, _LOSSLESS, _BLOCK = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A codec's canonical parameter ("" for none) and its kernels for CPU tensors and for others."""
+    """A codec's canonical parameter ("" for none), its kernel for CPU tensors and those for other devices."""
 
     parameter: str
-    cpu: BodyKernel
-    device: BodyKernel
+    cpu: AnyBodyKernel
+    device: Callable[[torch.device], AnyBodyKernel]
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,12 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         "int8:tensor": every parameter); "topk:0.01" (the largest 1 % of the magnitudes); "fp16" and "bf16"
         (casts); "zstd", "zstd:LEVEL" and "lz4" (exact, over the raw bytes; optional packages).
     checksum: put an xxh3-64 of the body into every packet; can be off between processes that trust their link.
+        Packets that Triton writes have none: the host would have to wait for their bytes.
     kernel: what runs on CPU tensors: "auto" and "native" (C++, the best instruction set of this processor),
-        "avx512", "avx2", "portable" (C++ without vector intrinsics) or "reference" (torch). Tensors on other devices
-        use "reference".
+        "avx512", "avx2", "portable" (C++ without vector intrinsics), "reference" (torch), or "triton" (for tests: the
+        GPU kernels of "lossless" and "bits:RATE", which run on CPU tensors only with TRITON_INTERPRET=1 in the
+        environment). Tensors on CUDA devices use Triton where it is installed and the codec has such a kernel (unless
+        kernel is "reference"), all others "reference".
 
     Raises ConfigError for an unknown or impossible spec and for a kernel that this processor cannot run,
     NativeLibraryMissing if the C++ library is not built, PackageMissing if the spec needs a package that is not
@@ -111,11 +117,55 @@ def _unknown(spec: str) -> ConfigError:
     )
 
 
-def _on_cpu(
-    kernel: str, reference: Callable[[], BodyKernel], native: Callable[[str], BodyKernel]
-) -> BodyKernel:
-    # native: for an instruction set. It imports what it needs, so that torch alone is enough for "reference".
-    return reference() if kernel == "reference" else native("auto" if kernel == "native" else kernel)
+def _made(
+    parameter: str,
+    kernel: str,
+    reference: Callable[[], BodyKernel],
+    native: Callable[[str], BodyKernel],
+    triton: Callable[[], DeviceBodyKernel] | None = None,
+) -> _Made:
+    """Chooses among a codec's kernels. They import what they need: torch alone is enough for "reference".
+
+    native: for an instruction set. triton: None where a codec has no such kernel.
+    """
+
+    def on_device(device: torch.device) -> AnyBodyKernel:
+        if triton is not None and kernel != "reference" and device.type == "cuda" and is_triton_installed():
+            return triton()
+        return reference()
+
+    if kernel == "triton":
+        return _Made(parameter, _interpreted(triton), on_device)
+    cpu = reference() if kernel == "reference" else native("auto" if kernel == "native" else kernel)
+    return _Made(parameter, cpu, on_device)
+
+
+def _interpreted(triton: Callable[[], DeviceBodyKernel] | None) -> DeviceBodyKernel:
+    if triton is None:
+        raise ConfigError(
+            "this codec has no Triton kernel", expected='"lossless" or "bits:RATE"', fix='use kernel="auto"'
+        )
+    if is_triton_installed():
+        from efficient_dl.codec.kernels.triton.header import is_interpreted
+
+        if is_interpreted():
+            return triton()
+    raise ConfigError(
+        'kernel="triton" runs on CPU tensors only in Triton\'s interpreter',
+        expected="Triton installed and TRITON_INTERPRET=1 in the environment before it is imported",
+        fix='use kernel="auto": tensors on a GPU use Triton by themselves',
+    )
+
+
+def _same_everywhere(parameter: str, body: BodyKernel) -> _Made:
+    return _Made(parameter, body, lambda _: body)
+
+
+@functools.cache
+def _triton_block(bits: float) -> DeviceBodyKernel:
+    from efficient_dl.codec.kernels.triton.block import TritonBlock
+
+    return TritonBlock(bits)
 
 
 def _require_no_parameter(name: str, parameter: str | None) -> None:
@@ -129,7 +179,7 @@ def _require_no_parameter(name: str, parameter: str | None) -> None:
 
 def _make_identity(parameter: str | None, kernel: str) -> _Made:
     _require_no_parameter("identity", parameter)
-    return _Made("", CopyBody(), CopyBody())
+    return _same_everywhere("", CopyBody())
 
 
 def _make_lossless(parameter: str | None, kernel: str) -> _Made:
@@ -140,7 +190,7 @@ def _make_lossless(parameter: str | None, kernel: str) -> _Made:
 
         return NativeSplit(isa)
 
-    return _Made("", _on_cpu(kernel, ReferenceSplit, native), ReferenceSplit())
+    return _made("", kernel, ReferenceSplit, native)
 
 
 def _make_block(parameter: str | None, kernel: str) -> _Made:
@@ -151,7 +201,7 @@ def _make_block(parameter: str | None, kernel: str) -> _Made:
 
         return NativeBlock(bits, isa)
 
-    return _Made(f"{bits}", _on_cpu(kernel, lambda: ReferenceBlock(bits), native), ReferenceBlock(bits))
+    return _made(f"{bits}", kernel, lambda: ReferenceBlock(bits), native, lambda: _triton_block(bits))
 
 
 def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | None, str], _Made]:
@@ -168,7 +218,7 @@ def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | No
 
         labels = {baselines.DEFAULT_BLOCK_VALUES: "", baselines.MAX_BLOCK_VALUES: "tensor"}
         label = labels.get(block_values, str(block_values))
-        return _Made(label, _on_cpu(kernel, reference, native), reference())
+        return _made(label, kernel, reference, native)
 
     return make
 
@@ -181,9 +231,7 @@ def _make_topk(parameter: str | None, kernel: str) -> _Made:
 
         return NativeTopk(fraction, isa)
 
-    return _Made(
-        f"{fraction}", _on_cpu(kernel, lambda: ReferenceTopk(fraction), native), ReferenceTopk(fraction)
-    )
+    return _made(f"{fraction}", kernel, lambda: ReferenceTopk(fraction), native)
 
 
 def _cast(name: str, wire_dtype: torch.dtype) -> Callable[[str | None, str], _Made]:
@@ -195,9 +243,7 @@ def _cast(name: str, wire_dtype: torch.dtype) -> Callable[[str | None, str], _Ma
 
             return NativeCast(wire_dtype, isa)
 
-        return _Made(
-            "", _on_cpu(kernel, lambda: ReferenceCast(wire_dtype), native), ReferenceCast(wire_dtype)
-        )
+        return _made("", kernel, lambda: ReferenceCast(wire_dtype), native)
 
     return make
 
@@ -205,13 +251,13 @@ def _cast(name: str, wire_dtype: torch.dtype) -> Callable[[str | None, str], _Ma
 def _make_zstd(parameter: str | None, kernel: str) -> _Made:
     level = _parse_level(parameter)
     body = ByteCompressorBody("zstd", ZstdCompressor(level))
-    return _Made("" if level == DEFAULT_ZSTD_LEVEL else str(level), body, body)
+    return _same_everywhere("" if level == DEFAULT_ZSTD_LEVEL else str(level), body)
 
 
 def _make_lz4(parameter: str | None, kernel: str) -> _Made:
     _require_no_parameter("lz4", parameter)
     body = ByteCompressorBody("lz4", Lz4Compressor())
-    return _Made("", body, body)
+    return _same_everywhere("", body)
 
 
 def _parse_bits(text: str) -> float:

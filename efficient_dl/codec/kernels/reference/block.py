@@ -18,13 +18,17 @@ from efficient_dl.codec.kernels.reference.block_scale import (
     quantize,
     step_of,
 )
-from efficient_dl.codec.kernels.reference.symbols import Mode
+from efficient_dl.codec.kernels.reference.symbols import MAX_TILE_BLOCKS, MIN_TILE_BLOCKS, Mode
 from efficient_dl.codec.kernels.reference.tiles import LANES, STATE_BYTES
 from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, integers, pad4, to_bytes
+from efficient_dl.codec.packet import HEADER_BYTES
 from efficient_dl.codec.steps import FIRST_STEP_INDEX, LAST_STEP_INDEX, STEPS
 from efficient_dl.errors import CorruptPacket
 
+_HEAD_BYTES = 28
 _MAX_ABSOLUTE_CODE = 1007
+_BOUNDED_SHARE_Q16 = 64512  # 63/64 of what a capacity leaves: the sample's rate is not quite the tensor's
+_MIN_BITS_Q16 = 6554
 _CARRIED_ROWS = 2
 
 
@@ -37,35 +41,78 @@ class _Rows:
     lanes: Tensor  # int64 (rows,): lanes that hold values
     escapes: list[Tensor]  # per tile, uint8: the escapes' bytes
 
+    def drop(self, kept: int) -> None:
+        """Takes away all rows and escapes behind the first `kept` tiles."""
+        keep = self.tile < kept
+        self.symbols, self.lanes, self.tile = self.symbols[keep], self.lanes[keep], self.tile[keep]
+        self.escapes = [part[:0] if i >= kept else part for i, part in enumerate(self.escapes)]
 
-def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketStats | None) -> Tensor:
-    """Returns the body of a block-quantized packet, uint8. x: float32, 1-D."""
+
+def fixed_bytes(num_blocks: int, mode: Mode, bits_q16: int) -> int:
+    """Bytes of a packet that do not depend on its values: the header, the codes, the directory, the largest table."""
+    num_tiles = -(-num_blocks // mode.tile_blocks(bits_q16))
+    return HEADER_BYTES + _HEAD_BYTES + -(-num_blocks // 4) * 4 + 8 * num_tiles + mode.table_room
+
+
+def bounded_bits_q16(capacity: int, numel: int, num_blocks: int, mode: Mode, bits_q16: int) -> int:
+    """The rate to look for so that a packet of `capacity` bytes, header included, most likely holds all tiles."""
+    available = (capacity - fixed_bytes(num_blocks, mode, bits_q16)) * 8 * _BOUNDED_SHARE_Q16 // numel
+    return min(bits_q16, max(_MIN_BITS_Q16, available + (8 * num_blocks << 16) // numel))
+
+
+def encode(
+    x: Tensor,
+    grid: BlockGrid,
+    mode: Mode,
+    bits_q16: int,
+    stats: PacketStats | None,
+    capacity: int | None = None,
+) -> Tensor:
+    """Returns the body of a block-quantized packet, uint8. x: float32, 1-D.
+
+    capacity: the most bytes that the packet may have, its header included, at least `fixed_bytes`; tiles that do not
+    fit are dropped.
+    """
     blocks = grid.gather(x)
-    index = choose_step(blocks, grid, mode, bits_q16)
+    tile_blocks = mode.tile_blocks(bits_q16)
+    target = bits_q16
+    if capacity is not None:
+        target = bounded_bits_q16(capacity, grid.numel, grid.num_blocks, mode, bits_q16)
+    index = choose_step(blocks, grid, mode, target)
     quantized = quantize(blocks, grid, STEPS[index - FIRST_STEP_INDEX])
     base, codes = _relative_codes(quantized)
     coded = (codes > 0) & (codes < NONFINITE_CODE)
-    rows = _rows(quantized.q, coded, grid, mode)
-    num_tiles = -(-grid.num_blocks // mode.tile_blocks)
+    rows = _rows(quantized.q, coded, grid, mode, tile_blocks)
+    num_tiles = -(-grid.num_blocks // tile_blocks)
     counts = torch.bincount(rows.symbols.view(-1), minlength=mode.alphabet)
     frequency = tables.normalize(counts) if rows.symbols.numel() else None
     contents, is_coded = _tile_contents(rows, frequency, num_tiles)
-    table = (
-        tables.serialize(frequency) if frequency is not None and any(is_coded) else codes[:0].to(torch.uint8)
-    )
+    table = _serialized(frequency, is_coded, codes)
+    num_dropped = 0
+    if capacity is not None:
+        prefix_bytes = HEADER_BYTES + _HEAD_BYTES + -(-grid.num_blocks // 4) * 4 + 8 * num_tiles
+        kept = _tiles_within(contents, capacity - prefix_bytes - table.numel())
+        tile = torch.arange(grid.num_blocks, device=x.device) // tile_blocks
+        dropped = coded & (tile >= kept)
+        num_dropped = int(dropped.sum())
+        codes[dropped] = 0
+        rows.drop(kept)
+        contents = [content[:0] if i >= kept else content for i, content in enumerate(contents)]
+        is_coded = [entropy_coded and i < kept for i, entropy_coded in enumerate(is_coded)]
+        table = _serialized(frequency, is_coded, codes)
     escapes = [part.numel() // mode.escape_bytes for part in rows.escapes]
     directory: list[int] = []
     for content, entropy_coded, count in zip(contents, is_coded, escapes, strict=True):
         directory += [content.numel(), int(entropy_coded) | count << 1]
-    head = torch.tensor([mode.code | (index & 0xFFFF) << 16, mode.tile_blocks, grid.num_blocks, num_tiles])
-    sizes = torch.tensor([base, table.numel()])
-    prefix = to_bytes(torch.cat([head, sizes]).to(x.device), 4)
+    head = [mode.code | (index & 0xFFFF) << 16, tile_blocks, grid.num_blocks, num_tiles]
+    head += [base, table.numel(), num_dropped]
+    prefix = to_bytes(torch.tensor(head, device=x.device), 4)
     scales = pad4(codes.to(torch.uint8))
     body = torch.cat(
         [prefix, scales, table, to_bytes(torch.tensor(directory, device=x.device), 4), *contents]
     )
     if stats is not None:
-        values = quantized.q[coded].clamp(-127, 127).view(-1)
+        values = quantized.q[(codes > 0) & (codes < NONFINITE_CODE)].clamp(-127, 127).view(-1)
         stats.order0_bits = order0_bits(torch.bincount(values + 127, minlength=255))
         stats.model_bits = _symbol_bits(rows, frequency, is_coded) + 8.0 * mode.escape_bytes * sum(escapes)
         stats.scale_bits = 8.0 * grid.num_blocks
@@ -74,27 +121,30 @@ def encode(x: Tensor, grid: BlockGrid, mode: Mode, bits_q16: int, stats: PacketS
         stats.empty_blocks = int((codes == 0).sum())
         stats.nonfinite_blocks = int((codes == NONFINITE_CODE).sum())
         stats.relative_step = float(STEPS[index - FIRST_STEP_INDEX])
+        stats.dropped_blocks = num_dropped
     return body
 
 
 def decode(body: Tensor, grid: BlockGrid) -> Tensor:
     """Returns the decoded values, float32 1-D; raises `CorruptPacket`."""
     reader = Reader(body)
-    head, tile_blocks, num_blocks, num_tiles, base, table_bytes = reader.integers(6, 4)
+    head, tile_blocks, num_blocks, num_tiles, base, table_bytes, num_dropped = reader.integers(7, 4)
     mode = Mode.from_code(head & 0xFFFF)
     step_index = (head >> 16) - (0x10000 if head >> 31 else 0)
     valid = (
-        tile_blocks == mode.tile_blocks
+        MIN_TILE_BLOCKS <= tile_blocks <= MAX_TILE_BLOCKS
+        and tile_blocks & (tile_blocks - 1) == 0
         and num_blocks == grid.num_blocks
         and num_tiles == -(-num_blocks // tile_blocks)
         and 3 <= base < _MAX_ABSOLUTE_CODE
         and FIRST_STEP_INDEX <= step_index <= LAST_STEP_INDEX
+        and num_dropped <= num_blocks
     )
     if not valid:
         raise CorruptPacket(
             "a block-quantized packet does not fit its tensor",
-            expected=f"{grid.num_blocks} blocks, {mode.tile_blocks} a tile",
-            found=f"{num_blocks} blocks, {tile_blocks} a tile, {num_tiles} tiles, base {base}",
+            expected=f"{grid.num_blocks} blocks, a power of two from 64 to 65536 a tile",
+            found=f"{num_blocks} blocks, {tile_blocks} a tile, {num_tiles} tiles, base {base}, {num_dropped} dropped",
         )
     codes = reader.take(num_blocks).to(torch.int64)
     reader.align4()
@@ -142,11 +192,27 @@ def _relative_codes(quantized: Quantized) -> tuple[int, Tensor]:
     return base, torch.where(quantized.nonfinite, NONFINITE_CODE, codes)
 
 
-def _rows(q: Tensor, coded: Tensor, grid: BlockGrid, mode: Mode) -> _Rows:
+def _serialized(frequency: Tensor | None, is_coded: list[bool], codes: Tensor) -> Tensor:
+    if frequency is None or not any(is_coded):
+        return codes[:0].to(torch.uint8)
+    return tables.serialize(frequency)
+
+
+def _tiles_within(contents: list[Tensor], limit: int) -> int:
+    """How many tiles from the first on have at most `limit` bytes together."""
+    total = 0
+    for kept, content in enumerate(contents):
+        total += content.numel()
+        if total > limit:
+            return kept
+    return len(contents)
+
+
+def _rows(q: Tensor, coded: Tensor, grid: BlockGrid, mode: Mode, tile_blocks: int) -> _Rows:
     block = coded.nonzero()[:, 0]
     symbols, escaped = mode.symbols(q[block])
-    tile = (block // mode.tile_blocks).repeat_interleave(mode.rows_per_block)
-    num_tiles = -(-grid.num_blocks // mode.tile_blocks)
+    tile = (block // tile_blocks).repeat_interleave(mode.rows_per_block)
+    num_tiles = -(-grid.num_blocks // tile_blocks)
     escapes = [mode.escape_stream(q[block], escaped & (tile == i)[:, None]) for i in range(num_tiles)]
     return _Rows(symbols, tile, mode.row_lanes(grid.lengths[block]), escapes)
 

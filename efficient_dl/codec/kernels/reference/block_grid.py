@@ -8,6 +8,11 @@ from torch import Tensor
 BLOCK_VALUES = 256
 
 
+def count_blocks(segments: tuple[int, ...]) -> int:
+    """Blocks of a tensor of these parameters."""
+    return sum(-(-segment // BLOCK_VALUES) for segment in segments)
+
+
 class BlockGrid:
     """Where the blocks of a flat tensor lie.
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.reference import block, split
-from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid
+from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid, count_blocks
 from efficient_dl.codec.kernels.reference.outputs import apply_rounded, apply_values
-from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES
+from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES, Mode
 from efficient_dl.codec.kernels.reference.tiles import LANES
 from efficient_dl.codec.packet import byte_view
 from efficient_dl.errors import CorruptPacket
@@ -57,9 +57,8 @@ class ReferenceSplit:
     name = "reference"
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
-        """All tiles stored, and a table."""
-        num_tiles = -(-numel // split.TILE_VALUES)
-        return 8 + _TABLE_BYTES + num_tiles * (8 + 4) + numel * dtype.itemsize
+        """All tiles stored."""
+        return split.max_bytes(numel, dtype)
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
@@ -73,9 +72,9 @@ class ReferenceSplit:
         """See `BodyKernel.decode`."""
         values = split.decode(body, dtype, out.numel())
         if accumulate or dtype != out.dtype:
-            apply_values(values, out, accumulate)
+            apply_values(values.view(dtype), out, accumulate)
         else:
-            byte_view(out).copy_(byte_view(values))
+            byte_view(out).copy_(values)
 
 
 class ReferenceBlock:
@@ -89,17 +88,35 @@ class ReferenceBlock:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored, all values escaped."""
-        num_blocks = numel // BLOCK_VALUES + num_segments
-        num_tiles = num_blocks // self._mode.tile_blocks + 1
-        symbols = min(numel, LANES * num_blocks) if self._mode is PAIRS else numel
-        content = (1 + self._mode.escape_bytes) * symbols + num_tiles * (8 + 8)
-        return 24 + num_blocks + 4 + _TABLE_BYTES + content
+        return largest_block_body(numel, num_segments, self._mode, self._bits_q16)
+
+    def fixed_bytes(self, segments: tuple[int, ...]) -> int:
+        """See `LossyBodyKernel.fixed_bytes`."""
+        return block.fixed_bytes(count_blocks(segments), self._mode, self._bits_q16)
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
+        return self.encode_lossy(x, segments, body, stats, None, None)
+
+    def encode_lossy(
+        self,
+        x: Tensor,
+        segments: tuple[int, ...],
+        body: Tensor,
+        stats: PacketStats | None,
+        residual: Tensor | None,
+        capacity: int | None,
+    ) -> int:
+        """See `LossyBodyKernel.encode_lossy`. The residual is what decoding the packet leaves over."""
         grid = BlockGrid(segments, x.device)
-        data = block.encode(x.to(torch.float32), grid, self._mode, self._bits_q16, stats)
+        values = x.to(torch.float32)
+        if residual is not None:
+            values = values + residual
+        data = block.encode(values, grid, self._mode, self._bits_q16, stats, capacity)
         body[: data.numel()].copy_(data)
+        if residual is not None:
+            decoded = block.decode(data, grid)
+            residual.copy_(torch.where(decoded.isnan(), 0, values - decoded))
         return data.numel()
 
     def decode(
@@ -108,3 +125,12 @@ class ReferenceBlock:
         """See `BodyKernel.decode`."""
         values = block.decode(body, BlockGrid(segments, body.device))
         apply_rounded(values, out, accumulate)
+
+
+def largest_block_body(numel: int, num_segments: int, mode: Mode, bits_q16: int) -> int:
+    """Bytes of a block-quantized body with all tiles stored and all values escaped."""
+    num_blocks = numel // BLOCK_VALUES + num_segments
+    num_tiles = num_blocks // mode.tile_blocks(bits_q16) + 1
+    symbols = min(numel, LANES * num_blocks) if mode is PAIRS else numel
+    content = (1 + mode.escape_bytes) * symbols + num_tiles * (8 + 8)
+    return 28 + num_blocks + 4 + _TABLE_BYTES + content

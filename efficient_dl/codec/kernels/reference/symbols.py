@@ -12,25 +12,38 @@ from efficient_dl.codec.kernels.reference.tiles import LANES
 from efficient_dl.codec.kernels.reference.wire import from_bytes, to_bytes
 from efficient_dl.errors import CorruptPacket
 
+MIN_TILE_BLOCKS: Final = 64
+MAX_TILE_BLOCKS: Final = 65536
+_STATE_SHARE = 1 << 26  # blocks a tile times bits_q16: the states cost about 1 %
+
 
 @dataclass(frozen=True)
 class Mode:
     """How a block of 256 quantized values becomes rows of 128 symbols.
 
     radius: the largest |q| that has a symbol; larger values are sent apart, as 16-bit escapes.
+    table_room: bytes that bounded packets set aside for the table.
     """
 
     code: int
     radius: int
     alphabet: int
     rows_per_block: int
-    tile_blocks: int
+    fewest_tile_blocks: int
     escape_bytes: int
+    table_room: int
 
     @property
     def escape(self) -> int:
         """The symbol that says: the value is among the escapes."""
         return self.alphabet - 1
+
+    def tile_blocks(self, bits_q16: int) -> int:
+        """Blocks that an encoder puts into a tile: at low rates more, so that the lanes' states stay cheap."""
+        blocks = self.fewest_tile_blocks
+        while self.rows_per_block == 1 and blocks * bits_q16 < _STATE_SHARE:
+            blocks *= 2
+        return blocks
 
     @staticmethod
     def from_code(code: int) -> Mode:
@@ -82,6 +95,10 @@ class Mode:
         return torch.stack([q[:, :LANES], q[:, LANES:]], 2)
 
 
-PAIRS: Final = Mode(code=0, radius=5, alphabet=122, rows_per_block=1, tile_blocks=512, escape_bytes=4)
-SINGLES: Final = Mode(code=1, radius=127, alphabet=256, rows_per_block=2, tile_blocks=256, escape_bytes=2)
+PAIRS: Final = Mode(
+    code=0, radius=5, alphabet=122, rows_per_block=1, fewest_tile_blocks=512, escape_bytes=4, table_room=216
+)
+SINGLES: Final = Mode(
+    code=1, radius=127, alphabet=256, rows_per_block=2, fewest_tile_blocks=256, escape_bytes=2, table_room=416
+)
 MAX_PAIR_BITS: Final = 2.5

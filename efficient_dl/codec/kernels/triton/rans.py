@@ -1,0 +1,53 @@
+"""One row of the tile coder on a GPU: 128 lanes a step, words ranked by a prefix sum (docs/format.md, "The tile coder").
+
+A program runs one tile with one warp (four lanes a thread), so that a prefix sum is a few shuffles and no barrier.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LANES = tl.constexpr(128)
+STATE_BYTES = tl.constexpr(512)
+LOW = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def encode_row(state, entry, words_ptr, cursor):
+    """Codes one row and writes its words in front of the tile's words; rows are visited from the last to the first.
+
+    state: uint32 (128,). entry: uint32 (128,), frequency | start << 16 of the lanes' symbols. words_ptr: uint16, the
+    tile's slot; cursor: int32 scalar, the slot's index of the first word there is. Words in front of the slot are not
+    stored: a cursor below 0 says that the tile did not fit. Returns (state, cursor).
+    """
+    frequency = entry & 0xFFFF
+    emits = (state >> 20) >= frequency
+    emitted = emits.to(tl.int32)
+    cursor -= tl.sum(emitted, 0)
+    index = cursor + tl.cumsum(emitted, 0) - emitted
+    tl.store(words_ptr + index, (state & 0xFFFF).to(tl.uint16), mask=emits & (index >= 0))
+    state = tl.where(emits, state >> 16, state)
+    quotient = state // frequency
+    state = (quotient << 12) + (state - quotient * frequency) + (entry >> 16)
+    return state, cursor
+
+
+@triton.jit
+def decode_row(state, slots_ptr, words_ptr, position, end):
+    """Decodes one row; rows are visited from the first to the last.
+
+    state: uint32 (128,). slots_ptr: uint32 (4096,), the table of `tables.expand_kernel`. words_ptr: uint16, the tile's
+    words; position: int32 scalar, how many of them have been read. Words from `end` on are taken as 0 and counted all
+    the same: a position beyond `end` says that the tile is corrupt. Returns (state, symbol: int32 (128,), position).
+    """
+    slot = tl.load(slots_ptr + (state & 4095).to(tl.int32))
+    symbol = (slot & 255).to(tl.int32)
+    state = (((slot >> 8) & 4095) + 1) * (state >> 12) + (slot >> 20)
+    needs = state < LOW
+    needed = needs.to(tl.int32)
+    index = position + tl.cumsum(needed, 0) - needed
+    word = tl.load(words_ptr + index, mask=needs & (index < end), other=0).to(tl.uint32)
+    state = tl.where(needs, (state << 16) | word, state)
+    return state, symbol, position + tl.sum(needed, 0)
