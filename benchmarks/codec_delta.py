@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,9 +120,8 @@ def _systems(run: Run, pair: Delta) -> list[System]:
     systems = list[System]()
     codec = run.codec("delta")
     if codec is not None:
-        make_side: Callable[..., Side] = Side
-        side = make_side(segments=pair.segments, reference=pair.before)
-        systems.append(Ours(OURS, codec, pair.after, side))
+        known: dict[str, Any] = {"segments": pair.segments, "reference": pair.before}
+        systems.append(Ours(OURS, codec, pair.after, Side(**known)))
     try:
         systems += [XorZstd(pair, level) for level in (1, 3)]
     except ImportError as error:

@@ -1,6 +1,7 @@
 """Case loss: how many bits packets have beyond what their model, or the entropy of their symbols, allows.
 
-coding_loss.py asks the same of whole gradients as ranks send them; here packets have given sizes, down to 1 KiB tensors.
+coding_loss.py asks the same of whole gradients as ranks send them; here packets have given sizes, and tensors of
+1 KiB come last.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def sparse(run: Run) -> None:
             table.add_section()
     run.console.print(table)
     run.console.print(
-        "Only `int8 + zstd` does the whole work; `zstd alone` starts from and ends at int8 codes. int8 saturates at 127 "
-        "steps, which shows in the error."
+        "Only `int8 + zstd` does the whole work; `zstd alone` starts from and ends at int8 codes. int8 saturates at "
+        "127 steps, which shows in the error."
     )
 
 

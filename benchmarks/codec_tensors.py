@@ -42,6 +42,10 @@ class Recipe:
     stream: int = 6
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if min(self.gpt_steps, self.cnn_steps) < 4:
+            raise ValueError("start, middle and end of a training are three steps: at least 4 are needed")
+
     def key(self, data: Dataset, images: Dataset) -> str:
         """Hash of what the tensors depend on; torch's and Python's versions move their last bits."""
         versions = (CACHE_VERSION, torch.__version__, platform.python_version(), platform.machine())
