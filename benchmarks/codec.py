@@ -21,7 +21,7 @@ from benchmarks.codec_lossless import lossless
 from benchmarks.codec_lossy import lossy
 from benchmarks.codec_run import MIB, Run
 from benchmarks.codec_sparse import sparse
-from benchmarks.codec_tensors import Recipe, trained_tensors
+from benchmarks.codec_tensors import MOMENTS, Recipe, trained_tensors
 from benchmarks.codec_timing import use_one_core
 from benchmarks.rows import RowFile
 
@@ -65,6 +65,7 @@ def main(
         file=RowFile(out),
         rounds=3 if quick else rounds,
         timing_bytes=MIB if quick else int(size_mib * MIB),
+        moments=MOMENTS[-1:] if quick else MOMENTS,
         big=big,
         quick=quick,
     )

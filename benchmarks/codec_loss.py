@@ -65,6 +65,7 @@ def loss(run: Run) -> None:
 
 
 def _packets_of(run: Run, tensor: NamedTensor, table: Table) -> None:
+    too_short = list[str]()
     for spec in SPECS:
         codec = run.codec(spec)
         if codec is None:
@@ -74,9 +75,8 @@ def _packets_of(run: Run, tensor: NamedTensor, table: Table) -> None:
         for kib in PACKET_KIB:
             # As many values as should give that packet; real ones only, so a short tensor has no large packet.
             numel = round(kib * 1024 * whole.numel / whole.packet_bytes)
-            if numel > tensor.values.numel() and not run.quick:
-                run.say(f"{tensor.name} is too short for a packet of {kib} KiB at {spec}")
             if numel > tensor.values.numel():
+                too_short.append(f"{kib} KiB at {spec}")
                 continue
             part = tensor.first(numel)
             stats = PacketStats()
@@ -91,6 +91,8 @@ def _packets_of(run: Run, tensor: NamedTensor, table: Table) -> None:
             losses = (f"{100 * found.over_model:.2f} %", f"{100 * found.over_order0:.2f} %")
             table.add_row(tensor.name, spec, f"{stats.packet_bytes:,}", bits, *losses)
     table.add_section()
+    if too_short:
+        run.say(f"{tensor.name} is too short for a packet of {', '.join(too_short)}")
 
 
 def _small(run: Run, name: str, tensors: list[Tensor], table: Table) -> None:
