@@ -7,6 +7,7 @@ in turns with ours; everything runs on one core, except for the case gpu.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,7 @@ CASES: dict[str, Callable[[Run], None]] = {
     "delta": delta,
     "gpu": gpu,
 }
+QUIET = 0.95  # share of a core below which timings say little
 QUICK = Recipe(gpt_size="micro", gpt_steps=20, cnn_steps=20)
 
 
@@ -70,7 +72,14 @@ def main(
         quick=quick,
     )
     for name in chosen:
+        wall, cpu = time.perf_counter(), time.process_time()
         CASES[name](run)
+        share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+        run.row(name, "this run", "cpu_share", share, "of the wall time", True)
+        if share < QUIET and name != "gpu":
+            run.say(
+                f"case {name} had its core for {100 * share:.0f} % of the time: repeat it on a quiet machine"
+            )
 
 
 if __name__ == "__main__":
