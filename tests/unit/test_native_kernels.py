@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import PacketStats
+from efficient_dl.codec import PacketStats, make_codec
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
 from efficient_dl.codec.kernels.native.library import NativeLibrary, available_isas, load_library
@@ -308,3 +308,20 @@ def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
     run(compiler(), *sanitize, *objects, "-o", program)
     outcomes = {run(program, isa, "200", "7") for isa in ISAS}
     assert len(outcomes) == 1 and outcomes.pop().startswith("ok refused ")
+
+
+@pytest.mark.parametrize("kernel", ["native", "portable"])
+def test_the_number_of_threads_is_set_and_leaves_packets_alone(kernel: str) -> None:
+    x = torch.randn(3_000_000, generator=torch.Generator().manual_seed(4)) * 1e-3
+    before = library.num_threads()
+    try:
+        packets = list[Tensor]()
+        for count in (1, 3):
+            library.set_num_threads(count)
+            assert library.num_threads() == count
+            packets.append(make_codec("bits:2.0", kernel=kernel).encode(x))
+        assert torch.equal(*packets)
+        with pytest.raises(ValueError, match="at least one thread"):
+            library.set_num_threads(0)
+    finally:
+        library.set_num_threads(before)

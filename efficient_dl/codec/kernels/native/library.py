@@ -414,6 +414,10 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int64
+    library.edl_num_threads.argtypes = []
+    library.edl_num_threads.restype = int64
+    library.edl_set_num_threads.argtypes = [int64]
+    library.edl_set_num_threads.restype = int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
     library.edl_isa.argtypes = []
