@@ -270,7 +270,13 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.slow
 def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
-    flags = ["-O3", "-std=c++20", "-ffp-contract=off", *(AVX512_FLAGS + AVX2_FLAGS if IS_X86 else [])]
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-pthread",
+        "-ffp-contract=off",
+        *(AVX512_FLAGS + AVX2_FLAGS if IS_X86 else []),
+    ]
     program = tmp_path / "division"
     run(compiler(), *flags, "-w", HERE / "native/division.cpp", NATIVE / "tables.cpp", "-o", program)
     assert run(program, *ISAS).startswith("ok ")

@@ -54,10 +54,8 @@ int main(int argc, char** argv) {
     if (argc != 2 || edl_set_isa(argv[1]) != 0) return 2;
     float steps[EDL_NUM_STEPS];
     for (int j = 0; j < EDL_NUM_STEPS; ++j) {
-        const uint32_t bits = (127u - 6u) << 23;
-        std::memcpy(&steps[j], &bits, sizeof bits);
-        for (int k = 0; k < j / 32; ++k) steps[j] *= 2.0f;
-        steps[j] *= 1.0f + static_cast<float>(j % 32) / 32.0f;
+        steps[j] = (1.0f + static_cast<float>(j % 32) / 32.0f) / 64.0f;
+        for (int octave = 0; octave < j / 32; ++octave) steps[j] *= 2.0f;
     }
     for (int dtype = EDL_FLOAT32; dtype <= EDL_FLOAT8_E5M2; ++dtype) {
         for (const int64_t bits_q16 : {0, 32768, 131072, 327680}) {  // 0: the exact codec

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "float8.hpp"
 #include "kernels.hpp"
 #include "symbols.hpp"
 #include "tables.hpp"
@@ -158,52 +159,31 @@ inline uint16_t to_float16(float value) {
     return static_cast<uint16_t>(sign | half);
 }
 
-// The two formats of 8 bits, in the same ways. NaNs come out with the bits that torch gives them.
 inline float from_float8_e4m3fn(uint8_t v) {
     const uint32_t sign = static_cast<uint32_t>(v & 0x80) << 24;
-    const uint32_t magnitude = static_cast<uint32_t>(v & 0x7f) << 20;
-    const float scaled = std::bit_cast<float>(magnitude) * std::bit_cast<float>((254u - 7u) << 23);
-    const uint32_t bits = (v & 0x7f) == 0x7f ? 0x7ff00000 : std::bit_cast<uint32_t>(scaled);
+    const float scaled = std::bit_cast<float>(static_cast<uint32_t>(v & 0x7f) << kE4M3FN.shift) * kE4M3FNScale;
+    const uint32_t bits = (v & 0x7f) == kFloat8Nan ? kE4M3FNNanBits : std::bit_cast<uint32_t>(scaled);
     return std::bit_cast<float>(bits | sign);
-}
-
-inline uint8_t to_float8_e4m3fn(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t sign = (bits >> 24) & 0x80;
-    const uint32_t magnitude = bits & 0x7fffffff;
-    uint32_t byte;
-    if (magnitude > 0x7f800000) {
-        byte = 0x7f;
-    } else if (magnitude >= 0x43e00000) {
-        byte = 0x7e;  // 448, the largest: there is no infinity
-    } else if (magnitude < 0x3c800000) {
-        // Below 2^-6: adding 2^14 leaves the value as a multiple of 2^-9 in the mantissa, rounded to even.
-        byte = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 16384.0f) - 0x46800000;
-    } else {
-        byte = (magnitude + 0x7ffff + ((magnitude >> 20) & 1) - ((127u - 7u) << 23)) >> 20;
-    }
-    return static_cast<uint8_t>(sign | byte);
 }
 
 // The upper half of a float16.
 inline float from_float8_e5m2(uint8_t v) { return from_float16(static_cast<uint16_t>(v << 8)); }
 
-inline uint8_t to_float8_e5m2(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    const uint32_t sign = (bits >> 24) & 0x80;
-    const uint32_t magnitude = bits & 0x7fffffff;
-    uint32_t byte;
-    if (magnitude > 0x7f800000) {
-        byte = 0x7f;
-    } else if (magnitude >= 0x47700000) {
-        byte = 0x7c;  // 61440 and above round to infinity
-    } else if (magnitude < 0x38800000) {
-        // Below 2^-14: adding 2^7 leaves the value as a multiple of 2^-16 in the mantissa, rounded to even.
-        byte = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 128.0f) - 0x43000000;
+inline uint8_t to_float8(float value, const Float8& format) {
+    const int32_t bits = std::bit_cast<int32_t>(value);
+    const int32_t magnitude = bits & 0x7fffffff;
+    int32_t byte;
+    if (magnitude > kFloat32Infinity) {
+        byte = kFloat8Nan;
+    } else if (magnitude >= format.first_top) {
+        byte = format.top;
+    } else if (magnitude < format.smallest_normal) {
+        byte = std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + format.magic) - format.magic_bits;
     } else {
-        byte = (magnitude + 0xfffff + ((magnitude >> 21) & 1) - ((127u - 15u) << 23)) >> 21;
+        const int32_t odd = (magnitude >> format.shift) & 1;
+        byte = (magnitude + format.half - 1 + odd - format.rebias) >> format.shift;
     }
-    return static_cast<uint8_t>(sign | byte);
+    return static_cast<uint8_t>(byte | (bits < 0 ? 0x80 : 0));
 }
 
 void load(const void* values, int dtype, int64_t count, float* floats) {
@@ -239,10 +219,10 @@ void store(const float* values, int dtype, int64_t count, void* out, bool accumu
             halves[i] = to_float16(accumulate ? from_float16(halves[i]) + values[i] : values[i]);
     } else if (dtype == EDL_FLOAT8_E4M3FN) {
         for (int64_t i = 0; i < count; ++i)
-            bytes[i] = to_float8_e4m3fn(accumulate ? from_float8_e4m3fn(bytes[i]) + values[i] : values[i]);
+            bytes[i] = to_float8(accumulate ? from_float8_e4m3fn(bytes[i]) + values[i] : values[i], kE4M3FN);
     } else {
         for (int64_t i = 0; i < count; ++i)
-            bytes[i] = to_float8_e5m2(accumulate ? from_float8_e5m2(bytes[i]) + values[i] : values[i]);
+            bytes[i] = to_float8(accumulate ? from_float8_e5m2(bytes[i]) + values[i] : values[i], kE5M2);
     }
 }
 

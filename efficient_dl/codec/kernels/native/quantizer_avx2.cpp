@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "float8.hpp"
 #include "symbols.hpp"
 
 namespace edl::avx2 {
@@ -12,11 +13,6 @@ namespace {
 
 constexpr int kStep = 8;
 constexpr int kHalf = kBlockValues / 2;
-
-inline __m256 widened(__m128i halves, int dtype) {
-    if (dtype == EDL_BFLOAT16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    return _mm256_cvtph_ps(halves);
-}
 
 // Rounds to nearest even; NaNs become the quiet one.
 inline __m128i to_bfloat16(__m256 values) {
@@ -29,11 +25,85 @@ inline __m128i to_bfloat16(__m256 values) {
     return _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
 }
 
-inline __m128i narrowed(__m256 values, int dtype) {
-    return dtype == EDL_BFLOAT16 ? to_bfloat16(values) : _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+inline __m256 from_float8_e4m3fn(__m256i bytes) {
+    const __m256i magnitude = _mm256_and_si256(bytes, _mm256_set1_epi32(0x7f));
+    const __m256i shifted = _mm256_slli_epi32(magnitude, kE4M3FN.shift);
+    const __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(shifted), _mm256_set1_ps(kE4M3FNScale));
+    const __m256i is_nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(kFloat8Nan));
+    const __m256i value =
+        _mm256_blendv_epi8(_mm256_castps_si256(scaled), _mm256_set1_epi32(kE4M3FNNanBits), is_nan);
+    const __m256i sign = _mm256_slli_epi32(_mm256_sub_epi32(bytes, magnitude), 24);
+    return _mm256_castsi256_ps(_mm256_or_si256(value, sign));
 }
 
-inline bool is_half(int dtype) { return dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+// Eight bytes in the lower half.
+inline __m128i to_float8(__m256 values, const Float8& format) {
+    const __m256i bits = _mm256_castps_si256(values);
+    const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, format.shift), _mm256_set1_epi32(1));
+    const __m256i offset = _mm256_set1_epi32(format.half - 1 - format.rebias);
+    const __m256i normal =
+        _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(magnitude, offset), odd), format.shift);
+    const __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(format.magic));
+    const __m256i denormal = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_set1_epi32(format.magic_bits));
+    const auto above = [&](int32_t limit) { return _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(limit)); };
+    __m256i byte = _mm256_blendv_epi8(denormal, normal, above(format.smallest_normal - 1));
+    byte = _mm256_blendv_epi8(byte, _mm256_set1_epi32(format.top), above(format.first_top - 1));
+    byte = _mm256_blendv_epi8(byte, _mm256_set1_epi32(kFloat8Nan), above(kFloat32Infinity));
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
+    const __m256i dwords = _mm256_or_si256(byte, sign);
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+    return _mm_packus_epi16(words, words);
+}
+
+// Eight values of a dtype other than float32, from place i on.
+template <int kDtype>
+inline __m256 load_eight(const void* values, int64_t i) {
+    if constexpr (kDtype == EDL_BFLOAT16 || kDtype == EDL_FLOAT16) {
+        const __m128i halves = load_128(static_cast<const uint16_t*>(values) + i);
+        if constexpr (kDtype == EDL_FLOAT16) return _mm256_cvtph_ps(halves);
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    } else {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + i));
+        if constexpr (kDtype == EDL_FLOAT8_E4M3FN) return from_float8_e4m3fn(_mm256_cvtepu8_epi32(bytes));
+        // The upper half of a float16.
+        return _mm256_cvtph_ps(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes));
+    }
+}
+
+template <int kDtype>
+inline void store_eight(__m256 value, void* out, int64_t i) {
+    if constexpr (kDtype == EDL_BFLOAT16 || kDtype == EDL_FLOAT16) {
+        store_128(static_cast<uint16_t*>(out) + i, kDtype == EDL_BFLOAT16
+                                                       ? to_bfloat16(value)
+                                                       : _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+        const __m128i bytes = to_float8(value, kDtype == EDL_FLOAT8_E4M3FN ? kE4M3FN : kE5M2);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(static_cast<uint8_t*>(out) + i), bytes);
+    }
+}
+
+template <int kDtype>
+void load_as(const void* values, int64_t count, float* floats) {
+    constexpr int kItemBytes = kDtype == EDL_BFLOAT16 || kDtype == EDL_FLOAT16 ? 2 : 1;
+    const int64_t whole = count - count % kStep;
+    for (int64_t i = 0; i < whole; i += kStep) _mm256_storeu_ps(floats + i, load_eight<kDtype>(values, i));
+    const auto* rest = static_cast<const uint8_t*>(values) + whole * kItemBytes;
+    if (whole < count) portable_kernels().load(rest, kDtype, count - whole, floats + whole);
+}
+
+template <int kDtype>
+void store_as(const float* values, int64_t count, void* out, bool accumulate) {
+    constexpr int kItemBytes = kDtype == EDL_BFLOAT16 || kDtype == EDL_FLOAT16 ? 2 : 1;
+    const int64_t whole = count - count % kStep;
+    for (int64_t i = 0; i < whole; i += kStep) {
+        __m256 value = _mm256_loadu_ps(values + i);
+        if (accumulate) value = _mm256_add_ps(load_eight<kDtype>(out, i), value);
+        store_eight<kDtype>(value, out, i);
+    }
+    auto* rest = static_cast<uint8_t*>(out) + whole * kItemBytes;
+    if (whole < count) portable_kernels().store(values + whole, kDtype, count - whole, rest, accumulate);
+}
 
 inline __m256i quantized(const float* values, __m256 inverse_step) {
     return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values), inverse_step));
@@ -64,23 +134,23 @@ inline void put(float* out, __m256 value, bool accumulate) {
 }  // namespace
 
 void load(const void* values, int dtype, int64_t count, float* floats) {
-    const int64_t whole = is_half(dtype) ? count - count % kStep : 0;
-    const auto* halves = static_cast<const uint16_t*>(values);
-    for (int64_t i = 0; i < whole; i += kStep) _mm256_storeu_ps(floats + i, widened(load_128(halves + i), dtype));
-    if (whole < count)
-        portable_kernels().load(whole > 0 ? halves + whole : values, dtype, count - whole, floats + whole);
+    switch (dtype) {
+        case EDL_BFLOAT16: return load_as<EDL_BFLOAT16>(values, count, floats);
+        case EDL_FLOAT16: return load_as<EDL_FLOAT16>(values, count, floats);
+        case EDL_FLOAT8_E4M3FN: return load_as<EDL_FLOAT8_E4M3FN>(values, count, floats);
+        case EDL_FLOAT8_E5M2: return load_as<EDL_FLOAT8_E5M2>(values, count, floats);
+        default: portable_kernels().load(values, dtype, count, floats);
+    }
 }
 
 void store(const float* values, int dtype, int64_t count, void* out, bool accumulate) {
-    const int64_t whole = is_half(dtype) ? count - count % kStep : 0;
-    auto* halves = static_cast<uint16_t*>(out);
-    for (int64_t i = 0; i < whole; i += kStep) {
-        __m256 value = _mm256_loadu_ps(values + i);
-        if (accumulate) value = _mm256_add_ps(widened(load_128(halves + i), dtype), value);
-        store_128(halves + i, narrowed(value, dtype));
+    switch (dtype) {
+        case EDL_BFLOAT16: return store_as<EDL_BFLOAT16>(values, count, out, accumulate);
+        case EDL_FLOAT16: return store_as<EDL_FLOAT16>(values, count, out, accumulate);
+        case EDL_FLOAT8_E4M3FN: return store_as<EDL_FLOAT8_E4M3FN>(values, count, out, accumulate);
+        case EDL_FLOAT8_E5M2: return store_as<EDL_FLOAT8_E5M2>(values, count, out, accumulate);
+        default: portable_kernels().store(values, dtype, count, out, accumulate);
     }
-    if (whole < count)
-        portable_kernels().store(values + whole, dtype, count - whole, whole > 0 ? halves + whole : out, accumulate);
 }
 
 BlockMeasure measure(const float* block) {

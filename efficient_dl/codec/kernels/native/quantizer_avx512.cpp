@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "float8.hpp"
 #include "symbols.hpp"
 
 namespace edl::avx512 {
@@ -30,7 +31,37 @@ inline __m256i narrowed(__m512 values, int dtype) {
     return dtype == EDL_BFLOAT16 ? to_bfloat16(values) : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
 }
 
-inline bool is_half(int dtype) { return dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+inline bool is_float8(int dtype) { return dtype == EDL_FLOAT8_E4M3FN || dtype == EDL_FLOAT8_E5M2; }
+
+inline __m512 from_float8(__m128i bytes, int dtype) {
+    // The upper half of a float16.
+    if (dtype == EDL_FLOAT8_E5M2) return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
+    const __m512i v = _mm512_cvtepu8_epi32(bytes);
+    const __m512i magnitude = _mm512_and_si512(v, _mm512_set1_epi32(0x7f));
+    const __m512i shifted = _mm512_slli_epi32(magnitude, kE4M3FN.shift);
+    const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(shifted), _mm512_set1_ps(kE4M3FNScale));
+    const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(kFloat8Nan));
+    const __m512i value =
+        _mm512_mask_mov_epi32(_mm512_castps_si512(scaled), is_nan, _mm512_set1_epi32(kE4M3FNNanBits));
+    return _mm512_castsi512_ps(_mm512_or_si512(value, _mm512_slli_epi32(_mm512_sub_epi32(v, magnitude), 24)));
+}
+
+inline __m128i to_float8(__m512 values, const Float8& format) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    const unsigned shift = static_cast<unsigned>(format.shift);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, shift), _mm512_set1_epi32(1));
+    const __m512i offset = _mm512_set1_epi32(format.half - 1 - format.rebias);
+    const __m512i normal = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(magnitude, offset), odd), shift);
+    const __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(format.magic));
+    const __m512i denormal = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_set1_epi32(format.magic_bits));
+    const auto above = [&](int32_t limit) { return _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(limit)); };
+    __m512i byte = _mm512_mask_mov_epi32(denormal, above(format.smallest_normal - 1), normal);
+    byte = _mm512_mask_mov_epi32(byte, above(format.first_top - 1), _mm512_set1_epi32(format.top));
+    byte = _mm512_mask_mov_epi32(byte, above(kFloat32Infinity), _mm512_set1_epi32(kFloat8Nan));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
+    return _mm512_cvtepi32_epi8(_mm512_or_si512(byte, sign));
+}
 
 inline __mmask16 lanes_below(int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1);
@@ -61,7 +92,14 @@ void load(const void* values, int dtype, int64_t count, float* floats) {
         memcpy(floats, values, static_cast<size_t>(count) * sizeof(float));
         return;
     }
-    if (!is_half(dtype)) return portable_kernels().load(values, dtype, count, floats);
+    if (is_float8(dtype)) {
+        const auto* bytes = static_cast<const uint8_t*>(values);
+        for (int64_t i = 0; i < count; i += 16) {
+            const __mmask16 lanes = lanes_below(count - i);
+            _mm512_mask_storeu_ps(floats + i, lanes, from_float8(_mm_maskz_loadu_epi8(lanes, bytes + i), dtype));
+        }
+        return;
+    }
     const auto* halves = static_cast<const uint16_t*>(values);
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 lanes = lanes_below(count - i);
@@ -74,16 +112,19 @@ void store(const float* values, int dtype, int64_t count, void* out, bool accumu
         memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
         return;
     }
-    if (dtype != EDL_FLOAT32 && !is_half(dtype))
-        return portable_kernels().store(values, dtype, count, out, accumulate);
     auto* floats = static_cast<float*>(out);
     auto* halves = static_cast<uint16_t*>(out);
+    auto* bytes = static_cast<uint8_t*>(out);
     for (int64_t i = 0; i < count; i += 16) {
         const __mmask16 lanes = lanes_below(count - i);
         __m512 value = _mm512_maskz_loadu_ps(lanes, values + i);
         if (dtype == EDL_FLOAT32) {
             value = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, floats + i), value);
             _mm512_mask_storeu_ps(floats + i, lanes, value);
+        } else if (is_float8(dtype)) {
+            if (accumulate)
+                value = _mm512_add_ps(from_float8(_mm_maskz_loadu_epi8(lanes, bytes + i), dtype), value);
+            _mm_mask_storeu_epi8(bytes + i, lanes, to_float8(value, dtype == EDL_FLOAT8_E4M3FN ? kE4M3FN : kE5M2));
         } else {
             if (accumulate)
                 value = _mm512_add_ps(widened(_mm256_maskz_loadu_epi16(lanes, halves + i), dtype), value);

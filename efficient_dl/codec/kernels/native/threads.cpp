@@ -70,14 +70,14 @@ public:
             }
             job_ = &job;
             wanted_ = num_helpers;
-            working_ = num_helpers;
             ++generation_;
         }
         wake_.notify_all();
         job.run();
+        // All parts are taken: who has not woken by now, on a busy machine, need not be waited for.
         std::unique_lock lock(mutex_);
-        done_.wait(lock, [this] { return working_ == 0; });
         job_ = nullptr;
+        done_.wait(lock, [this] { return working_ == 0; });
     }
 
     std::mutex busy;
@@ -90,8 +90,9 @@ private:
         for (;;) {
             wake_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;
-            if (index >= wanted_) continue;
+            if (job_ == nullptr || index >= wanted_) continue;
             Job* job = job_;
+            ++working_;
             lock.unlock();
             job->run();
             lock.lock();
