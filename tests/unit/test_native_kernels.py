@@ -327,7 +327,7 @@ def test_the_number_of_threads_is_set_and_leaves_packets_alone(kernel: str) -> N
             assert library.num_threads() == count
             packets.append(make_codec("bits:2.0", kernel=kernel).encode(x))
         assert torch.equal(*packets)
-        with pytest.raises(ValueError, match="at least one thread"):
+        with pytest.raises(ConfigError, match="out of range"):
             library.set_num_threads(0)
     finally:
         library.set_num_threads(before)

@@ -130,10 +130,10 @@ Codec split_codec(const Input& in) {
 
 Codec block_codec(const Input& in) {
     const int64_t bits_q16 = 6554 + below(7 * 65536);
-    return {edl_block_max_bytes(in.numel, in.num_segments(), bits_q16 <= 163840 ? 0 : 1), false,
+    return {edl_block_max_bytes(in.numel, in.num_segments(), bits_q16), false,
             [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
-                return edl_block_encode(in.x, in.numel, in.dtype, in.segments.data(), in.num_segments(), bits_q16,
-                                        in.steps, body, capacity, stats);
+                return edl_block_encode(in.x, in.numel, in.dtype, nullptr, in.segments.data(), in.num_segments(),
+                                        bits_q16, in.steps, -1, body, capacity, stats);
             },
             [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
                 return edl_block_decode(body, size, in.dtype, in.numel, in.segments.data(), in.num_segments(), out,

@@ -145,10 +145,18 @@ int64_t edl_split_max_bytes(int64_t numel, int dtype) {
     });
 }
 
-int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int mode) {
+int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && mode >= -1 && mode <= 1);
-        return numel == 0 ? 0 : edl::block_max_bytes(numel, num_segments < 1 ? 1 : num_segments, mode);
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        return numel == 0 ? 0 : edl::block_max_bytes(numel, num_segments < 1 ? 1 : num_segments, bits_q16);
+    });
+}
+
+int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments, int64_t bits_q16) {
+    return guarded([&] {
+        require(numel >= 0 && numel <= kMaxNumel && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        return numel == 0 ? 0 : edl::block_fixed_bytes(grid, bits_q16);
     });
 }
 
@@ -165,8 +173,9 @@ int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body,
     });
 }
 
-int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t* segments, int64_t num_segments,
-                         int64_t bits_q16, const float* steps, uint8_t* body, int64_t capacity, edl_stats* stats) {
+int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
+                         int64_t num_segments, int64_t bits_q16, const float* steps, int64_t limit, uint8_t* body,
+                         int64_t capacity, edl_stats* stats) {
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
@@ -174,8 +183,10 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t*
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
+        require(limit < 0 || limit >= edl::block_fixed_bytes(grid, bits_q16));
         ByteWriter writer(body, capacity);
-        return edl::block_encode(*thread_kernels, {x, numel, dtype}, grid, bits_q16, steps, writer, stats);
+        return edl::block_encode(*thread_kernels, {x, numel, dtype}, residual, grid, bits_q16, steps,
+                                 limit < 0 ? edl::kNoLimit : limit, writer, stats);
     });
 }
 

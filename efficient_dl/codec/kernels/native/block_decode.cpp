@@ -22,7 +22,7 @@ constexpr int kCarriedRows = 2;
 bool is_coded(int code) { return code != kEmptyCode && code != kNonFiniteCode; }
 
 struct Parameters {
-    const SymbolMode* mode;
+    SymbolMode mode;
     int64_t num_blocks;
     int64_t num_tiles;
     int base;
@@ -38,10 +38,14 @@ Parameters read_parameters(ByteReader& body, const Segments& segments) {
     const int64_t num_tiles = body.value<uint32_t>();
     const int64_t base = body.value<uint32_t>();
     const int64_t table_bytes = body.value<uint32_t>();
-    const SymbolMode* mode = mode_code == kPairMode.code ? &kPairMode : &kByteMode;
-    if (mode_code != mode->code || reserved != 0 || step_index < kFirstStep || step_index > kLastStep ||
-        tile_blocks != mode->tile_blocks || num_blocks != count_blocks(segments) ||
-        num_tiles != (num_blocks + tile_blocks - 1) / tile_blocks || base < kMinBase || base >= kMaxLevel)
+    const int64_t num_dropped = body.value<uint32_t>();
+    SymbolMode mode = mode_code == kPairMode.code ? kPairMode : kByteMode;
+    mode.tile_blocks = tile_blocks;
+    if (mode_code != mode.code || reserved != 0 || step_index < kFirstStep || step_index > kLastStep ||
+        tile_blocks < kMinTileBlocks || tile_blocks > kMaxTileBlocks || (tile_blocks & (tile_blocks - 1)) != 0 ||
+        num_blocks != count_blocks(segments) ||
+        num_tiles != (num_blocks + tile_blocks - 1) / tile_blocks || base < kMinBase || base >= kMaxLevel ||
+        num_dropped > num_blocks)
         throw CodecError{EDL_BAD_PARAMETERS};
     return {mode, num_blocks, num_tiles, static_cast<int>(base), table_bytes};
 }
@@ -80,7 +84,7 @@ class TileDecoder {
 public:
     TileDecoder(const Kernels& kernels, const Parameters& parameters, const DecodeTable* table, const uint8_t* codes,
                 const Output& out, uint8_t* symbols)
-        : kernels_(kernels), mode_(*parameters.mode), base_(parameters.base), table_(table), codes_(codes), out_(out),
+        : kernels_(kernels), mode_(parameters.mode), base_(parameters.base), table_(table), codes_(codes), out_(out),
           symbols_(symbols) {}
 
     // Decodes the next tile of the grid from its bytes.
@@ -102,7 +106,7 @@ private:
     void read_coded(BlockCursor ahead, const uint8_t* bytes, int64_t num_bytes) {
         int64_t num_rows = 0;
         Block block;
-        for (int i = 0; i < mode_.tile_blocks && ahead.next(block); ++i)
+        for (int64_t i = 0; i < mode_.tile_blocks && ahead.next(block); ++i)
             num_rows += is_coded(codes_[block.index]) ? mode_.rows_per_block : 0;
         const int64_t coded_rows = num_rows - kCarriedRows;
         if (table_ == nullptr || coded_rows <= 0) throw CodecError{EDL_BAD_DIRECTORY};
@@ -117,7 +121,7 @@ private:
         uint8_t* row = symbols_;
         int64_t stored = 0;
         Block block;
-        for (int i = 0; i < mode_.tile_blocks && ahead.next(block); ++i) {
+        for (int64_t i = 0; i < mode_.tile_blocks && ahead.next(block); ++i) {
             if (!is_coded(codes_[block.index])) continue;
             for (int r = 0; r < mode_.rows_per_block; ++r, row += kLanes) {
                 const int lanes = mode_.lanes(block.size, r);
@@ -140,7 +144,7 @@ private:
     void write_blocks(BlockCursor& cursor, EscapeReader& escapes) {
         const uint8_t* rows = symbols_;
         Block block;
-        for (int i = 0; i < mode_.tile_blocks && cursor.next(block); ++i) {
+        for (int64_t i = 0; i < mode_.tile_blocks && cursor.next(block); ++i) {
             const int code = codes_[block.index];
             if (!is_coded(code)) {
                 fill(block, code == kEmptyCode ? 0.0f : std::numeric_limits<float>::quiet_NaN());
@@ -213,9 +217,9 @@ void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segm
     if ((parameters.table_bytes > 0) != (num_coded > 0)) throw CodecError{EDL_BAD_TABLE};
 
     FrequencyTable frequencies;
-    if (num_coded > 0) frequencies = parse_table(table_data, parameters.table_bytes, parameters.mode->alphabet);
+    if (num_coded > 0) frequencies = parse_table(table_data, parameters.table_bytes, parameters.mode.alphabet);
     const DecodeTable table(frequencies);
-    const std::vector<TileRange> ranges = share_tiles(segments, parameters.num_blocks, *parameters.mode);
+    const std::vector<TileRange> ranges = share_tiles(segments, parameters.num_blocks, parameters.mode);
     std::vector<const uint8_t*> places;  // of the ranges' first tiles
     for (const TileRange& range : ranges) {
         places.push_back(tiles);
@@ -223,7 +227,8 @@ void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segm
     }
     parallel_for(std::ssize(ranges), [&](int64_t i) {
         const TileRange& range = ranges[i];
-        Scratch::Lease lease(symbols_scratch, static_cast<size_t>(parameters.mode->max_tile_rows() * kLanes));
+        const int64_t tile_rows = std::min(parameters.mode.tile_blocks, range.num_blocks) * parameters.mode.rows_per_block;
+        Scratch::Lease lease(symbols_scratch, static_cast<size_t>(tile_rows * kLanes));
         TileDecoder decoder(kernels, parameters, num_coded > 0 ? &table : nullptr, codes, out, lease.bytes());
         BlockCursor cursor = range.cursor;
         const uint8_t* tile = places[i];

@@ -4,8 +4,8 @@
 #include <span>
 #include <vector>
 
+#include "block_quantize.hpp"
 #include "codecs.hpp"
-#include "quantizer.hpp"
 #include "scratch.hpp"
 #include "threads.hpp"
 #include "tile.hpp"
@@ -14,102 +14,13 @@ namespace edl {
 namespace {
 
 constexpr int kFirstStep = -192;
-constexpr int16_t kEmptyLevel = 0;
-constexpr int16_t kNonFiniteLevel = -1;
 constexpr int kEmptyCode = 0;
 constexpr int kNonFiniteCode = 255;
 constexpr int kMaxCode = 254;
 constexpr int kMinBase = 3;
 constexpr int kCarriedRows = 2;  // whose symbols travel in the lanes' initial states
-constexpr int64_t kParameterBytes = 24;
+constexpr int64_t kParameterBytes = 28;
 constexpr int64_t kMaxTableBytes = 32 + 384;
-constexpr int kBatchBlocks = 8;
-
-// What is kept of a block between the passes.
-struct BlockRecord {
-    int16_t level;  // or kEmptyLevel, kNonFiniteLevel
-    int16_t size;
-    int16_t num_escapes;
-};
-
-// A range of tiles, quantized. Only blocks with a level have rows and escapes, in order.
-struct Quantized {
-    std::span<BlockRecord> blocks;
-    uint8_t* rows;
-    int64_t num_rows = 0;
-    std::vector<int16_t> escapes;
-    uint64_t counts[kMaxAlphabet] = {};
-};
-
-int32_t quantized_value(float value, float inverse_step) {
-    return std::clamp(static_cast<int32_t>(std::lrint(value * inverse_step)), -32767, 32767);
-}
-
-// Appends the values behind the set bits of a block's escape mask; returns how many symbols they are.
-int append_escapes(const SymbolMode& mode, const float* block, float inverse_step, const uint64_t* mask,
-                   std::vector<int16_t>& escapes) {
-    int count = 0;
-    for (int word = 0; word < 2 * mode.rows_per_block; ++word) {
-        for (uint64_t bits = mask[word]; bits != 0; bits &= bits - 1) {
-            const int place = 64 * word + std::countr_zero(bits);
-            for (int part = 0; part < mode.values_per_escape; ++part)
-                escapes.push_back(
-                    static_cast<int16_t>(quantized_value(block[place + kLanes * part], inverse_step)));
-            ++count;
-        }
-    }
-    return count;
-}
-
-// Blocks go in batches, so that one block's chain of square root and division overlaps with its neighbours'.
-void quantize_range(const Kernels& kernels, const ConstValues& x, BlockCursor cursor, const SymbolMode& mode,
-                    float relative_step, Quantized& quantized) {
-    alignas(64) float room[kBatchBlocks][kBlockValues];
-    const float* values[kBatchBlocks];
-    int levels[kBatchBlocks];
-    Histogram histogram;
-    const int row_bytes = kLanes * mode.rows_per_block;
-    const int64_t num_blocks = std::ssize(quantized.blocks);
-    const int64_t fold_every = int64_t{1} << 20;  // blocks: the counters of 32 bits stay far from full
-    int64_t next_fold = fold_every;
-    for (int64_t done = 0; done < num_blocks;) {
-        const int batch = static_cast<int>(std::min<int64_t>(kBatchBlocks, num_blocks - done));
-        BlockRecord* records = quantized.blocks.data() + done;
-        for (int i = 0; i < batch; ++i) {
-            Block block = {};
-            cursor.next(block);
-            values[i] = block_floats(kernels, x, block, room[i]);
-            const BlockMeasure measure = kernels.measure(values[i]);
-            const bool huge = (measure.max_bits >> 23) >= kFirstHugeExponent;
-            levels[i] = has_scale(measure.max_bits) ? level_of(measure, block.size, relative_step)
-                        : huge                      ? kNonFiniteLevel
-                                                    : kEmptyLevel;
-            records[i] = {static_cast<int16_t>(levels[i]), static_cast<int16_t>(block.size), 0};
-        }
-        for (int i = 0; i < batch; ++i) {
-            if (levels[i] <= 0) continue;
-            BlockRecord& record = records[i];
-            const float inverse = 1.0f / step_of(levels[i]);
-            uint8_t* rows = quantized.rows + quantized.num_rows * kLanes;
-            uint64_t escape_mask[4] = {};
-            if (!quantize_block(kernels, mode, values[i], inverse, rows, escape_mask)) {
-                record.level = kEmptyLevel;
-                continue;
-            }
-            if ((escape_mask[0] | escape_mask[1] | escape_mask[2] | escape_mask[3]) != 0)
-                record.num_escapes =
-                    static_cast<int16_t>(append_escapes(mode, values[i], inverse, escape_mask, quantized.escapes));
-            histogram.add(rows, row_bytes);
-            quantized.num_rows += mode.rows_per_block;
-        }
-        done += batch;
-        if (done >= next_fold) {
-            histogram.fold(quantized.counts);
-            next_fold += fold_every;
-        }
-    }
-    histogram.fold(quantized.counts);
-}
 
 int choose_base(std::span<const BlockRecord> blocks) {
     int highest = 0;
@@ -117,46 +28,11 @@ int choose_base(std::span<const BlockRecord> blocks) {
     return std::max(kMinBase, highest - kMaxCode);
 }
 
-// Empties the blocks whose step is too far below the largest for an 8-bit code. Rare, so it costs a pass of its own.
-void drop_below(int base, const SymbolMode& mode, Quantized& quantized) {
-    int64_t read_row = 0, write_row = 0;
-    size_t read_escape = 0, write_escape = 0;
-    for (BlockRecord& block : quantized.blocks) {
-        if (block.level <= 0) continue;
-        const uint8_t* rows = quantized.rows + read_row * kLanes;
-        const int row_bytes = kLanes * mode.rows_per_block;
-        const size_t num_values = static_cast<size_t>(block.num_escapes) * static_cast<size_t>(mode.values_per_escape);
-        if (block.level <= base) {
-            for (int s = 0; s < row_bytes; ++s) --quantized.counts[rows[s]];
-            block.level = kEmptyLevel;
-            block.num_escapes = 0;
-        } else {
-            std::memmove(quantized.rows + write_row * kLanes, rows, static_cast<size_t>(row_bytes));
-            for (size_t e = 0; e < num_values; ++e)
-                quantized.escapes[write_escape + e] = quantized.escapes[read_escape + e];
-            write_row += mode.rows_per_block;
-            write_escape += num_values;
-        }
-        read_row += mode.rows_per_block;
-        read_escape += num_values;
-    }
-    quantized.num_rows = write_row;
-    quantized.escapes.resize(write_escape);
-}
-
-bool any_below(int base, std::span<const BlockRecord> blocks) {
-    for (const BlockRecord& block : blocks)
-        if (block.level > 0 && block.level <= base) return true;
-    return false;
-}
-
-void write_codes(std::span<const BlockRecord> blocks, int base, ByteWriter& body) {
-    uint8_t* code = body.reserve(std::ssize(blocks));
+void write_codes(std::span<const BlockRecord> blocks, int base, uint8_t* code) {
     for (const BlockRecord& block : blocks)
         *code++ = static_cast<uint8_t>(block.level == kNonFiniteLevel ? kNonFiniteCode
-                                       : block.level == kEmptyLevel   ? kEmptyCode
+                                       : block.level <= kEmptyLevel   ? kEmptyCode
                                                                       : block.level - base);
-    body.padding_after(std::ssize(blocks));
 }
 
 // The rows and escapes of one tile.
@@ -168,6 +44,9 @@ struct Tile {
     int64_t num_escapes;
     int64_t stored_bytes;  // of its symbols
 };
+
+// What comes before the first tile of a range.
+Tile first_tile(const Quantized& quantized) { return {{}, quantized.rows, 0, quantized.escapes.data(), 0, 0}; }
 
 Tile next_tile(const SymbolMode& mode, std::span<const BlockRecord> blocks, const Tile& previous) {
     Tile tile = {};
@@ -192,11 +71,43 @@ void write_stored_symbols(const SymbolMode& mode, const Tile& tile, ByteWriter& 
     body.padding_after(tile.stored_bytes);
 }
 
+// A tile's entry in the directory.
+struct Entry {
+    int64_t bytes = 0;
+    bool is_coded = false;
+    int64_t num_escapes = 0;
+};
+
+constexpr int64_t kEntryBytes = 8;
+
+void write_entry(const Entry& entry, uint8_t* directory) {
+    const uint32_t fields[2] = {static_cast<uint32_t>(entry.bytes),
+                                (entry.is_coded ? 1u : 0u) | static_cast<uint32_t>(entry.num_escapes) << 1};
+    std::memcpy(directory, fields, sizeof fields);
+}
+
+Entry read_entry(const uint8_t* directory) {
+    uint32_t fields[2];
+    std::memcpy(fields, directory, sizeof fields);
+    return {fields[0], (fields[1] & 1) != 0, fields[1] >> 1};
+}
+
 // What a range of tiles added to the packet.
 struct RangeResult {
     int64_t num_coded = 0;
+    int64_t num_escapes = 0;
     int64_t stored_bytes = 0;                   // of symbols in stored tiles
     uint64_t stored_counts[kMaxAlphabet] = {};  // of their symbols
+
+    // Adds a tile (times = 1), or takes it away again (-1).
+    void count(const Tile& tile, bool coded, int times) {
+        num_coded += coded ? times : 0;
+        num_escapes += times * tile.num_escapes;
+        if (coded) return;
+        stored_bytes += times * tile.stored_bytes;
+        for (int64_t s = 0; s < tile.num_rows * kLanes; ++s)
+            stored_counts[tile.rows[s]] += static_cast<uint64_t>(int64_t{times});
+    }
 };
 
 // All that encode_range can write.
@@ -209,13 +120,11 @@ thread_local Scratch words_scratch;
 // Codes the tiles of a range one behind the other, and their entries in the directory.
 RangeResult encode_range(const Kernels& kernels, const SymbolMode& mode, const FrequencyTable& frequencies,
                          const Quantized& quantized, ByteWriter& body, uint8_t* directory) {
-    const int64_t max_words = mode.max_tile_rows() * kLanes;
-    Scratch::Lease lease(words_scratch, static_cast<size_t>(max_words) * sizeof(uint16_t));
-    TileEncoder encoder(kernels, frequencies, reinterpret_cast<uint16_t*>(lease.bytes()), mode.max_tile_rows());
+    const int64_t max_rows = std::min(mode.tile_blocks, std::ssize(quantized.blocks)) * mode.rows_per_block;
+    Scratch::Lease lease(words_scratch, static_cast<size_t>(max_rows * kLanes) * sizeof(uint16_t));
+    TileEncoder encoder(kernels, frequencies, reinterpret_cast<uint16_t*>(lease.bytes()), max_rows);
     RangeResult result;
-    Tile tile = {};
-    tile.rows = quantized.rows;
-    tile.escapes = quantized.escapes.data();
+    Tile tile = first_tile(quantized);
     for (std::span<const BlockRecord> left = quantized.blocks; !left.empty(); left = left.subspan(tile.blocks.size())) {
         tile = next_tile(mode, left, tile);
         const int64_t before = body.written();
@@ -229,51 +138,91 @@ RangeResult encode_range(const Kernels& kernels, const SymbolMode& mode, const F
         else write_stored_symbols(mode, tile, body);
         body.bytes(tile.escapes, tile.num_escapes * mode.escape_bytes());
         body.padding_after(tile.num_escapes * mode.escape_bytes());
-        result.num_coded += coded;
-        if (!coded) {
-            result.stored_bytes += tile.stored_bytes;
-            for (int64_t s = 0; s < tile.num_rows * kLanes; ++s) ++result.stored_counts[tile.rows[s]];
-        }
-        const uint32_t entry[2] = {static_cast<uint32_t>(body.written() - before),
-                                   (coded ? 1u : 0u) | static_cast<uint32_t>(tile.num_escapes) << 1};
-        std::memcpy(directory, entry, sizeof entry);
-        directory += sizeof entry;
+        result.count(tile, coded, 1);
+        write_entry({body.written() - before, coded, tile.num_escapes}, directory);
+        directory += kEntryBytes;
     }
     return result;
 }
 
 thread_local Scratch tiles_scratch;
 
-// Codes all ranges into the body. The first one goes to its place at once, the others, whose places are not known
-// yet, through scratch memory.
-std::vector<RangeResult> encode_tiles(const Kernels& kernels, const SymbolMode& mode,
-                                      const FrequencyTable& frequencies, const std::vector<TileRange>& ranges,
-                                      const std::vector<Quantized>& quantized, ByteWriter& body, uint8_t* directory) {
-    const int64_t num_ranges = std::ssize(ranges);
-    std::vector<int64_t> offsets = {0};
-    for (int64_t i = 1; i < num_ranges; ++i)
-        offsets.push_back(offsets.back() + max_range_bytes(quantized[i], ranges[i].num_tiles));
-    Scratch::Lease lease(tiles_scratch, static_cast<size_t>(offsets.back()));
-    std::vector<RangeResult> results(static_cast<size_t>(num_ranges));
-    std::vector<ByteWriter> writers = {body};
-    for (int64_t i = 1; i < num_ranges; ++i)
-        writers.emplace_back(lease.bytes() + offsets[i - 1], offsets[i] - offsets[i - 1]);
-    parallel_for(num_ranges, [&](int64_t i) {
-        results[i] = encode_range(kernels, mode, frequencies, quantized[i], writers[i],
-                                  directory + 8 * ranges[i].first_tile);
-    });
-    body = writers[0];
-    std::vector<uint8_t*> places = {nullptr};
-    for (int64_t i = 1; i < num_ranges; ++i) places.push_back(body.reserve(writers[i].written()));
-    parallel_for(num_ranges - 1, [&](int64_t i) {
-        std::memcpy(places[i + 1], lease.bytes() + offsets[i], static_cast<size_t>(writers[i + 1].written()));
-    });
-    return results;
+// Codes all ranges, each into its own part of scratch memory, or the first one straight to the body.
+struct TileWriters {
+    TileWriters(const std::vector<TileRange>& ranges, const std::vector<Quantized>& quantized, ByteWriter* body)
+        : lease(tiles_scratch, total_bytes(ranges, quantized, body != nullptr ? 1 : 0)) {
+        uint8_t* place = lease.bytes();
+        for (size_t i = 0; i < ranges.size(); ++i) {
+            if (i == 0 && body != nullptr) {
+                writers.push_back(*body);
+                continue;
+            }
+            const int64_t room = max_range_bytes(quantized[i], ranges[i].num_tiles);
+            starts.push_back(place);
+            writers.emplace_back(place, room);
+            place += room;
+        }
+    }
+
+    static size_t total_bytes(const std::vector<TileRange>& ranges, const std::vector<Quantized>& quantized,
+                              size_t first) {
+        int64_t total = 0;
+        for (size_t i = first; i < ranges.size(); ++i) total += max_range_bytes(quantized[i], ranges[i].num_tiles);
+        return static_cast<size_t>(total);
+    }
+
+    Scratch::Lease lease;
+    std::vector<ByteWriter> writers;
+    std::vector<const uint8_t*> starts;  // of the ranges in scratch memory
+};
+
+// How many tiles, from the first on, have at most `limit` bytes together.
+int64_t tiles_within(const uint8_t* directory, int64_t num_tiles, int64_t limit) {
+    int64_t kept = 0;
+    for (; kept < num_tiles; ++kept) {
+        limit -= read_entry(directory + kEntryBytes * kept).bytes;
+        if (limit < 0) break;
+    }
+    return kept;
 }
 
-double order0_bits(const SymbolMode& mode, const std::vector<Quantized>& quantized) {
+// Empties the blocks of the range's tiles from `kept` on, and gives their residuals back. Returns how many it emptied.
+int64_t drop_tiles(const Kernels& kernels, const SymbolMode& mode, const TileRange& range, int64_t kept,
+                   const Summed& source, Quantized& quantized, uint8_t* directory, RangeResult& result) {
+    int64_t num_dropped = 0, index = range.first_tile;
+    BlockCursor cursor = range.cursor;
+    Tile tile = first_tile(quantized);
+    for (std::span<BlockRecord> left = quantized.blocks; !left.empty(); left = left.subspan(tile.blocks.size())) {
+        tile = next_tile(mode, left, tile);
+        const Entry entry = read_entry(directory + kEntryBytes * index);
+        const bool is_dropped = index++ >= kept;
+        if (is_dropped) {
+            result.count(tile, entry.is_coded, -1);
+            for (int64_t s = 0; s < tile.num_rows * kLanes; ++s) --quantized.counts[tile.rows[s]];
+            write_entry({}, directory + kEntryBytes * (index - 1));
+        }
+        const uint8_t* rows = tile.rows;
+        const int16_t* escapes = tile.escapes;
+        for (BlockRecord& block : left.first(tile.blocks.size())) {
+            Block place = {};
+            cursor.next(place);
+            if (!is_dropped || block.level <= 0) continue;
+            if (source.residual != nullptr)
+                restore_residual(kernels, mode, place, block.level, rows, escapes, source.residual);
+            rows += mode.rows_per_block * kLanes;
+            escapes += block.num_escapes * mode.values_per_escape;
+            block.level = kDroppedLevel;
+            ++num_dropped;
+        }
+    }
+    return num_dropped;
+}
+
+double order0_bits(const SymbolMode& mode, const std::vector<Quantized>& quantized,
+                   const std::vector<RangeResult>& results) {
     uint64_t counts[2 * kByteRadius + 1] = {};
-    for (const Quantized& range : quantized) {
+    for (size_t i = 0; i < quantized.size(); ++i) {
+        const Quantized& range = quantized[i];
         for (int s = 0; s < mode.alphabet - 1; ++s) {
             if (mode.code == kPairMode.code) {
                 counts[s / kPairBase - kPairRadius + kByteRadius] += range.counts[s];
@@ -282,7 +231,10 @@ double order0_bits(const SymbolMode& mode, const std::vector<Quantized>& quantiz
                 counts[s] += range.counts[s];
             }
         }
-        for (const int16_t q : range.escapes) ++counts[std::clamp<int>(q, -kByteRadius, kByteRadius) + kByteRadius];
+        // Dropped tiles are the last ones.
+        const size_t sent = static_cast<size_t>(results[i].num_escapes * mode.values_per_escape);
+        for (const int16_t q : std::span(range.escapes).first(sent))
+            ++counts[std::clamp<int>(q, -kByteRadius, kByteRadius) + kByteRadius];
     }
     return entropy_bits(counts, 2 * kByteRadius + 1);
 }
@@ -291,23 +243,46 @@ thread_local Scratch blocks_scratch;
 
 }  // namespace
 
-int64_t block_max_bytes(int64_t numel, int64_t num_segments, int mode) {
-    if (mode < 0) return std::max(block_max_bytes(numel, num_segments, 0), block_max_bytes(numel, num_segments, 1));
-    const SymbolMode& symbol_mode = mode == kPairMode.code ? kPairMode : kByteMode;
+int64_t block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16) {
+    const SymbolMode mode = mode_for(bits_q16);
     const int64_t num_blocks = std::min(numel, numel / kBlockValues + num_segments);
-    const int64_t num_tiles = num_blocks / symbol_mode.tile_blocks + 1;
+    const int64_t num_tiles = num_blocks / mode.tile_blocks + 1;
     // All tiles stored, every value escaped.
-    const int64_t symbols = mode == kPairMode.code ? std::min(numel, kLanes * num_blocks) : numel;
-    return kParameterBytes + num_blocks + 4 + kMaxTableBytes + num_tiles * (8 + 4 + 4) +
-           symbols * (1 + symbol_mode.escape_bytes());
+    const int64_t symbols = mode.code == kPairMode.code ? std::min(numel, kLanes * num_blocks) : numel;
+    return kParameterBytes + num_blocks + 4 + kMaxTableBytes + num_tiles * (kEntryBytes + 4 + 4) +
+           symbols * (1 + mode.escape_bytes());
 }
 
-int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16,
-                     const float* steps, ByteWriter& body, edl_stats* stats) {
-    const SymbolMode& mode = bits_q16 <= kMaxPairBitsQ16 ? kPairMode : kByteMode;
+int64_t block_fixed_bytes(const Segments& segments, int64_t bits_q16) {
+    const SymbolMode mode = mode_for(bits_q16);
     const int64_t num_blocks = count_blocks(segments);
     const int64_t num_tiles = (num_blocks + mode.tile_blocks - 1) / mode.tile_blocks;
-    const int step_index = choose_step(kernels, x, segments, num_blocks, mode, bits_q16, steps);
+    return kParameterBytes + padded(num_blocks) + kEntryBytes * num_tiles + mode.table_room;
+}
+
+namespace {
+
+// The rate to look for so that most likely all tiles fit: a little less than what the limit leaves, because the
+// sample's rate is not quite the tensor's.
+int64_t bounded_bits_q16(const Segments& segments, int64_t numel, int64_t bits_q16, int64_t limit) {
+    constexpr int64_t kShareQ16 = 64512;  // 63/64
+    constexpr int64_t kMinBitsQ16 = 6554;
+    const int64_t available = (limit - block_fixed_bytes(segments, bits_q16)) * 8 * kShareQ16 / numel;
+    const int64_t scales = count_blocks(segments) * 8 * 65536 / numel;
+    return std::min(bits_q16, std::max(kMinBitsQ16, available + scales));
+}
+
+}  // namespace
+
+int64_t block_encode(const Kernels& kernels, const ConstValues& x, float* residual, const Segments& segments,
+                     int64_t bits_q16, const float* steps, int64_t limit, ByteWriter& body, edl_stats* stats) {
+    const SymbolMode mode = mode_for(bits_q16);
+    const Summed source = {x, residual};
+    const bool is_bounded = limit != kNoLimit;
+    const int64_t num_blocks = count_blocks(segments);
+    const int64_t num_tiles = (num_blocks + mode.tile_blocks - 1) / mode.tile_blocks;
+    const int64_t target = is_bounded ? bounded_bits_q16(segments, x.numel, bits_q16, limit) : bits_q16;
+    const int step_index = choose_step(kernels, source, segments, num_blocks, mode, target, steps);
 
     // The rows and records of all blocks; each range of tiles has its own part of both.
     const int64_t row_bytes = kLanes * mode.rows_per_block;
@@ -316,70 +291,98 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segment
     const std::span<BlockRecord> blocks(reinterpret_cast<BlockRecord*>(lease.bytes() + num_blocks * row_bytes),
                                         static_cast<size_t>(num_blocks));
     const std::vector<TileRange> ranges = share_tiles(segments, num_blocks, mode);
+    const int64_t num_ranges = std::ssize(ranges);
     std::vector<Quantized> quantized(ranges.size());
-    parallel_for(std::ssize(ranges), [&](int64_t i) {
+    parallel_for(num_ranges, [&](int64_t i) {
         const TileRange& range = ranges[i];
         quantized[i].blocks = blocks.subspan(static_cast<size_t>(range.first_block), static_cast<size_t>(range.num_blocks));
         quantized[i].rows = lease.bytes() + range.first_block * row_bytes;
-        quantize_range(kernels, x, range.cursor, mode, steps[step_index - kFirstStep], quantized[i]);
+        quantize_range(kernels, source, range.cursor, mode, steps[step_index - kFirstStep], quantized[i]);
     });
     const int base = choose_base(blocks);
     if (any_below(base, blocks))
-        for (Quantized& range : quantized) drop_below(base, mode, range);
+        for (int64_t i = 0; i < num_ranges; ++i)
+            drop_below(base, kernels, source, ranges[i].cursor, mode, quantized[i]);
 
     uint64_t counts[kMaxAlphabet] = {};
-    int64_t num_rows = 0, num_escapes = 0;
+    int64_t num_rows = 0;
     for (const Quantized& range : quantized) {
         for (int s = 0; s < kMaxAlphabet; ++s) counts[s] += range.counts[s];
         num_rows += range.num_rows;
-        num_escapes += std::ssize(range.escapes) / mode.values_per_escape;
     }
     const bool can_code = num_rows > 0;
     const FrequencyTable frequencies = can_code ? normalize(counts, mode.alphabet) : FrequencyTable{};
     const int64_t table_bytes = can_code ? serialized_bytes(frequencies) : 0;
-    body.value(static_cast<uint8_t>(mode.code));
-    body.value(uint8_t{0});
-    body.value(static_cast<int16_t>(step_index));
-    body.value(static_cast<uint32_t>(mode.tile_blocks));
-    body.value(static_cast<uint32_t>(num_blocks));
-    body.value(static_cast<uint32_t>(num_tiles));
-    body.value(static_cast<uint32_t>(base));
-    uint8_t* table_bytes_field = body.position();
-    body.value(static_cast<uint32_t>(table_bytes));
-    write_codes(blocks, base, body);
+    uint8_t* parameters = body.reserve(kParameterBytes);
+    uint8_t* codes = body.reserve(num_blocks);
+    body.padding_after(num_blocks);
     uint8_t* table = body.reserve(table_bytes);
     if (can_code) serialize(frequencies, table);
-    uint8_t* directory = body.reserve(8 * num_tiles);
-    const std::vector<RangeResult> results =
-        encode_tiles(kernels, mode, frequencies, ranges, quantized, body, directory);
+    uint8_t* directory = body.reserve(kEntryBytes * num_tiles);
 
-    int64_t num_coded = 0, stored_bytes = 0;
-    for (const RangeResult& result : results) {
-        num_coded += result.num_coded;
-        stored_bytes += result.stored_bytes;
-        for (int s = 0; s < kMaxAlphabet; ++s) counts[s] -= result.stored_counts[s];  // what is left was coded
+    // Without a limit, the first range goes to its place at once; places of the others depend on what is before them.
+    TileWriters tiles(ranges, quantized, is_bounded ? nullptr : &body);
+    std::vector<RangeResult> results(ranges.size());
+    parallel_for(num_ranges, [&](int64_t i) {
+        results[i] = encode_range(kernels, mode, frequencies, quantized[i], tiles.writers[i],
+                                  directory + kEntryBytes * ranges[i].first_tile);
+    });
+    int64_t kept = num_tiles, num_dropped = 0;
+    if (is_bounded) kept = tiles_within(directory, num_tiles, limit - body.written());
+    else body = tiles.writers[0];
+    const size_t in_place = is_bounded ? 0 : 1;
+    std::vector<uint8_t*> places;
+    std::vector<int64_t> kept_bytes;
+    for (size_t i = in_place; i < ranges.size(); ++i) {
+        kept_bytes.push_back(0);
+        for (int64_t t = ranges[i].first_tile; t < std::min(kept, ranges[i].first_tile + ranges[i].num_tiles); ++t)
+            kept_bytes.back() += read_entry(directory + kEntryBytes * t).bytes;
+        places.push_back(body.reserve(kept_bytes.back()));
+    }
+    parallel_for(std::ssize(places), [&](int64_t i) {
+        if (kept_bytes[i] > 0) std::memcpy(places[i], tiles.starts[i], static_cast<size_t>(kept_bytes[i]));
+    });
+    if (kept < num_tiles)
+        for (int64_t i = 0; i < num_ranges; ++i)
+            num_dropped += drop_tiles(kernels, mode, ranges[i], kept, source, quantized[i], directory, results[i]);
+    write_codes(blocks, base, codes);
+
+    int64_t num_coded = 0, num_escapes = 0, stored_bytes = 0;
+    std::fill(std::begin(counts), std::end(counts), 0);
+    for (int64_t i = 0; i < num_ranges; ++i) {
+        num_coded += results[i].num_coded;
+        num_escapes += results[i].num_escapes;
+        stored_bytes += results[i].stored_bytes;
+        // What is not in stored tiles was coded.
+        for (int s = 0; s < kMaxAlphabet; ++s) counts[s] += quantized[i].counts[s] - results[i].stored_counts[s];
     }
     const int64_t sent_table_bytes = num_coded > 0 ? table_bytes : 0;
     if (sent_table_bytes != table_bytes) {
         // All tiles were stored: take the table out.
         std::memmove(table, table + table_bytes, static_cast<size_t>(body.position() - table - table_bytes));
         body.rewind(table_bytes);
-        std::memset(table_bytes_field, 0, 4);
     }
+    ByteWriter head(parameters, kParameterBytes);
+    head.value(static_cast<uint8_t>(mode.code));
+    head.value(uint8_t{0});
+    head.value(static_cast<int16_t>(step_index));
+    for (const int64_t field : {mode.tile_blocks, num_blocks, num_tiles, int64_t{base}, sent_table_bytes, num_dropped})
+        head.value(static_cast<uint32_t>(field));
 
     if (stats != nullptr) {
-        stats->order0_bits = order0_bits(mode, quantized);
+        stats->order0_bits = order0_bits(mode, quantized, results);
         stats->model_bits = table_bits(counts, frequencies) +
                             8.0 * static_cast<double>(stored_bytes + num_escapes * mode.escape_bytes());
         stats->scale_bits = 8.0 * static_cast<double>(num_blocks);
-        stats->header_bits = 8 * (kParameterBytes + sent_table_bytes + 8 * num_tiles);
+        stats->header_bits = 8 * (kParameterBytes + sent_table_bytes + kEntryBytes * num_tiles);
         stats->escapes = num_escapes;
         for (const BlockRecord& block : blocks) {
-            stats->empty_blocks += block.level == kEmptyLevel;
+            stats->empty_blocks += block.level == kEmptyLevel || block.level == kDroppedLevel;
             stats->nonfinite_blocks += block.level == kNonFiniteLevel;
         }
         stats->step_index = step_index;
         stats->coded_tiles = static_cast<int32_t>(num_coded);
+        stats->dropped_blocks = num_dropped;
     }
     return body.written();
 }

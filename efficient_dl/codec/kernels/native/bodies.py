@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.native.library import NativeStats, float_array, load_library
-from efficient_dl.codec.packet import DTYPE_CODES
+from efficient_dl.codec.packet import DTYPE_CODES, HEADER_BYTES
 from efficient_dl.codec.steps import FIRST_STEP_INDEX, STEPS
 
 _STEPS = float_array(STEPS)
@@ -58,24 +58,43 @@ class NativeBlock:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored, all values escaped."""
-        return self._library.block_max_bytes(numel, num_segments)
+        return self._library.block_max_bytes(numel, num_segments, self._bits_q16)
+
+    def fixed_bytes(self, segments: tuple[int, ...]) -> int:
+        """See `LossyBodyKernel.fixed_bytes`."""
+        return HEADER_BYTES + self._library.block_fixed_bytes(sum(segments), segments, self._bits_q16)
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
+        return self.encode_lossy(x, segments, body, stats, None, None)
+
+    def encode_lossy(
+        self,
+        x: Tensor,
+        segments: tuple[int, ...],
+        body: Tensor,
+        stats: PacketStats | None,
+        residual: Tensor | None,
+        capacity: int | None,
+    ) -> int:
+        """See `LossyBodyKernel.encode_lossy`."""
         measured = None if stats is None else NativeStats()
         body_bytes = self._library.block_encode(
             x.data_ptr(),
             x.numel(),
             DTYPE_CODES[x.dtype],
+            None if residual is None else residual.data_ptr(),
             segments,
             self._bits_q16,
             _STEPS,
+            None if capacity is None else capacity - HEADER_BYTES,
             body.data_ptr(),
             body.numel(),
             measured,
         )
         if measured is not None and stats is not None:
             stats.relative_step = STEPS[measured.step_index - FIRST_STEP_INDEX]
+            stats.dropped_blocks = measured.dropped_blocks
         report(measured, stats)
         return body_bytes
 

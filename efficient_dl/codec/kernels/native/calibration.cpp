@@ -70,7 +70,7 @@ int64_t count_blocks(const Segments& segments) {
     return count;
 }
 
-int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t num_blocks,
+int choose_step(const Kernels& kernels, const Summed& source, const Segments& segments, int64_t num_blocks,
                 const SymbolMode& mode, int64_t bits_q16, const float* steps) {
     Scratch::Lease lease(thread_scratch, kMaxSampleBlocks * sizeof(SampleBlock));
     SampleBlock* sample = reinterpret_cast<SampleBlock*>(lease.bytes());
@@ -80,7 +80,7 @@ int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& se
     for (Block block; cursor.next(block);) {
         if (block.index % stride != 0 || block.size < kMinSampleValues) continue;
         SampleBlock& chosen = sample[sampled];
-        const float* values = block_floats(kernels, x, block, chosen.values);
+        const float* values = block_floats(kernels, source, block, chosen.values);
         if (values != chosen.values) std::memcpy(chosen.values, values, sizeof chosen.values);
         chosen.measure = kernels.measure(chosen.values);
         chosen.size = block.size;

@@ -39,10 +39,14 @@ int64_t split_max_bytes(int64_t numel, int dtype);
 int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats);
 void split_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, const Output& out);
 
-// mode: 0 pairs, 1 bytes, -1 the larger of the two.
-int64_t block_max_bytes(int64_t numel, int64_t num_segments, int mode);
-int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16,
-                     const float* steps, ByteWriter& body, edl_stats* stats);
+int64_t block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
+// The smallest limit that block_encode takes.
+int64_t block_fixed_bytes(const Segments& segments, int64_t bits_q16);
+// residual: NULL, or one float a value, added to x and replaced by what decoding leaves over. limit: the most bytes of
+// the body, or kNoLimit; tiles that do not fit are dropped.
+inline constexpr int64_t kNoLimit = -1;
+int64_t block_encode(const Kernels& kernels, const ConstValues& x, float* residual, const Segments& segments,
+                     int64_t bits_q16, const float* steps, int64_t limit, ByteWriter& body, edl_stats* stats);
 void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
 
 }  // namespace edl

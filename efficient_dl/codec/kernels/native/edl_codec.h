@@ -69,6 +69,7 @@ typedef struct {
     int64_t nonfinite_blocks;
     int32_t step_index;  /* j of the chosen relative step; 0 for split */
     int32_t coded_tiles;
+    int64_t dropped_blocks; /* that did not fit the limit */
 } edl_stats;
 
 EDL_EXPORT int64_t edl_abi_version(void);
@@ -87,18 +88,23 @@ EDL_EXPORT int64_t edl_set_isa(const char* name);
 EDL_EXPORT int64_t edl_num_threads(void);
 EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
-/* Capacity that is always enough for a body. mode: 0 pairs, 1 bytes, -1 whichever needs more. */
+/* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. */
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
-EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int mode);
+EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
+/* The smallest limit that edl_block_encode takes for such a tensor. */
+EDL_EXPORT int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments,
+                                         int64_t bits_q16);
 
 /* Encoders return the bytes written. x: numel contiguous values. stats may be NULL. */
 EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
                                     edl_stats* stats);
-/* segments: lengths that sum to numel, or NULL with num_segments 0 for one segment. bits_q16: target bits per
- * value times 65536, rounded. steps: EDL_NUM_STEPS ascending floats. */
-EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
-                                    int64_t num_segments, int64_t bits_q16, const float* steps, uint8_t* body,
-                                    int64_t capacity, edl_stats* stats);
+/* residual: NULL, or numel floats that are added to x and replaced by the sum minus what decoding gives (0 in
+ * non-finite blocks). segments: lengths that sum to numel, or NULL with num_segments 0 for one segment. steps:
+ * EDL_NUM_STEPS ascending floats. limit: the most bytes of the body, at least edl_block_fixed_bytes; tiles that do not
+ * fit are dropped and counted. Negative for no limit: then capacity must be enough. */
+EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
+                                    int64_t num_segments, int64_t bits_q16, const float* steps, int64_t limit,
+                                    uint8_t* body, int64_t capacity, edl_stats* stats);
 
 /* Decoders return 0. dtype is the packet's; out_dtype the same or EDL_FLOAT32. accumulate != 0 adds to out.
  * Any bytes are safe to pass; after an error the contents of out are unspecified. */

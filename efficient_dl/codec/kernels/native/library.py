@@ -40,6 +40,7 @@ class NativeStats(ctypes.Structure):
     nonfinite_blocks: int
     step_index: int
     coded_tiles: int
+    dropped_blocks: int
 
     _fields_ = (
         ("order0_bits", ctypes.c_double),
@@ -51,6 +52,7 @@ class NativeStats(ctypes.Structure):
         ("nonfinite_blocks", ctypes.c_int64),
         ("step_index", ctypes.c_int32),
         ("coded_tiles", ctypes.c_int32),
+        ("dropped_blocks", ctypes.c_int64),
     )
 
 
@@ -73,9 +75,16 @@ class NativeLibrary:
         """The largest body of the exact codec."""
         return self._checked(int(self._library.edl_split_max_bytes(numel, dtype)))
 
-    def block_max_bytes(self, numel: int, num_segments: int, mode: int = -1) -> int:
-        """The largest body of the block quantizer; mode 0 pairs, 1 bytes, -1 whichever needs more."""
-        return self._checked(int(self._library.edl_block_max_bytes(numel, num_segments, mode)))
+    def block_max_bytes(self, numel: int, num_segments: int, bits_q16: int) -> int:
+        """The largest body of the block quantizer at a rate of bits_q16 / 65536 bits a value."""
+        return self._checked(int(self._library.edl_block_max_bytes(numel, num_segments, bits_q16)))
+
+    def block_fixed_bytes(self, numel: int, segments: tuple[int, ...], bits_q16: int) -> int:
+        """The smallest limit that `block_encode` takes."""
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(self._library.edl_block_fixed_bytes(numel, lengths, len(segments), bits_q16))
+        )
 
     def split_encode(
         self, x: int, numel: int, dtype: int, body: int, capacity: int, stats: NativeStats | None = None
@@ -103,21 +112,38 @@ class NativeLibrary:
         x: int,
         numel: int,
         dtype: int,
+        residual: int | None,
         segments: tuple[int, ...],
         bits_q16: int,
         steps: FloatArray,
+        limit: int | None,
         body: int,
         capacity: int,
         stats: NativeStats | None = None,
     ) -> int:
-        """Quantizes to about bits_q16 / 65536 bits a value and encodes. steps: see `float_array`."""
+        """Quantizes to about bits_q16 / 65536 bits a value and encodes.
+
+        residual: numel floats, added and replaced. steps: see `float_array`. limit: the most bytes of the body.
+        """
         self._select_isa()
         pointer = None if stats is None else ctypes.byref(stats)
         lengths = _int64_array(segments)
+        most = -1 if limit is None else limit
         return self._checked(
             int(
                 self._library.edl_block_encode(
-                    x, numel, dtype, lengths, len(segments), bits_q16, steps, body, capacity, pointer
+                    x,
+                    numel,
+                    dtype,
+                    residual,
+                    lengths,
+                    len(segments),
+                    bits_q16,
+                    steps,
+                    most,
+                    body,
+                    capacity,
+                    pointer,
                 )
             )
         )
@@ -390,10 +416,11 @@ def _open(path: Path) -> ctypes.CDLL:
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     signatures: dict[str, list[type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_int]]] = {
         "edl_split_max_bytes": [int64, int32],
-        "edl_block_max_bytes": [int64, int64, int32],
+        "edl_block_max_bytes": [int64, int64, int64],
+        "edl_block_fixed_bytes": [int64, pointer, int64, int64],
         "edl_split_encode": [pointer, int64, int32, pointer, int64, pointer],
         "edl_block_encode": [
-            pointer, int64, int32, pointer, int64, int64, pointer, pointer, int64, pointer,
+            pointer, int64, int32, pointer, pointer, int64, int64, pointer, int64, pointer, int64, pointer,
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
@@ -414,10 +441,6 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int64
-    library.edl_num_threads.argtypes = []
-    library.edl_num_threads.restype = int64
-    library.edl_set_num_threads.argtypes = [int64]
-    library.edl_set_num_threads.restype = int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
     library.edl_isa.argtypes = []

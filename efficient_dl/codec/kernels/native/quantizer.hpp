@@ -17,18 +17,27 @@ struct SymbolMode {
     int code;
     int alphabet;
     int rows_per_block;
-    int tile_blocks;
+    int64_t tile_blocks;
     int values_per_escape;
+    int64_t table_room;  // the largest table's bytes
 
     int escape_bytes() const { return 2 * values_per_escape; }
-    int64_t max_tile_rows() const { return int64_t{tile_blocks} * rows_per_block; }
-    // Lanes of a block's row that hold values, for a block of `size` values.
+        // Lanes of a block's row that hold values, for a block of `size` values.
     int lanes(int size, int row) const { return std::clamp(size - kLanes * row, 0, kLanes); }
 };
 
-inline constexpr SymbolMode kPairMode = {0, kPairEscape + 1, 1, 512, 2};
-inline constexpr SymbolMode kByteMode = {1, kByteEscape + 1, 2, 256, 1};
+// With the fewest blocks a tile that encoders take.
+inline constexpr SymbolMode kPairMode = {0, kPairEscape + 1, 1, 512, 2, 216};
+inline constexpr SymbolMode kByteMode = {1, kByteEscape + 1, 2, 256, 1, 416};
 inline constexpr int64_t kMaxPairBitsQ16 = 163840;  // 2.5 bits
+inline constexpr int64_t kMinTileBlocks = 64, kMaxTileBlocks = 65536;
+
+// The mode for a rate: at low rates tiles are larger, so that the lanes' states stay about 1 % of them.
+inline SymbolMode mode_for(int64_t bits_q16) {
+    SymbolMode mode = bits_q16 <= kMaxPairBitsQ16 ? kPairMode : kByteMode;
+    while (mode.code == kPairMode.code && mode.tile_blocks * bits_q16 < int64_t{1} << 26) mode.tile_blocks *= 2;
+    return mode;
+}
 
 struct Block {
     int64_t index;
@@ -111,10 +120,20 @@ inline int level_of(const BlockMeasure& measure, int size, float relative_step) 
     return std::clamp(rounded + octave, kMinLevel, kMaxLevel);
 }
 
+// A tensor and, if it is not NULL, what is added to it in float32.
+struct Summed {
+    ConstValues x;
+    float* residual;
+};
+
 // Returns the block's values as 256 floats, in place or loaded into room.
-inline const float* block_floats(const Kernels& kernels, const ConstValues& x, const Block& block, float* room) {
-    if (x.dtype == EDL_FLOAT32 && block.size == kBlockValues) return static_cast<const float*>(x.at(block.offset));
+inline const float* block_floats(const Kernels& kernels, const Summed& source, const Block& block, float* room) {
+    const ConstValues& x = source.x;
+    const bool direct = x.dtype == EDL_FLOAT32 && block.size == kBlockValues && source.residual == nullptr;
+    if (direct) return static_cast<const float*>(x.at(block.offset));
     kernels.load(x.at(block.offset), x.dtype, block.size, room);
+    if (source.residual != nullptr)
+        kernels.store(source.residual + block.offset, EDL_FLOAT32, block.size, room, true);
     std::fill(room + block.size, room + kBlockValues, 0.0f);
     return room;
 }
@@ -126,7 +145,7 @@ inline bool quantize_block(const Kernels& kernels, const SymbolMode& mode, const
 }
 
 // The index j of the relative step that a sample of the blocks asks for.
-int choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t num_blocks,
+int choose_step(const Kernels& kernels, const Summed& source, const Segments& segments, int64_t num_blocks,
                 const SymbolMode& mode, int64_t bits_q16, const float* steps);
 
 }  // namespace edl
