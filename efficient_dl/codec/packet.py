@@ -15,7 +15,13 @@ from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
 FORMAT_VERSION: Final = 0
 HEADER_BYTES: Final = 32
 MAX_NUMEL: Final = 2**31 - 1
-DTYPE_CODES: Final[dict[torch.dtype, int]] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES: Final[dict[torch.dtype, int]] = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
 
 _MAGIC: Final = b"EDLP"
 _LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
@@ -28,7 +34,7 @@ def check_tensor(x: Tensor) -> int:
     if code is None:
         raise UnsupportedTensor(
             f"a codec cannot take a tensor of {x.dtype}",
-            expected="torch.float32, torch.bfloat16 or torch.float16",
+            expected="torch.float32, bfloat16, float16, float8_e4m3fn or float8_e5m2",
             fix="convert the tensor, or leave it to the native collective",
         )
     if not x.is_contiguous() or x.layout is not torch.strided:
@@ -98,7 +104,7 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
     _require(magic == _MAGIC, "magic", _MAGIC, magic)
     _require(version == FORMAT_VERSION, "format version", FORMAT_VERSION, version)
     _require(found_codec == codec, "codec", codec, found_codec)
-    _require(dtype in DTYPE_CODES.values(), "dtype code", "0, 1 or 2", dtype)
+    _require(dtype in DTYPE_CODES.values(), "dtype code", "0 to 4", dtype)
     _require(
         out.dtype == torch.float32 or DTYPE_CODES[out.dtype] == dtype,
         "dtype code (for an output of another dtype than float32)",

@@ -43,7 +43,7 @@ void require(bool condition) {
 constexpr int64_t kMaxNumel = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
 
-bool is_dtype(int dtype) { return dtype == EDL_FLOAT32 || dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
+bool is_dtype(int dtype) { return dtype >= EDL_FLOAT32 && dtype <= EDL_FLOAT8_E5M2; }
 
 void check_tensor(const void* data, int64_t numel, int dtype) {
     require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype) && (data != nullptr || numel == 0));
@@ -157,7 +157,7 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t*
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
-        require(steps != nullptr && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(!edl::is_float8(dtype) && steps != nullptr && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
@@ -183,6 +183,7 @@ int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int
     return guarded([&]() -> int64_t {
         const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
         check_body(body, body_bytes);
+        require(!edl::is_float8(dtype));
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);

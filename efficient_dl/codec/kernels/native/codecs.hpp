@@ -8,6 +8,9 @@
 
 namespace edl {
 
+inline bool is_float8(int dtype) { return dtype == EDL_FLOAT8_E4M3 || dtype == EDL_FLOAT8_E5M2; }
+inline int item_bytes(int dtype) { return dtype == EDL_FLOAT32 ? 4 : is_float8(dtype) ? 1 : 2; }
+
 // Values passed by pointer and dtype; the pointer is aligned to the dtype.
 struct ConstValues {
     const void* data;
@@ -15,7 +18,7 @@ struct ConstValues {
     int dtype;
 
     const void* at(int64_t index) const {
-        return static_cast<const uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
+        return static_cast<const uint8_t*>(data) + index * item_bytes(dtype);
     }
 };
 
@@ -26,7 +29,7 @@ struct Output {
     bool accumulate;
 
     void* at(int64_t index) const {
-        return static_cast<uint8_t*>(data) + index * (dtype == EDL_FLOAT32 ? 4 : 2);
+        return static_cast<uint8_t*>(data) + index * item_bytes(dtype);
     }
 };
 

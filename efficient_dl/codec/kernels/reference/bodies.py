@@ -56,9 +56,8 @@ class ReferenceSplit:
     name = "reference"
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
-        """All tiles stored, and a table."""
-        num_tiles = -(-numel // split.TILE_VALUES)
-        return 8 + _TABLE_BYTES + num_tiles * (8 + 4) + numel * dtype.itemsize
+        """All tiles stored."""
+        return split.max_bytes(numel, dtype)
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
@@ -72,9 +71,9 @@ class ReferenceSplit:
         """See `BodyKernel.decode`."""
         values = split.decode(body, dtype, out.numel())
         if accumulate or dtype != out.dtype:
-            _apply(values, out, accumulate)
+            _apply(values.view(dtype), out, accumulate)
         else:
-            byte_view(out).copy_(byte_view(values))
+            byte_view(out).copy_(values)
 
 
 class ReferenceBlock:

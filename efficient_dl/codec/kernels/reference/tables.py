@@ -37,7 +37,7 @@ def serialize(frequency: Tensor) -> Tensor:
     present = frequency > 0
     values = frequency[present] - 1
     value_bits = (values[:, None] >> torch.arange(PROBABILITY_BITS, device=values.device)) & 1
-    return pad4(torch.cat([_pack_bits(present.to(torch.int64)), _pack_bits(value_bits.view(-1))]))
+    return pad4(torch.cat([pack_bits(present.to(torch.int64)), pack_bits(value_bits.view(-1))]))
 
 
 def parse(data: Tensor, alphabet: int) -> Tensor:
@@ -45,7 +45,7 @@ def parse(data: Tensor, alphabet: int) -> Tensor:
     bitmap_bytes = (alphabet + 7) // 8
     if data.numel() < bitmap_bytes:
         raise CorruptPacket("the frequency table is cut short")
-    present = _unpack_bits(data[:bitmap_bytes])
+    present = unpack_bits(data[:bitmap_bytes])
     if bool(present[alphabet:].any()):
         raise CorruptPacket("the frequency table names symbols outside of its alphabet")
     present = present[:alphabet].bool()
@@ -58,7 +58,7 @@ def parse(data: Tensor, alphabet: int) -> Tensor:
             expected=f"{expected_bytes} bytes",
             found=f"{data.numel()}",
         )
-    bits = _unpack_bits(data[bitmap_bytes:])
+    bits = unpack_bits(data[bitmap_bytes:])
     if bool(bits[value_bits:].any()):
         raise CorruptPacket("the frequency table's padding is not zero")
     shifts = torch.arange(PROBABILITY_BITS, device=data.device)
@@ -79,11 +79,13 @@ def _first(matches: Tensor) -> int:
     return int(matches.nonzero()[0])
 
 
-def _pack_bits(bits: Tensor) -> Tensor:
+def pack_bits(bits: Tensor) -> Tensor:
+    """int64 zeros and ones, 1-D, to bytes; bit i goes to bit i & 7 of byte i >> 3."""
     padded = torch.zeros(-(-bits.numel() // 8) * 8, dtype=torch.int64, device=bits.device)
     padded[: bits.numel()] = bits
     return (padded.view(-1, 8) << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
 
 
-def _unpack_bits(data: Tensor) -> Tensor:
+def unpack_bits(data: Tensor) -> Tensor:
+    """The inverse of `pack_bits`: int64, eight a byte."""
     return ((data.to(torch.int64)[:, None] >> torch.arange(8, device=data.device)) & 1).view(-1)

@@ -44,10 +44,12 @@ def encode(
     return state, [words[i][emitted[i]] for i in range(tiles)]
 
 
-def decode(states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+def decode(
+    states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Tensor, padded: bool = True
+) -> tuple[Tensor, Tensor]:
     """The inverse of `encode`: symbols, int64 (N, max rows, 128), and carry, int64 (N, 128).
 
-    words: per tile its words, with the zero word that pads an odd number of them.
+    words: per tile its words; padded: with the zero word that pads an odd number of them.
     """
     tiles, device = states.shape[0], states.device
     max_rows = int(num_rows.max()) if tiles else 0
@@ -76,7 +78,8 @@ def decode(states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Ten
         position = (position + needs.sum(1)).clamp(max=stream.shape[1] - 1)
     # Behind a stream of an even number of words, gather reads the zeros that `stream` was allocated with.
     padding = stream.gather(1, position[:, None])[:, 0] if tiles else position
-    complete = (position + position % 2 == num_words) & (padding == 0)
+    end = position + position % 2 if padded else position
+    complete = (end == num_words) & (padding == 0)
     if not bool((complete & ((state >= _LOW) & (state < 2 * _LOW)).all(1)).all()):
         raise CorruptPacket(
             "a tile's entropy-coded words do not end where its directory says",
