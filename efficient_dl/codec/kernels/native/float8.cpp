@@ -13,13 +13,14 @@ namespace {
 struct Layout {
     int mantissa_bits;
     int bias;
-    uint32_t first_special;  // bits of the least float32 that is not rounded to a finite value by the general rule
-    uint8_t infinity;        // what infinities become
-    uint8_t nan;
+    uint32_t first_overflow;  // bits of the least float32 that the general rule for rounding does not hold for
+    uint8_t overflow;         // what it and all above it become
+    uint8_t first_nan;
 };
 
-constexpr Layout kE4M3 = {3, 7, 0x43f00000, 0x7f, 0x7f};   // 480: from 464 on rounding itself leads to the NaN
-constexpr Layout kE5M2 = {2, 15, 0x47800000, 0x7c, 0x7f};  // 65536
+constexpr Layout kE4M3 = {3, 7, 0x43e80000, 0x7e, 0x7f};   // 464: saturates at 448
+constexpr Layout kE5M2 = {2, 15, 0x47800000, 0x7c, 0x7d};  // 65536: infinity
+constexpr uint8_t kNan = 0x7f;
 
 const Layout& layout_of(int dtype) { return dtype == EDL_FLOAT8_E4M3 ? kE4M3 : kE5M2; }
 
@@ -30,9 +31,8 @@ float widened(uint8_t value, const Layout& layout) {
     const uint32_t scale = static_cast<uint32_t>(127 + 127 - layout.bias) << 23;
     const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * std::bit_cast<float>(scale));
     const uint8_t bare = value & 0x7f;
-    if (bare > layout.infinity || (&layout == &kE4M3 && bare == layout.nan))
-        return std::bit_cast<float>(sign | 0x7fc00000 | magnitude);
-    return std::bit_cast<float>(sign | (bare == layout.infinity ? 0x7f800000 : finite));
+    if (bare >= layout.first_nan) return std::bit_cast<float>(sign | 0x7fc00000 | magnitude);
+    return std::bit_cast<float>(sign | (&layout == &kE5M2 && bare == layout.overflow ? 0x7f800000 : finite));
 }
 
 std::array<float, 256> table_of(const Layout& layout) {
@@ -51,8 +51,8 @@ uint8_t narrowed(float value, const Layout& layout) {
     const uint8_t sign = static_cast<uint8_t>(bits >> 24 & 0x80);
     const uint32_t magnitude = bits & 0x7fffffff;
     const int shift = 23 - layout.mantissa_bits;
-    if (magnitude > 0x7f800000) return sign | layout.nan;
-    if (magnitude >= layout.first_special) return sign | layout.infinity;
+    if (magnitude > 0x7f800000) return sign | kNan;
+    if (magnitude >= layout.first_overflow) return sign | layout.overflow;
     const uint32_t least_normal = static_cast<uint32_t>(127 + 1 - layout.bias) << 23;
     if (magnitude < least_normal) {
         // Adding a float whose last place is the denormals' step rounds to it, half to even.

@@ -6,7 +6,8 @@
 namespace edl {
 
 void load_float8(const uint8_t* values, int dtype, int64_t count, float* floats);
-// out = values, or out + values, rounded to nearest even. What e4m3 cannot hold becomes NaN.
+// out = values, or out + values, rounded to nearest even. As in torch, e4m3, which has no infinities, saturates
+// at 448.
 void store_float8(const float* values, int dtype, int64_t count, uint8_t* out, bool accumulate);
 
 }  // namespace edl

@@ -54,8 +54,8 @@ class NativeLibrary:
     """The library's functions for one instruction set: "auto", "avx512" or "portable".
 
     Addresses are of contiguous memory (`tensor.data_ptr()`), dtypes the packet's codes (0 float32, 1 bfloat16,
-    2 float16). Calls release the GIL and may run in any number of threads. Encoders return the bytes of the body.
-    Decoders raise `CorruptPacket` with the reason; the output's content is then undefined.
+    2 float16, 3 float8_e4m3fn, 4 float8_e5m2). Calls release the GIL and may run in any number of threads.
+    Encoders return the bytes of the body. Decoders raise `CorruptPacket` with the reason; the output is then undefined.
     """
 
     def __init__(self, library: ctypes.CDLL, isa: str = "auto") -> None:
@@ -173,6 +173,20 @@ def load_library(isa: str = "auto", path: Path | None = None) -> NativeLibrary:
     return NativeLibrary(_open(find_library() if path is None else path), isa)
 
 
+def num_threads() -> int:
+    """Threads that one call into the library may use, the caller's included."""
+    return int(_open(find_library()).edl_num_threads())
+
+
+def set_num_threads(count: int) -> None:
+    """Sets it for the whole process, at least 1; more than the library's limit counts as the limit.
+
+    At first it is OMP_NUM_THREADS, or the processors that the process may run on. Packets do not depend on it.
+    """
+    if int(_open(find_library()).edl_set_num_threads(count)) < 0:
+        raise ValueError(f"the codecs need at least one thread, not {count}")
+
+
 def find_library() -> Path:
     """Where the compiled library is: beside this file, or where the package was installed from it (editable)."""
     candidates = [_HERE / LIBRARY_NAME]
@@ -234,6 +248,10 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int64
+    library.edl_num_threads.argtypes = []
+    library.edl_num_threads.restype = int64
+    library.edl_set_num_threads.argtypes = [int64]
+    library.edl_set_num_threads.restype = int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
     library.edl_isa.argtypes = []
