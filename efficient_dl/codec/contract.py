@@ -64,7 +64,8 @@ class Codec(Protocol):
     """A pure, deterministic map from a contiguous tensor to bytes and back. No state, no ranks.
 
     Tensors are contiguous, of any shape, float32, bfloat16 or float16 (exact codecs: float8_e4m3fn or float8_e5m2
-    too), with numel < 2**31; anything else raises `UnsupportedTensor`. Packets are contiguous 1-D uint8 tensors on the tensor's device.
+    too), with numel < 2**31; anything else raises `UnsupportedTensor`. Packets are contiguous 1-D uint8 tensors on
+    the tensor's device.
     """
 
     @property
