@@ -39,8 +39,8 @@ struct FieldCursor {
 
 inline constexpr int kFieldSlack = 64;
 
-// The quantizer's blocks are passed as 256 floats, zeros behind the end of a short one. Rows are 128 symbols. Escape masks have a
-// bit per symbol, in order.
+// The quantizer's blocks are passed as 256 floats, zeros behind the end of a short one. Rows are 128 symbols. Escape
+// masks have a bit per symbol, in order.
 struct Kernels {
     const char* name;
 
@@ -66,8 +66,8 @@ struct Kernels {
     void (*split_32)(const uint32_t* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor);
     // For each of num_blocks blocks, how many of its symbols are neither zeros nor escapes. Returns all their escapes.
     int64_t (*count_kept)(const uint8_t* symbols, int64_t num_blocks, uint16_t* kept);
-    // One block. planes[k] holds the `kept` bytes of plane k and is not read behind them; NULL for zeros. Escaped values
-    // are left at 0.
+    // One block. planes[k] holds the `kept` bytes of plane k and is not read behind them; NULL for zeros. Escaped
+    // values are left at 0.
     void (*merge_16)(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint16_t* values);
     void (*merge_32)(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint32_t* values);
 

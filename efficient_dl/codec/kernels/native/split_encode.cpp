@@ -1,4 +1,4 @@
-// The exact codec's encoder: one pass for reference exponents and the table, one for the tiles.
+// The exact codec's encoder: a pass for reference exponents and the table (split_measure.cpp), and one for the tiles.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -15,89 +15,7 @@
 namespace edl {
 namespace {
 
-constexpr int64_t kSampleBlocks = 64;
-constexpr int64_t kMeasuredTiles = 16;  // shared out together in the first pass, with one histogram
 constexpr uint32_t kLowestState = 1u << 16;
-
-// A block of x, or a copy with zeros behind the end of the tensor.
-struct WholeBlock {
-    WholeBlock(const ConstValues& x, int64_t block) {
-        const int64_t start = block * kBlockValues, values = std::min<int64_t>(kBlockValues, x.numel - start);
-        data = x.at(start);
-        if (values == kBlockValues) return;
-        const size_t bytes = static_cast<size_t>(values * item_bytes(x.dtype));
-        std::memcpy(copy, data, bytes);
-        std::memset(copy + bytes, 0, sizeof copy - bytes);
-        data = copy;
-    }
-
-    alignas(64) uint8_t copy[kBlockValues * 4];
-    const void* data;
-};
-
-const uint16_t* as_16(const void* values) { return static_cast<const uint16_t*>(values); }
-const uint32_t* as_32(const void* values) { return static_cast<const uint32_t*>(values); }
-
-// ---------------------------------------------------------------- first pass
-
-// 256 times the mean exponent of the sample, rounded down.
-uint32_t mean_of_sample(const Kernels& kernels, const ConstValues& x) {
-    const int64_t num_blocks = split_num_blocks(x.numel), stride = std::max<int64_t>(1, num_blocks / kSampleBlocks);
-    uint64_t total = 0, count = 0;
-    for (int64_t b = 0; b < num_blocks; b += stride) {
-        const WholeBlock block(x, b);
-        const ExponentSum sum = x.dtype == EDL_FLOAT32 ? kernels.sum_exponents_32(as_32(block.data))
-                                                       : kernels.sum_exponents_16(as_16(block.data));
-        total += sum.total;
-        count += sum.count;
-    }
-    return count == 0 ? 0 : static_cast<uint32_t>(256 * total / count);
-}
-
-void measure_float8(const uint8_t* values, int64_t num_blocks, uint8_t* codes, Histogram& histogram) {
-    for (int64_t b = 0; b < num_blocks; ++b, values += kBlockValues) {
-        uint64_t any = 0;
-        for (int i = 0; i < kBlockValues; i += 8) {
-            uint64_t eight;
-            std::memcpy(&eight, values + i, sizeof eight);
-            any |= eight;
-        }
-        codes[b] = any != 0;
-        if (any != 0) histogram.add(values, kBlockValues);
-    }
-}
-
-void measure(const Kernels& kernels, int dtype, const void* values, int64_t num_blocks, uint32_t mean, uint8_t* codes,
-             Histogram& histogram) {
-    if (dtype == EDL_FLOAT32)
-        kernels.measure_32(as_32(values), num_blocks, mean, codes, histogram);
-    else if (is_float8(dtype))
-        measure_float8(static_cast<const uint8_t*>(values), num_blocks, codes, histogram);
-    else
-        kernels.measure_16(as_16(values), num_blocks, mean, codes, histogram);
-}
-
-// Writes the blocks' codes and counts all symbols of blocks with rows.
-void measure_tensor(const Kernels& kernels, const ConstValues& x, uint8_t* codes, uint64_t* counts) {
-    const uint32_t mean = is_float8(x.dtype) ? 0 : mean_of_sample(kernels, x);
-    const int64_t num_blocks = x.numel / kBlockValues;  // those that are whole
-    constexpr int64_t kPartBlocks = kMeasuredTiles * kSplitTileBlocks;
-    const int64_t num_parts = (split_num_blocks(x.numel) + kPartBlocks - 1) / kPartBlocks;
-    std::mutex counts_mutex;
-    parallel_for(num_parts, [&](int64_t part) {
-        const int64_t first = part * kPartBlocks, last = std::min(num_blocks, first + kPartBlocks);
-        Histogram histogram;
-        if (first < last) measure(kernels, x.dtype, x.at(first * kBlockValues), last - first, mean, codes + first, histogram);
-        if (part == num_parts - 1 && x.numel % kBlockValues != 0) {
-            const WholeBlock tail(x, num_blocks);
-            measure(kernels, x.dtype, tail.data, 1, mean, codes + num_blocks, histogram);
-        }
-        const std::lock_guard lock(counts_mutex);
-        histogram.fold(counts);
-    });
-}
-
-// ---------------------------------------------------------------- second pass
 
 // A tile before it is put together. Sizes: every value kept, and every value escaped.
 struct TileScratch {
@@ -188,7 +106,7 @@ private:
         uint8_t* symbols = scratch_.symbols;
         for (int64_t b = 0; b < range.blocks; ++b) {
             if (codes[b] == 0) continue;
-            const WholeBlock block(x_, range.first_block + b);
+            const SplitWholeBlock block(x_, range.first_block + b);
             std::memcpy(symbols, block.data, kBlockValues);
             symbols += kBlockValues;
         }
@@ -206,7 +124,7 @@ private:
         split_blocks(x_.at(range.start), last, codes, cursor);
         const uint8_t* last_symbols = cursor.symbols;
         const uint8_t* const carried_begin = cursor.planes[0];
-        const WholeBlock block(x_, range.first_block + last);
+        const SplitWholeBlock block(x_, range.first_block + last);
         split_blocks(block.data, 1, codes + last, cursor);
         const uint8_t* carried = carried_begin;
         for (int i = 0; i < kBlockValues; ++i) {
@@ -228,9 +146,9 @@ private:
 
     void split_blocks(const void* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor) const {
         if (x_.dtype == EDL_FLOAT32)
-            kernels_.split_32(as_32(values), num_blocks, codes, cursor);
+            kernels_.split_32(static_cast<const uint32_t*>(values), num_blocks, codes, cursor);
         else
-            kernels_.split_16(as_16(values), num_blocks, codes, cursor);
+            kernels_.split_16(static_cast<const uint16_t*>(values), num_blocks, codes, cursor);
     }
 
     // Returns the plane's mode.
@@ -326,7 +244,7 @@ public:
         if (table_place > capacity_) throw CodecError{EDL_CAPACITY};
         uint8_t* codes = body_ + kCodesPlace;
         std::memset(codes + num_blocks_, 0, static_cast<size_t>(padded(num_blocks_) - num_blocks_));
-        measure_tensor(kernels_, x_, codes, counts_);
+        split_measure(kernels_, x_, codes, counts_);
 
         int64_t table_bytes = 0, body_bytes = 0;
         uint64_t num_symbols = 0;
