@@ -65,8 +65,7 @@ class Codec(Protocol):
     """A pure, deterministic map from a contiguous tensor to bytes and back. No state, no ranks.
 
     Tensors are contiguous, of any shape, float32, bfloat16, float16, float8_e4m3fn or float8_e5m2, with numel < 2**31;
-    anything else raises `UnsupportedTensor`, as the float8 types do in "lossless". Packets are contiguous 1-D uint8
-    tensors on the tensor's device.
+    anything else raises `UnsupportedTensor`. Packets are contiguous 1-D uint8 tensors on the tensor's device.
     """
 
     @property

@@ -220,7 +220,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="too small"):
         native.split_encode(x.data_ptr(), 5000, 0, room.data_ptr(), 100)
     with pytest.raises(ValueError, match="argument"):
-        native.split_encode(x.data_ptr(), 5000, 3, room.data_ptr(), 30_000)
+        native.split_encode(x.data_ptr(), 5000, 5, room.data_ptr(), 30_000)
     with pytest.raises(ValueError, match="argument"):
         native.split_max_bytes(2**31, 0)
     with pytest.raises(ValueError, match="argument"):
@@ -311,7 +311,7 @@ def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
         objects.append(tmp_path / f"{source.stem}.o")
         run(compiler(), *sanitize, *extra, "-c", source, "-o", objects[-1])
     program = tmp_path / "fuzz"
-    run(compiler(), *sanitize, *objects, "-o", program)
+    run(compiler(), *sanitize, "-pthread", *objects, "-o", program)
     outcomes = {run(program, isa, "200", "7") for isa in ISAS}
     assert len(outcomes) == 1 and outcomes.pop().startswith("ok refused ")
 

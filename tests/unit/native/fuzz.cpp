@@ -40,21 +40,32 @@ int64_t random_numel() {
     return 1 + below(limits[below(6)]);
 }
 
-// Gradient-like values, arbitrary bits, constants, zeros with spikes, low bits missing.
+// Gradient-like values, arbitrary bits, constants, zeros with spikes, low bits missing; blocks that are zeros, far spread
+// or without their low bits among others.
 std::vector<uint8_t> random_tensor(int64_t numel, int dtype) {
     std::vector<uint8_t> bytes(static_cast<size_t>(numel * item_bytes(dtype)));
-    const int64_t kind = below(5);
+    const int64_t kind = below(6);
     std::normal_distribution<float> normal;
     float scale = 1;
+    int64_t block_kind = 0;
     for (int64_t i = 0; i < numel; ++i) {
-        if (i % 256 == 0) scale = std::exp(3 * normal(random_bits));
+        if (i % 256 == 0) {
+            scale = std::exp(3 * normal(random_bits));
+            block_kind = below(8);
+        }
         uint32_t bits = static_cast<uint32_t>(random_bits());
         float value = normal(random_bits) * scale;
         if (kind == 2) value = 1.5f;
         if (kind == 3) value = below(50) == 0 ? value * 1e6f : 0.0f;
         if (kind != 1) std::memcpy(&bits, &value, sizeof bits);
         if (kind == 4) bits &= below(2) == 0 ? 0xffff0000u : 0xffffff00u;
-        bits >>= 32 - 8 * item_bytes(dtype);
+        if (kind == 5) {
+            if (block_kind == 0) bits = 0;
+            if (block_kind == 1 && below(20) == 0) bits = static_cast<uint32_t>(random_bits());
+            if (block_kind == 2 && below(3) == 0) bits = 0;
+            if (block_kind > 3) bits &= block_kind == 4 ? 0xffffff00u : 0xffff0000u;
+        }
+        bits >>= 8 * (4 - item_bytes(dtype));
         std::memcpy(bytes.data() + i * item_bytes(dtype), &bits, static_cast<size_t>(item_bytes(dtype)));
     }
     return bytes;
@@ -183,6 +194,7 @@ Codec cast_codec(const Input& in) {
 void round_trip(const float* steps, Outcomes& outcomes) {
     Codec (*const makers[])(const Input&) = {split_codec, block_codec, blockwise_codec, topk_codec, cast_codec};
     const int dtype = static_cast<int>(below(5));
+    if (edl_set_num_threads(1 + below(3)) != 0) fail("a number of threads was refused");
     const int64_t numel = random_numel();
     const std::vector<uint8_t> tensor = random_tensor(numel, dtype);
     const std::vector<int64_t> segments = random_segments(numel);

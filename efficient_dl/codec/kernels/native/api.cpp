@@ -47,8 +47,6 @@ constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
 
 bool is_dtype(int dtype) { return dtype >= EDL_FLOAT32 && dtype <= EDL_FLOAT8_E5M2; }
 
-bool is_split_dtype(int dtype) { return dtype == EDL_FLOAT32 || dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16; }
-
 void check_tensor(const void* data, int64_t numel, int dtype) {
     require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype) && (data != nullptr || numel == 0));
 }
@@ -140,7 +138,7 @@ int64_t edl_set_num_threads(int64_t count) {
 
 int64_t edl_split_max_bytes(int64_t numel, int dtype) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && is_split_dtype(dtype));
+        require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype));
         return numel == 0 ? 0 : edl::split_max_bytes(numel, dtype);
     });
 }
@@ -164,7 +162,6 @@ int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body,
                          edl_stats* stats) {
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
-        require(is_split_dtype(dtype));
         check_body(body, capacity);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
@@ -194,7 +191,6 @@ int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int dtype, int
                          int accumulate) {
     return guarded([&]() -> int64_t {
         const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
-        require(is_split_dtype(dtype));
         check_body(body, body_bytes);
         if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);

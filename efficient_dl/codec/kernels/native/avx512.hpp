@@ -19,14 +19,17 @@ int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t ro
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
                     uint8_t* symbols);
 
-void symbols_16(const uint16_t* values, int64_t count, uint8_t* symbols);
-void symbols_32(const uint32_t* values, int64_t count, uint8_t* symbols);
-void split_16(const uint16_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0);
-uint32_t split_32(const uint32_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0, uint8_t* plane1,
-                  uint8_t* plane2);
-void merge_16(const uint8_t* symbols, const uint8_t* plane0, int64_t count, uint16_t* values);
-void merge_32(const uint8_t* symbols, const uint8_t* plane0, const uint8_t* plane1, const uint8_t* plane2,
-              int64_t count, uint32_t* values);
+ExponentSum sum_exponents_16(const uint16_t* block);
+ExponentSum sum_exponents_32(const uint32_t* block);
+void measure_16(const uint16_t* values, int64_t num_blocks, uint32_t tensor_mean, uint8_t* codes,
+                Histogram& histogram);
+void measure_32(const uint32_t* values, int64_t num_blocks, uint32_t tensor_mean, uint8_t* codes,
+                Histogram& histogram);
+void split_16(const uint16_t* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor);
+void split_32(const uint32_t* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor);
+int64_t count_kept(const uint8_t* symbols, int64_t num_blocks, uint16_t* kept);
+void merge_16(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint16_t* values);
+void merge_32(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint32_t* values);
 
 void load(const void* values, int dtype, int64_t count, float* floats);
 void store(const float* values, int dtype, int64_t count, void* out, bool accumulate);

@@ -21,7 +21,7 @@ class NativeSplit:
         self.name = f"native-{self._library.isa}"
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
-        """All tiles stored, and a table."""
+        """All tiles stored."""
         return self._library.split_max_bytes(numel, DTYPE_CODES[dtype])
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:

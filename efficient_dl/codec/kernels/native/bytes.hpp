@@ -58,6 +58,7 @@ public:
 
     int64_t written() const { return position_ - begin_; }
     uint8_t* position() const { return position_; }
+    int64_t room() const { return end_ - position_; }
 
     // Room for num_bytes bytes that the caller fills.
     uint8_t* reserve(int64_t num_bytes) {

@@ -8,9 +8,8 @@
 
 namespace edl {
 
-inline int item_bytes(int dtype) {
-    return dtype == EDL_FLOAT32 ? 4 : dtype == EDL_BFLOAT16 || dtype == EDL_FLOAT16 ? 2 : 1;
-}
+inline bool is_float8(int dtype) { return dtype == EDL_FLOAT8_E4M3FN || dtype == EDL_FLOAT8_E5M2; }
+inline int item_bytes(int dtype) { return dtype == EDL_FLOAT32 ? 4 : is_float8(dtype) ? 1 : 2; }
 
 // Values passed by pointer and dtype; the pointer is aligned to the dtype.
 struct ConstValues {

@@ -28,8 +28,8 @@ enum edl_dtype {
     EDL_FLOAT32 = 0,
     EDL_BFLOAT16 = 1,
     EDL_FLOAT16 = 2,
-    EDL_FLOAT8_E4M3FN = 3, /* the block quantizer only */
-    EDL_FLOAT8_E5M2 = 4    /* the block quantizer only */
+    EDL_FLOAT8_E4M3FN = 3,
+    EDL_FLOAT8_E5M2 = 4
 };
 
 /* The blockwise baselines, by their codes in the packet's header. */
@@ -60,9 +60,9 @@ enum edl_error {
 
 /* What an encode call measured. Bits are totals over the tensor. */
 typedef struct {
-    double order0_bits;  /* empirical entropy of the quantized values (block) or of exponents + raw bits (split) */
+    double order0_bits;  /* empirical entropy of the quantized values (block) or of symbols + raw bits (split) */
     double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
-    double scale_bits;   /* block codes: 8 bits a block; 0 for split */
+    double scale_bits;   /* blocks' codes: 8 bits a block */
     int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
     int64_t escapes;
     int64_t empty_blocks;

@@ -12,6 +12,7 @@ namespace edl {
 
 struct EncodeTable;
 struct DecodeTable;
+class Histogram;
 
 inline constexpr int kBlockValues = 256;
 
@@ -21,8 +22,25 @@ struct BlockMeasure {
     float sum_of_squares;  // of x * 2^(127 - E); only if 0 < E < 253, with E = max_bits >> 23
 };
 
-// Blocks are passed as 256 floats, zeros behind the end of a short one. Rows are 128 symbols. Escape masks have a
-// bit per symbol, in order.
+// Over a block's values that are not zeros.
+struct ExponentSum {
+    uint32_t total;
+    uint32_t count;
+};
+
+// Where the fields of a tile's blocks go. What is written advances the pointers; kFieldSlack bytes behind them may be
+// overwritten as well, except behind `escapes` and `sent_planes`.
+struct FieldCursor {
+    uint8_t* symbols;
+    uint8_t* planes[3];    // planes 1 and 2, of 32-bit values only: nothing of blocks that have only zero bytes there
+    uint8_t* sent_planes;  // 32-bit values only: a byte a block, bit k set if plane k has bytes of it
+    uint8_t* escapes;
+};
+
+inline constexpr int kFieldSlack = 64;
+
+// The quantizer's blocks are passed as 256 floats, zeros behind the end of a short one. Rows are 128 symbols. Escape
+// masks have a bit per symbol, in order.
 struct Kernels {
     const char* name;
 
@@ -35,17 +53,23 @@ struct Kernels {
     int64_t (*decode_rows)(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
                            uint32_t* states, uint8_t* symbols);
 
-    // The exact codec's fields of 16-bit and 32-bit values.
-    void (*symbols_16)(const uint16_t* values, int64_t count, uint8_t* symbols);
-    void (*symbols_32)(const uint32_t* values, int64_t count, uint8_t* symbols);
-    void (*split_16)(const uint16_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0);
-    // Returns the OR of all values, which shows the planes that are all zero.
-    uint32_t (*split_32)(const uint32_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0,
-                         uint8_t* plane1, uint8_t* plane2);
-    void (*merge_16)(const uint8_t* symbols, const uint8_t* plane0, int64_t count, uint16_t* values);
-    // plane1, plane2: NULL for zeros.
-    void (*merge_32)(const uint8_t* symbols, const uint8_t* plane0, const uint8_t* plane1, const uint8_t* plane2,
-                     int64_t count, uint32_t* values);
+    // The exact codec (docs/format.md, codec 1), on blocks of 256 values of 16 or 32 bits.
+    ExponentSum (*sum_exponents_16)(const uint16_t* block);
+    ExponentSum (*sum_exponents_32)(const uint32_t* block);
+    // Writes the blocks' codes and counts the symbols of those with rows.
+    void (*measure_16)(const uint16_t* values, int64_t num_blocks, uint32_t tensor_mean, uint8_t* codes,
+                       Histogram& histogram);
+    void (*measure_32)(const uint32_t* values, int64_t num_blocks, uint32_t tensor_mean, uint8_t* codes,
+                       Histogram& histogram);
+    // Writes the fields of the blocks with rows.
+    void (*split_16)(const uint16_t* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor);
+    void (*split_32)(const uint32_t* values, int64_t num_blocks, const uint8_t* codes, FieldCursor& cursor);
+    // For each of num_blocks blocks, how many of its symbols are neither zeros nor escapes. Returns all their escapes.
+    int64_t (*count_kept)(const uint8_t* symbols, int64_t num_blocks, uint16_t* kept);
+    // One block. planes[k] holds the `kept` bytes of plane k and is not read behind them; NULL for zeros. Escaped
+    // values are left at 0.
+    void (*merge_16)(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint16_t* values);
+    void (*merge_32)(const uint8_t* symbols, uint8_t code, int kept, const uint8_t* const* planes, uint32_t* values);
 
     // Between a tensor's dtype (edl_dtype) and float32. store: out = values, or out + values, rounded to dtype.
     void (*load)(const void* values, int dtype, int64_t count, float* floats);

@@ -5,6 +5,7 @@
 
 #include "float8.hpp"
 #include "kernels.hpp"
+#include "portable.hpp"
 #include "symbols.hpp"
 #include "tables.hpp"
 
@@ -68,56 +69,6 @@ int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_
         tail_position = decode_row(table, tail_position, states, symbols + row * kLanes);
     const int64_t used = (position - words + (tail_position - tail)) / 2;
     return used <= num_words ? used : -1;
-}
-
-// ---------------------------------------------------------------- exact codec
-
-inline uint8_t symbol_of(uint32_t v) { return static_cast<uint8_t>(v >> 7); }
-inline uint8_t plane_of(uint32_t v) { return static_cast<uint8_t>(((v >> 8) & 0x80) | (v & 0x7f)); }
-inline uint32_t merged(uint32_t symbol, uint32_t plane0) {
-    return (plane0 & 0x80) << 8 | symbol << 7 | (plane0 & 0x7f);
-}
-
-void symbols_16(const uint16_t* values, int64_t count, uint8_t* symbols) {
-    for (int64_t i = 0; i < count; ++i) symbols[i] = symbol_of(values[i]);
-}
-
-void symbols_32(const uint32_t* values, int64_t count, uint8_t* symbols) {
-    for (int64_t i = 0; i < count; ++i) symbols[i] = symbol_of(values[i] >> 16);
-}
-
-void split_16(const uint16_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0) {
-    for (int64_t i = 0; i < count; ++i) {
-        symbols[i] = symbol_of(values[i]);
-        plane0[i] = plane_of(values[i]);
-    }
-}
-
-uint32_t split_32(const uint32_t* values, int64_t count, uint8_t* symbols, uint8_t* plane0, uint8_t* plane1,
-                  uint8_t* plane2) {
-    uint32_t any = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const uint32_t v = values[i];
-        any |= v;
-        symbols[i] = symbol_of(v >> 16);
-        plane0[i] = plane_of(v >> 16);
-        plane1[i] = static_cast<uint8_t>(v >> 8);
-        plane2[i] = static_cast<uint8_t>(v);
-    }
-    return any;
-}
-
-void merge_16(const uint8_t* symbols, const uint8_t* plane0, int64_t count, uint16_t* values) {
-    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<uint16_t>(merged(symbols[i], plane0[i]));
-}
-
-void merge_32(const uint8_t* symbols, const uint8_t* plane0, const uint8_t* plane1, const uint8_t* plane2,
-              int64_t count, uint32_t* values) {
-    for (int64_t i = 0; i < count; ++i) values[i] = merged(symbols[i], plane0[i]) << 16;
-    if (plane1 != nullptr)
-        for (int64_t i = 0; i < count; ++i) values[i] |= static_cast<uint32_t>(plane1[i]) << 8;
-    if (plane2 != nullptr)
-        for (int64_t i = 0; i < count; ++i) values[i] |= plane2[i];
 }
 
 // ---------------------------------------------------------------- dtypes
@@ -348,9 +299,25 @@ bool dequantize_bytes(const uint8_t* rows, float step, float* out, bool accumula
 
 const Kernels& portable_kernels() {
     static const Kernels kernels = {
-        "portable", encode_rows, decode_rows, symbols_16, symbols_32,     split_16,
-        split_32,   merge_16,    merge_32,    load,       store,          measure,
-        quantize_pairs, quantize_bytes, dequantize_pairs, dequantize_bytes,
+        "portable",
+        encode_rows,
+        decode_rows,
+        portable::sum_exponents_16,
+        portable::sum_exponents_32,
+        portable::measure_16,
+        portable::measure_32,
+        portable::split_16,
+        portable::split_32,
+        portable::count_kept,
+        portable::merge_16,
+        portable::merge_32,
+        load,
+        store,
+        measure,
+        quantize_pairs,
+        quantize_bytes,
+        dequantize_pairs,
+        dequantize_bytes,
     };
     return kernels;
 }

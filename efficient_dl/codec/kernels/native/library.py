@@ -60,9 +60,8 @@ class NativeLibrary:
     """The library's functions for one instruction set: "auto" (the best), "avx512", "avx2" or "portable".
 
     Addresses are of contiguous memory (`tensor.data_ptr()`), dtypes the packet's codes (0 float32, 1 bfloat16,
-    2 float16; for the block quantizer also 3 float8_e4m3fn, 4 float8_e5m2). Calls release the GIL and may run in any
-    number of threads. Encoders return the bytes of the body. Decoders raise `CorruptPacket` with the reason; the
-    output's content is then undefined.
+    2 float16, 3 float8_e4m3fn, 4 float8_e5m2). Calls release the GIL and may run in any number of threads.
+    Encoders return the bytes of the body. Decoders raise `CorruptPacket` with the reason; the output is then undefined.
     """
 
     def __init__(self, library: ctypes.CDLL, isa: str = "auto") -> None:
@@ -441,6 +440,10 @@ def _open(path: Path) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = arguments
         function.restype = ctypes.c_int64
+    library.edl_num_threads.argtypes = []
+    library.edl_num_threads.restype = int64
+    library.edl_set_num_threads.argtypes = [int64]
+    library.edl_set_num_threads.restype = int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
     library.edl_isa.argtypes = []

@@ -292,9 +292,10 @@ bool dequantize_bytes(const uint8_t* rows, float step, float* out, bool accumula
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    "avx512",       encode_rows,    decode_rows,      symbols_16,       symbols_32, split_16, split_32, merge_16,
-    merge_32,       load,           store,            measure,          quantize_pairs,       quantize_bytes,
-    dequantize_pairs, dequantize_bytes,
+    "avx512",         encode_rows,      decode_rows,      sum_exponents_16, sum_exponents_32,
+    measure_16,       measure_32,       split_16,         split_32,         count_kept,
+    merge_16,         merge_32,         load,             store,            measure,
+    quantize_pairs,   quantize_bytes,   dequantize_pairs, dequantize_bytes,
 };
 
 }  // namespace edl::avx512

@@ -21,6 +21,8 @@ void Histogram::add(const uint8_t* symbols, int64_t num_symbols) {
     for (; i < num_symbols; ++i) ++counts_[0][symbols[i]];
 }
 
+void Histogram::add_count(int symbol, uint32_t count) { counts_[0][symbol] += count; }
+
 void Histogram::fold(uint64_t* totals) {
     for (int copy = 0; copy < kCopies; ++copy)
         for (int s = 0; s < kMaxAlphabet; ++s) totals[s] += counts_[copy][s];

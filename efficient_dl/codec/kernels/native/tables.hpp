@@ -24,6 +24,7 @@ public:
     void clear();
     // num_symbols is a multiple of 8 in the hot path; any number works. Fewer than 2^32 symbols between folds.
     void add(const uint8_t* symbols, int64_t num_symbols);
+    void add_count(int symbol, uint32_t count);
     // Adds everything counted since the last fold to totals[256].
     void fold(uint64_t* totals);
 

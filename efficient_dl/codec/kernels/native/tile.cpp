@@ -8,6 +8,18 @@ namespace {
 
 constexpr uint32_t kLowestState = 1u << 16;
 
+// The raw bits that the lanes' first states, which decoding ends with, carried.
+void take_carry(const uint32_t* states, uint8_t* carry_low, uint8_t* carry_high) {
+    uint32_t out_of_range = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const uint32_t carry = states[lane] - kLowestState;
+        out_of_range |= carry >> 16;
+        carry_low[lane] = static_cast<uint8_t>(carry);
+        carry_high[lane] = static_cast<uint8_t>(carry >> 8);
+    }
+    if (out_of_range != 0) throw CodecError{EDL_BAD_STREAM};
+}
+
 }  // namespace
 
 TileEncoder::TileEncoder(const Kernels& kernels, const FrequencyTable& table, uint16_t* words, int64_t max_rows)
@@ -39,14 +51,16 @@ void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t
     if (used < 0 || used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};
     if (used != num_words && (words[2 * used] | words[2 * used + 1]) != 0) throw CodecError{EDL_BAD_PADDING};
 
-    uint32_t out_of_range = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const uint32_t carry = states[lane] - kLowestState;
-        out_of_range |= carry >> 16;
-        carry_low[lane] = static_cast<uint8_t>(carry);
-        carry_high[lane] = static_cast<uint8_t>(carry >> 8);
-    }
-    if (out_of_range != 0) throw CodecError{EDL_BAD_STREAM};
+    take_carry(states, carry_low, carry_high);
+}
+
+void decode_words(const Kernels& kernels, const DecodeTable& table, const uint8_t* states, const uint8_t* words,
+                  int64_t num_words, int64_t rows, uint8_t* symbols, uint8_t* carry) {
+    uint32_t aligned[kLanes];
+    std::memcpy(aligned, states, sizeof aligned);
+    if (kernels.decode_rows(table, words, num_words, rows, aligned, symbols) != num_words)
+        throw CodecError{EDL_BAD_STREAM};
+    take_carry(aligned, carry, carry + kLanes);
 }
 
 }  // namespace edl

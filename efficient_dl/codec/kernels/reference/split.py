@@ -1,4 +1,4 @@
-"""The exact codec in torch: distances of exponents entropy-coded, the other bits as they are (docs/format.md, codec 1)."""
+"""The exact codec in torch: distances of exponents entropy-coded, the other bits raw (docs/format.md, codec 1)."""
 
 from __future__ import annotations
 

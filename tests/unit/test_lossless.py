@@ -1,0 +1,352 @@
+"""The exact codec at its edges: zeros, escapes, planes by block, stored tiles, threads, refused packets."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import PacketStats, make_codec
+from efficient_dl.codec.kernels.native.library import num_threads, set_num_threads
+from efficient_dl.codec.kernels.reference import exponents, split, tables
+from efficient_dl.errors import CorruptPacket
+
+KERNELS = ("reference", "portable", "native")
+HEADER_BYTES = 32
+TILE_VALUES = 32_768
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, *FLOAT8)
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def normal(numel: int, seed: int = 0) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.to(INTEGERS[dtype.itemsize]).view(dtype)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
+
+
+def encoded(x: Tensor, kernel: str = "native", stats: PacketStats | None = None) -> Tensor:
+    return make_codec("lossless", kernel=kernel, checksum=False).encode(x, stats=stats)
+
+
+def decoded(packet: Tensor, like: Tensor, kernel: str = "native") -> Tensor:
+    out = torch.full((like.numel(),), 7.0).to(like.dtype)
+    make_codec("lossless", kernel=kernel, checksum=False).decode(packet, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Entry:
+    offset: int  # of its three integers in the packet
+    tile_bytes: int
+    num_words: int
+    info: int
+    tile_offset: int
+
+    @property
+    def coded(self) -> bool:
+        return self.info & 1 == 1
+
+    @property
+    def modes(self) -> tuple[int, int]:
+        return self.info >> 8 & 3, self.info >> 10 & 3
+
+    @property
+    def escapes(self) -> int:
+        return self.info >> 12
+
+
+@dataclass(frozen=True)
+class Parsed:
+    codes: Tensor
+    table: Tensor
+    entries: list[Entry]
+
+
+def parsed(packet: Tensor) -> Parsed:
+    """Reads a packet as docs/format.md says, without the codec's own parser."""
+    raw = packet.numpy().tobytes()
+    numel = struct.unpack_from("<I", raw, 8)[0]
+    num_tiles, table_bytes = struct.unpack_from("<2I", raw, HEADER_BYTES)
+    num_blocks = -(-numel // 256)
+    table_at = HEADER_BYTES + 8 + -(-num_blocks // 4) * 4
+    directory_at = table_at + table_bytes
+    tile_at = directory_at + 12 * num_tiles
+    entries: list[Entry] = []
+    for t in range(num_tiles):
+        fields = struct.unpack_from("<3I", raw, directory_at + 12 * t)
+        entries.append(Entry(directory_at + 12 * t, *fields, tile_at))
+        tile_at += fields[0]
+    assert tile_at == len(raw)
+    return Parsed(packet[HEADER_BYTES + 8 :][:num_blocks], packet[table_at:directory_at], entries)
+
+
+def spread_blocks() -> Tensor:
+    """Blocks of one scale with a few values 2^±100 away: escapes."""
+    x = normal(70_000)
+    x[::97] = torch.ldexp(x[::97], torch.where(torch.arange(x[::97].numel()) % 2 == 0, 100.0, -110.0))
+    return x
+
+
+def low_bits_in_few_blocks() -> Tensor:
+    x = normal(50_000).bfloat16().float()
+    bits = x.view(torch.int32)
+    bits[1000] |= 1  # plane 2 only
+    bits[5000] |= 0x100  # plane 1 only
+    bits[40_000:41_000] |= 0x4321
+    return x
+
+
+def with_empty_blocks(dtype: torch.dtype) -> Tensor:
+    x = normal(3 * TILE_VALUES + 300)
+    x[:700] = 0
+    x[TILE_VALUES : 2 * TILE_VALUES] = 0  # a tile without rows
+    x[-300:-44] = 0
+    return x.to(dtype)
+
+
+def edge_tensors() -> Iterator[tuple[str, Tensor]]:
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        width = 8 * dtype.itemsize
+        yield f"zeros {name}", torch.zeros(40_000).to(dtype)
+        yield f"one value {name}", torch.full((33_000,), -1.5).to(dtype)
+        yield f"minus zero {name}", torch.full((33_000,), -0.0).to(dtype)
+        yield f"some zeros {name}", (normal(70_000) * (normal(70_000, 1) > 0)).to(dtype)
+        yield f"empty blocks and tiles {name}", with_empty_blocks(dtype)
+        yield f"denormals {name}", from_bits(torch.arange(40_000) % 100, dtype)
+        yield f"all top bits {name}", from_bits(torch.arange(70_000) << max(0, width - 16), dtype)
+        tail = normal(TILE_VALUES + 1).to(dtype)
+        tail[:-1] = 0
+        yield f"one value behind a tile {name}", tail
+    yield "escapes float32", spread_blocks()
+    yield "escapes bfloat16", spread_blocks().bfloat16()
+    yield "escapes only", from_bits(torch.arange(1000) % 2 * 0x7F80 + 1, torch.bfloat16).repeat(60)
+    yield "low bits in few blocks", low_bits_in_few_blocks()
+    yield (
+        "low bits beside escapes",
+        torch.where(normal(50_000, 3) > 2, spread_blocks()[:50_000], low_bits_in_few_blocks()),
+    )
+    nans = from_bits(
+        torch.randint(0x7F80, 0x8000, (20_000,), generator=torch.Generator().manual_seed(1)), torch.bfloat16
+    )
+    yield "NaN payloads and infinities", torch.cat([nans, normal(20_000).bfloat16()])
+
+
+EDGES = [pytest.param(x, id=name) for name, x in edge_tensors()]
+
+
+@pytest.mark.parametrize("x", EDGES)
+def test_edges_survive_in_every_kernel_with_the_same_bytes(x: Tensor) -> None:
+    expected = encoded(x, "reference")
+    assert expected.numel() <= make_codec("lossless").max_bytes(x.numel(), x.dtype)
+    parsed(expected)
+    for kernel in KERNELS:
+        assert torch.equal(encoded(x, kernel), expected), kernel
+        assert torch.equal(bytes_of(decoded(expected, x, kernel)), bytes_of(x)), kernel
+
+
+@pytest.mark.parametrize("x", EDGES)
+def test_stats_are_an_ideal_coders(x: Tensor) -> None:
+    """model_bits, from the packet's own table and the symbols' definition."""
+    stats = PacketStats()
+    packet = encoded(x, stats=stats)
+    content, fields = parsed(packet), exponents.split(x)
+    frequency = tables.parse(content.table, 256) if content.table.numel() else None
+    bits = 0.0
+    for t, entry in enumerate(content.entries):
+        blocks = slice(128 * t, 128 * (t + 1))
+        present = fields.codes[blocks] > 0
+        if not entry.coded:
+            bits += 8 * entry.tile_bytes
+            continue
+        assert frequency is not None
+        symbols = fields.symbols[blocks][present].view(-1, 128)
+        coded = symbols[:-2] if x.dtype in FLOAT8 else symbols
+        bits += float((12 - frequency[coded].double().log2()).sum()) + 8 * (symbols.numel() - coded.numel())
+        bits += 8 * x.dtype.itemsize * int(fields.escaped[blocks].sum())
+        if x.dtype in FLOAT8:
+            continue
+        kept = fields.kept[blocks][present]
+        bits += 8 * int(kept.sum())
+        for mode, plane in zip(entry.modes, fields.planes[1:], strict=False):
+            sent = (torch.where(kept, plane[blocks][present], 0) != 0).any(1)
+            assert mode == (0 if not sent.any() else 1 if sent.all() else 2)
+            bits += 8 * int(kept[sent].sum()) + (8 * -(-sent.numel() // 8) if mode == 2 else 0)
+    assert stats.model_bits == pytest.approx(bits, rel=1e-9)
+    assert stats.scale_bits == 8 * content.codes.numel()
+    assert stats.empty_blocks == int((content.codes == 0).sum())
+    assert stats.escapes == sum(entry.escapes for entry in content.entries)
+    assert stats.header_bits == 8 * (HEADER_BYTES + 8 + content.table.numel() + 12 * len(content.entries))
+
+
+def test_the_edges_are_what_they_say() -> None:
+    entries = parsed(encoded(low_bits_in_few_blocks())).entries
+    assert [entry.modes for entry in entries] == [(2, 2), (2, 2)]
+    entries = parsed(encoded(spread_blocks())).entries
+    assert all(entry.coded and entry.escapes > 100 for entry in entries[:2])
+    content = parsed(encoded(with_empty_blocks(torch.bfloat16)))
+    assert content.entries[1].tile_bytes == content.entries[1].info == 0
+    assert (content.codes[:2] == 0).all() and content.codes[2] > 0
+    assert not parsed(encoded(from_bits(torch.randperm(65_536) & 0xFFFF, torch.bfloat16))).table.numel()
+
+
+def test_zeros_cost_their_codes() -> None:
+    for dtype in DTYPES:
+        assert encoded(torch.zeros(10 * TILE_VALUES).to(dtype)).numel() == HEADER_BYTES + 8 + 1280 + 10 * 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kibibyte_grows_by_no_more_than_64_bytes(dtype: torch.dtype) -> None:
+    numel = 1024 // dtype.itemsize
+    for seed in range(20):
+        # From one symbol to all: somewhere between, coding saves less than its table.
+        spread = torch.randint(
+            0, 1 << seed * 8 * dtype.itemsize // 19, (numel,), generator=torch.Generator().manual_seed(seed)
+        )
+        assert encoded(from_bits(spread, dtype)).numel() <= 1024 + 64
+
+
+def test_a_table_is_sent_only_where_it_pays() -> None:
+    sizes: list[int] = []
+    for numel in range(256, 8192, 256):
+        x = (normal(numel) * torch.exp2(8 * normal(numel, 1))).bfloat16()
+        packet = encoded(x)
+        content = parsed(packet)
+        stored = HEADER_BYTES + 8 + -(-content.codes.numel() // 4) * 4 + 12 + 2 * numel
+        assert packet.numel() < stored if content.table.numel() else packet.numel() == stored
+        sizes.append(content.table.numel())
+    assert sizes[0] == 0 and sizes[-1] > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_byte(dtype: torch.dtype) -> None:
+    x = torch.cat([normal(20 * TILE_VALUES), torch.zeros(3 * TILE_VALUES), normal(700_001, 2) * 1e-3]).to(
+        dtype
+    )
+    before = num_threads()
+    try:
+        set_num_threads(1)
+        expected = encoded(x)
+        for count in (1, 2, 3, 8):
+            set_num_threads(count)
+            for _ in range(3):
+                assert torch.equal(encoded(x), expected), count
+                assert torch.equal(bytes_of(decoded(expected, x)), bytes_of(x)), count
+    finally:
+        set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_sums_are_torchs(dtype: torch.dtype) -> None:
+    """Every 8-bit value plus every 8-bit value, rounded as torch rounds, or in float32."""
+    every = torch.arange(256).to(torch.uint8).view(dtype)
+    x, start = every.repeat(256), every.repeat_interleave(256)
+    packet = encoded(x)
+    expected = (start.float() + x.float()).to(dtype)
+    for kernel in KERNELS:
+        codec = make_codec("lossless", kernel=kernel, checksum=False)
+        total, wide = start.clone(), torch.zeros(x.numel())
+        codec.decode(packet, total, accumulate=True)
+        codec.decode(packet, wide)
+        is_nan = expected.float().isnan()
+        assert torch.equal(total.float().isnan(), is_nan)
+        assert torch.equal(bytes_of(total)[~is_nan], bytes_of(expected)[~is_nan])
+        assert torch.equal(wide.isnan(), x.float().isnan())
+        assert torch.equal(
+            wide.nan_to_num(9e9).view(torch.int32), x.float().nan_to_num(9e9).view(torch.int32)
+        )
+
+
+def patch(packet: Tensor, offset: int, value: int) -> Tensor:
+    damaged = packet.clone()
+    damaged[offset : offset + 4] = torch.frombuffer(bytearray(struct.pack("<I", value)), dtype=torch.uint8)
+    return damaged
+
+
+Damage = Callable[[Tensor, Parsed], Tensor]
+DAMAGES: dict[str, Damage] = {
+    "more words than symbols": lambda p, c: patch(p, c.entries[0].offset + 4, 128 * 256 + 1),
+    "a word less": lambda p, c: patch(p, c.entries[0].offset + 4, c.entries[0].num_words - 1),
+    "two words more": lambda p, c: patch(p, c.entries[0].offset + 4, c.entries[0].num_words + 2),
+    "an escape too many": lambda p, c: patch(p, c.entries[0].offset + 8, c.entries[0].info + (1 << 12)),
+    "an unknown bit": lambda p, c: patch(p, c.entries[0].offset + 8, c.entries[0].info | 2),
+    "mode 3": lambda p, c: patch(p, c.entries[0].offset + 8, c.entries[0].info | 0x300),
+    "a coded tile called stored": lambda p, c: patch(p, c.entries[0].offset + 8, 0),
+    "another number of tiles": lambda p, c: patch(p, HEADER_BYTES, 3),
+    "no table": lambda p, c: patch(p, HEADER_BYTES + 4, 0),
+    "a row less": lambda p, c: patch(
+        p, HEADER_BYTES + 8, int(p[HEADER_BYTES + 9 :][:3].long() @ torch.tensor([256, 65536, 1 << 24]))
+    ),
+    "padding": lambda p, c: patch(p, len(p) - 4, struct.unpack("<I", p[-4:].numpy().tobytes())[0] | 1 << 31),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_contradictions_are_refused(damage: str, kernel: str) -> None:
+    x = normal(40_000)
+    x[-1], x[::5] = 1.5, 0
+    while encoded(x)[-1] != 0:  # until the last tile ends in padding
+        x[-1 - int((x[-200:] == 0).sum())] = 0
+    packet = encoded(x)
+    content = parsed(packet)
+    assert all(entry.coded for entry in content.entries)
+    with pytest.raises(CorruptPacket):
+        decoded(DAMAGES[damage](packet, content), x, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_behind_the_end_are_refused(dtype: torch.dtype, kernel: str) -> None:
+    x = normal(TILE_VALUES + 8000).to(dtype)
+    packet = patch(encoded(x), 8, x.numel() - 10)  # the header's numel: as many blocks, fewer values
+    assert parsed(packet).entries[-1].coded
+    with pytest.raises(CorruptPacket):
+        decoded(packet, x[:-10], kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float8_codes_are_0_or_1(kernel: str) -> None:
+    x = normal(40_000).to(torch.float8_e5m2)
+    packet = encoded(x)
+    packet[HEADER_BYTES + 8] = 2
+    with pytest.raises(CorruptPacket):
+        decoded(packet, x, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_carried_bits_of_a_zero_are_refused(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(TILE_VALUES).bfloat16()
+    x[-128] = 0
+    cut_tile = split._cut_tile
+
+    def with_a_bit_too_many(*arguments: Any) -> Any:
+        tile = cut_tile(*arguments)
+        tile.carry[0] |= 1 << 8  # row R - 1, lane 0: the zero
+        return tile
+
+    assert torch.equal(bytes_of(decoded(encoded(x, "reference"), x, kernel)), bytes_of(x))
+    monkeypatch.setattr(split, "_cut_tile", with_a_bit_too_many)
+    with pytest.raises(CorruptPacket):
+        decoded(encoded(x, "reference"), x, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_stored_tile_says_what_its_codes_do_not(kernel: str) -> None:
+    x = from_bits(torch.randperm(65_536)[:1000], torch.bfloat16)
+    packet = encoded(x)
+    assert not parsed(packet).entries[0].coded
+    packet[HEADER_BYTES + 8 : HEADER_BYTES + 12] = torch.tensor([0, 200, 0, 1], dtype=torch.uint8)
+    assert torch.equal(bytes_of(decoded(packet, x, kernel)), bytes_of(x))
