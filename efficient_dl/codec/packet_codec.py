@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats, Side
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.packet import (
-    DTYPE_CODES,
     HEADER_BYTES,
     check_side,
     check_tensor,
@@ -44,6 +44,15 @@ class BodyKernel(Protocol):
         self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
     ) -> None:
         """Decodes into out (dtype or float32), or adds to it; raises `CorruptPacket`."""
+        ...
+
+
+@runtime_checkable
+class SideBodyKernel(BodyKernel, Protocol):
+    """A body kernel that uses more of the side than its segments."""
+
+    def with_side(self, side: Side | None) -> BodyKernel:
+        """The same kernel, with what it needs of this side."""
         ...
 
 
@@ -106,7 +115,7 @@ class PacketCodec:
         needed = self.max_bytes(x.numel(), x.dtype, side)
         if out.numel() < needed:
             raise ValueError(f"out has {out.numel()} bytes, max_bytes() asks for {needed}")
-        kernel = self._kernel(x.device)
+        kernel = self._kernel(x.device, side)
         body_bytes = 0
         if x.numel():
             segments = _segments(side, x.numel())
@@ -122,11 +131,12 @@ class PacketCodec:
         body, code = read_header(packet, self._codec_id, out, side)
         if out.numel():
             segments = _segments(side, out.numel())
-            kernel = self._kernel(out.device)
+            kernel = self._kernel(out.device, side)
             kernel.decode(body, _DTYPES[code], segments, out.detach().view(-1), accumulate)
 
-    def _kernel(self, device: torch.device) -> BodyKernel:
-        return self._cpu if device.type == "cpu" else self._device
+    def _kernel(self, device: torch.device, side: Side | None = None) -> BodyKernel:
+        kernel = self._cpu if device.type == "cpu" else self._device
+        return kernel.with_side(side) if isinstance(kernel, SideBodyKernel) else kernel
 
 
 def _segments(side: Side | None, numel: int) -> tuple[int, ...]:
