@@ -30,7 +30,7 @@ class NativeSplit:
         body_bytes = self._library.split_encode(
             x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], body.data_ptr(), body.numel(), measured
         )
-        _report(measured, stats)
+        report(measured, stats)
         return body_bytes
 
     def decode(
@@ -76,7 +76,7 @@ class NativeBlock:
         )
         if measured is not None and stats is not None:
             stats.relative_step = STEPS[measured.step_index - FIRST_STEP_INDEX]
-        _report(measured, stats)
+        report(measured, stats)
         return body_bytes
 
     def decode(
@@ -95,7 +95,8 @@ class NativeBlock:
         )
 
 
-def _report(measured: NativeStats | None, stats: PacketStats | None) -> None:
+def report(measured: NativeStats | None, stats: PacketStats | None) -> None:
+    """Fills stats with what the library measured."""
     if measured is None or stats is None:
         return
     stats.order0_bits = measured.order0_bits

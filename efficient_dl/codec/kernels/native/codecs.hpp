@@ -1,4 +1,4 @@
-// The two codecs behind the C interface; they throw CodecError.
+// The codecs behind the C interface; they throw CodecError.
 #pragma once
 
 #include <cstdint>
@@ -44,5 +44,18 @@ int64_t block_max_bytes(int64_t numel, int64_t num_segments, int mode);
 int64_t block_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16,
                      const float* steps, ByteWriter& body, edl_stats* stats);
 void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
+
+int64_t grid_max_bytes(int64_t numel, int64_t num_segments);
+// step: 0 for one that fits bits_q16.
+void grid_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16, float step,
+                 ByteWriter& body, edl_stats* stats);
+void grid_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
+
+// reference: of the packet's dtype and numel.
+int64_t delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
+void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, const Segments& segments,
+                  ByteWriter& body, edl_stats* stats);
+void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Segments& segments,
+                  const Output& out);
 
 }  // namespace edl

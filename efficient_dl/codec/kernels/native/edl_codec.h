@@ -1,4 +1,4 @@
-/* The C interface of the compiled codecs: bodies of lossless and block-quantized packets (docs/format.md).
+/* The C interface of the compiled codecs: the bodies of packets (docs/format.md).
  *
  * Plain C types and pointers only, so that any Python, fuzzer or sanitizer can load it. Every function that
  * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Calls
@@ -80,6 +80,8 @@ EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 /* Capacity that is always enough for a body. mode: 0 pairs, 1 bytes, -1 whichever needs more. */
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int mode);
+EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
+EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
 
 /* Encoders return the bytes written. x: numel contiguous values. stats may be NULL. */
 EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
@@ -89,6 +91,14 @@ EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uin
 EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
                                     int64_t num_segments, int64_t bits_q16, const float* steps, uint8_t* body,
                                     int64_t capacity, edl_stats* stats);
+/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. */
+EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
+                                   int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
+                                   int64_t capacity, edl_stats* stats);
+/* reference: numel values of the same dtype. */
+EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype,
+                                    const int64_t* segments, int64_t num_segments, uint8_t* body, int64_t capacity,
+                                    edl_stats* stats);
 
 /* Decoders return 0. dtype is the packet's; out_dtype the same or EDL_FLOAT32. accumulate != 0 adds to out.
  * Any bytes are safe to pass; after an error the contents of out are unspecified. */
@@ -97,6 +107,12 @@ EDL_EXPORT int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int
 EDL_EXPORT int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
                                     const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
                                     int accumulate);
+EDL_EXPORT int64_t edl_grid_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
+                                   const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
+                                   int accumulate);
+EDL_EXPORT int64_t edl_delta_decode(const uint8_t* body, int64_t body_bytes, const void* reference, int dtype,
+                                    int64_t numel, const int64_t* segments, int64_t num_segments, void* out,
+                                    int out_dtype, int accumulate);
 
 #ifdef __cplusplus
 }

@@ -147,6 +147,115 @@ class NativeLibrary:
             )
         )
 
+    def grid_max_bytes(self, numel: int, num_segments: int) -> int:
+        """The largest body of the grid quantizer."""
+        return self._checked(int(self._library.edl_grid_max_bytes(numel, num_segments)))
+
+    def delta_max_bytes(self, numel: int, num_segments: int, dtype: int) -> int:
+        """The largest body of the exact delta."""
+        return self._checked(int(self._library.edl_delta_max_bytes(numel, num_segments, dtype)))
+
+    def grid_encode(
+        self,
+        x: int,
+        numel: int,
+        dtype: int,
+        segments: tuple[int, ...],
+        bits_q16: int,
+        step: float,
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Quantizes with one step, or to about bits_q16 / 65536 bits a value if step is 0, and encodes."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(
+                self._library.edl_grid_encode(
+                    x, numel, dtype, lengths, len(segments), bits_q16, step, body, capacity, pointer
+                )
+            )
+        )
+
+    def delta_encode(
+        self,
+        x: int,
+        reference: int,
+        numel: int,
+        dtype: int,
+        segments: tuple[int, ...],
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Encodes x exactly, given a reference of the same size and dtype."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(
+                self._library.edl_delta_encode(
+                    x, reference, numel, dtype, lengths, len(segments), body, capacity, pointer
+                )
+            )
+        )
+
+    def grid_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        dtype: int,
+        numel: int,
+        segments: tuple[int, ...],
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of the grid quantizer into out, or adds to it."""
+        self._select_isa()
+        lengths = _int64_array(segments)
+        self._checked(
+            int(
+                self._library.edl_grid_decode(
+                    body, body_bytes, dtype, numel, lengths, len(segments), out, out_dtype, int(accumulate)
+                )
+            )
+        )
+
+    def delta_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        reference: int,
+        dtype: int,
+        numel: int,
+        segments: tuple[int, ...],
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of the exact delta into out, which may be the reference, or adds to it."""
+        self._select_isa()
+        lengths = _int64_array(segments)
+        self._checked(
+            int(
+                self._library.edl_delta_decode(
+                    body,
+                    body_bytes,
+                    reference,
+                    dtype,
+                    numel,
+                    lengths,
+                    len(segments),
+                    out,
+                    out_dtype,
+                    int(accumulate),
+                )
+            )
+        )
+
     def _select_isa(self) -> None:
         # The choice is per thread, so that two codecs in one process cannot change each other's.
         self._checked(int(self._library.edl_set_isa(self._requested_isa)))
@@ -219,8 +328,8 @@ def _open(path: Path) -> ctypes.CDLL:
             where=str(path),
             fix=_BUILD,
         )
-    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    signatures: dict[str, list[type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_int]]] = {
+    pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    signatures: dict[str, list[type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_int | ctypes.c_float]]] = {
         "edl_split_max_bytes": [int64, int32],
         "edl_block_max_bytes": [int64, int64, int32],
         "edl_split_encode": [pointer, int64, int32, pointer, int64, pointer],
@@ -229,6 +338,16 @@ def _open(path: Path) -> ctypes.CDLL:
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
+        "edl_grid_max_bytes": [int64, int64],
+        "edl_delta_max_bytes": [int64, int64, int32],
+        "edl_grid_encode": [
+            pointer, int64, int32, pointer, int64, int64, float32, pointer, int64, pointer,
+        ],
+        "edl_delta_encode": [pointer, pointer, int64, int32, pointer, int64, pointer, int64, pointer],
+        "edl_grid_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
+        "edl_delta_decode": [
+            pointer, int64, pointer, int32, int64, pointer, int64, pointer, int32, int32,
+        ],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(library, name)

@@ -53,6 +53,21 @@ public:
         return true;
     }
 
+    // Leaves out `blocks` blocks, or all that are left.
+    void skip(int64_t blocks) {
+        for (;;) {
+            const int64_t here = std::min(blocks, (length_ - done_in_segment_ + kBlockValues - 1) / kBlockValues);
+            const int64_t values = std::min(here * kBlockValues, length_ - done_in_segment_);
+            done_in_segment_ += values;
+            offset_ += values;
+            index_ += here;
+            blocks -= here;
+            if (blocks == 0 || segment_ == segments_.count) return;
+            length_ = segments_.lengths[segment_++];
+            done_in_segment_ = 0;
+        }
+    }
+
 private:
     Segments segments_;
     int64_t segment_ = 0, length_ = 0, done_in_segment_ = 0;

@@ -8,6 +8,7 @@ from torch import Tensor
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.kernels.reference import contexts, split
 from efficient_dl.codec.kernels.reference.block_grid import BlockGrid
+from efficient_dl.codec.kernels.reference.context_classes import NONFINITE_CLASS
 from efficient_dl.codec.kernels.reference.wire import Reader, pad4, to_bytes
 from efficient_dl.errors import CorruptPacket
 
@@ -65,7 +66,9 @@ def decode(body: Tensor, reference: Tensor, grid: BlockGrid) -> Tensor:
             expected=f"method 0 with at most {MAX_PLANES[width]} planes, or 1",
             found=f"{head:08x}",
         )
-    q, _ = contexts.decode(reader, grid, max(width, 2), body.device)
+    q, classes = contexts.decode(reader, grid, max(width, 2), body.device)
+    if bool((classes == NONFINITE_CLASS).any()):
+        raise CorruptPacket("a block of a delta is said to be not finite")
     distance = grid.scatter(q) << (8 * planes)
     low = torch.zeros_like(distance)
     for _ in range(planes):
