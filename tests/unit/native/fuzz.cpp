@@ -91,30 +91,66 @@ struct Outcomes {
     int64_t refused = 0, decoded = 0;
 };
 
+enum Codec { kLossless, kBlock, kGrid, kDelta };
+
+// The same values, some of them moved by a little or to anywhere.
+std::vector<uint8_t> random_reference(const std::vector<uint8_t>& tensor, int dtype) {
+    std::vector<uint8_t> reference = tensor;
+    const int64_t width = item_bytes(dtype), numel = static_cast<int64_t>(tensor.size()) / width;
+    const int64_t every = 1 + below(100), highest = below(width);
+    for (int64_t i = 0; i < numel; ++i)
+        if (below(every) == 0) reference[static_cast<size_t>(i * width + below(highest + 1))] ^= static_cast<uint8_t>(below(256));
+    return reference;
+}
+
 void round_trip(const float* steps, Outcomes& outcomes) {
     const int dtype = static_cast<int>(below(3));
-    const bool exact_codec = below(2) == 0;
+    const Codec codec = static_cast<Codec>(below(4));
+    const bool exact_codec = codec == kLossless || codec == kDelta;
     const int64_t numel = random_numel();
     const std::vector<uint8_t> tensor = random_tensor(numel, dtype);
+    const std::vector<uint8_t> other = random_reference(tensor, dtype);
     const std::vector<int64_t> segments = random_segments(numel);
     const int64_t num_segments = static_cast<int64_t>(segments.size());
     const int64_t bits_q16 = 6554 + below(7 * 65536);
+    const float step = below(2) == 0 ? 0.0f : std::exp2(static_cast<float>(below(20) - 10));
     const auto x = exact(tensor.data(), static_cast<int64_t>(tensor.size()));
-    const auto encode = [&](uint8_t* body, int64_t capacity, edl_stats* stats) {
-        return exact_codec ? edl_split_encode(x.get(), numel, dtype, body, capacity, stats)
-                           : edl_block_encode(x.get(), numel, dtype, segments.data(), num_segments, bits_q16, steps,
-                                              body, capacity, stats);
+    const auto reference = exact(other.data(), static_cast<int64_t>(other.size()));
+    const auto encode = [&](uint8_t* body, int64_t capacity, edl_stats* stats) -> int64_t {
+        switch (codec) {
+            case kLossless: return edl_split_encode(x.get(), numel, dtype, body, capacity, stats);
+            case kBlock:
+                return edl_block_encode(x.get(), numel, dtype, segments.data(), num_segments, bits_q16, steps, body,
+                                        capacity, stats);
+            case kGrid:
+                return edl_grid_encode(x.get(), numel, dtype, segments.data(), num_segments, bits_q16, step, body,
+                                       capacity, stats);
+            default:
+                return edl_delta_encode(x.get(), reference.get(), numel, dtype, segments.data(), num_segments, body,
+                                        capacity, stats);
+        }
     };
-    const auto decode = [&](const std::vector<uint8_t>& body, uint8_t* out, int out_dtype, int accumulate) {
+    const auto decode = [&](const std::vector<uint8_t>& body, uint8_t* out, int out_dtype, int accumulate) -> int64_t {
         const auto bytes = exact(body.data(), static_cast<int64_t>(body.size()));
         const int64_t size = static_cast<int64_t>(body.size());
-        return exact_codec ? edl_split_decode(bytes.get(), size, dtype, numel, out, out_dtype, accumulate)
-                           : edl_block_decode(bytes.get(), size, dtype, numel, segments.data(), num_segments, out,
-                                              out_dtype, accumulate);
+        switch (codec) {
+            case kLossless: return edl_split_decode(bytes.get(), size, dtype, numel, out, out_dtype, accumulate);
+            case kBlock:
+                return edl_block_decode(bytes.get(), size, dtype, numel, segments.data(), num_segments, out, out_dtype,
+                                        accumulate);
+            case kGrid:
+                return edl_grid_decode(bytes.get(), size, dtype, numel, segments.data(), num_segments, out, out_dtype,
+                                       accumulate);
+            default:
+                return edl_delta_decode(bytes.get(), size, reference.get(), dtype, numel, segments.data(),
+                                        num_segments, out, out_dtype, accumulate);
+        }
     };
 
-    const int64_t capacity = exact_codec ? edl_split_max_bytes(numel, dtype)
-                                         : edl_block_max_bytes(numel, num_segments, bits_q16 <= 163840 ? 0 : 1);
+    const int64_t capacity = codec == kLossless ? edl_split_max_bytes(numel, dtype)
+                             : codec == kBlock  ? edl_block_max_bytes(numel, num_segments, bits_q16 <= 163840 ? 0 : 1)
+                             : codec == kGrid   ? edl_grid_max_bytes(numel, num_segments)
+                                                : edl_delta_max_bytes(numel, num_segments, dtype);
     std::vector<uint8_t> body(static_cast<size_t>(capacity));
     edl_stats stats;
     const int64_t size = encode(body.data(), capacity, &stats);

@@ -64,6 +64,14 @@ class NativeLibrary:
         self._select_isa()
         self.isa: Final = _text(library.edl_isa())
 
+    def num_threads(self) -> int:
+        """Threads that one call may use, the caller's included."""
+        return int(self._library.edl_num_threads())
+
+    def set_num_threads(self, count: int) -> None:
+        """Sets them, for the whole process; packets do not depend on it."""
+        self._checked(int(self._library.edl_set_num_threads(count)))
+
     def split_max_bytes(self, numel: int, dtype: int) -> int:
         """The largest body of the exact codec."""
         return self._checked(int(self._library.edl_split_max_bytes(numel, dtype)))
@@ -355,6 +363,10 @@ def _open(path: Path) -> ctypes.CDLL:
         function.restype = ctypes.c_int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
+    library.edl_num_threads.argtypes = []
+    library.edl_num_threads.restype = ctypes.c_int64
+    library.edl_set_num_threads.argtypes = [ctypes.c_int64]
+    library.edl_set_num_threads.restype = ctypes.c_int64
     library.edl_isa.argtypes = []
     library.edl_isa.restype = ctypes.c_char_p
     library.edl_error_name.argtypes = [ctypes.c_int64]
