@@ -6,7 +6,13 @@ import difflib
 from typing import Final
 
 from efficient_dl.codec.contract import Codec
-from efficient_dl.codec.kernels.reference.bodies import CopyBody, ReferenceBlock, ReferenceDelta, ReferenceGrid, ReferenceSplit
+from efficient_dl.codec.kernels.reference.bodies import (
+    CopyBody,
+    ReferenceBlock,
+    ReferenceDelta,
+    ReferenceGrid,
+    ReferenceSplit,
+)
 from efficient_dl.codec.packet_codec import BodyKernel, PacketCodec
 from efficient_dl.errors import ConfigError
 
@@ -60,7 +66,9 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         )
     if spec == "delta":
         return PacketCodec(spec, _DELTA, True, _native_delta(kernel), ReferenceDelta(), checksum)
-    near = difflib.get_close_matches(spec, ("identity", "lossless", "bits:2.0", "grid:0.2", "delta"), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(
+        spec, ("identity", "lossless", "bits:2.0", "grid:0.2", "delta"), n=1, cutoff=0.4
+    )
     raise ConfigError(
         f"unknown codec {spec!r}",
         expected=", ".join(codec_names()),

@@ -36,7 +36,7 @@ def encode(classes: Tensor) -> tuple[Tensor, float, int]:
     frequency = tables.normalize(counts)
     table = tables.serialize(frequency)
     parts = [to_bytes(counts.new_tensor([table.numel()]), 4), table]
-    for tile in symbols.split(_TILE_ROWS):
+    for tile in torch.split(symbols, _TILE_ROWS):
         num_rows = counts.new_tensor([tile.shape[0]])
         states, words = tiles.encode(tile[None], num_rows, frequency, torch.zeros_like(tile[:1]))
         stream = pad4(torch.cat([to_bytes(states[0], 4), to_bytes(words[0], 2)]))

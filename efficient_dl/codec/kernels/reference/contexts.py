@@ -309,7 +309,7 @@ def _read_tables(reader: Reader, table_of_class: list[int], classes: Tensor) -> 
     alphabets: list[int] = []
     for c, index in enumerate(table_of_class):
         if index == _NO_TABLE:
-            if 0 < c and bool(has_blocks[c]):
+            if c > 0 and bool(has_blocks[c]):
                 raise CorruptPacket("a class has blocks, but no table", where=f"class {c}")
             continue
         alphabet = SINGLES.alphabet if c >= FIRST_WIDE_CLASS else PAIRS.alphabet

@@ -12,7 +12,7 @@ from efficient_dl.codec.kernels.reference import contexts
 from efficient_dl.codec.kernels.reference.block_grid import BlockGrid
 from efficient_dl.codec.kernels.reference.context_classes import NONFINITE_CLASS
 from efficient_dl.codec.kernels.reference.wire import Reader, to_bytes
-from efficient_dl.codec.steps import FINEST_GRID_STEP, COARSEST_GRID_STEP, grid_step
+from efficient_dl.codec.steps import COARSEST_GRID_STEP, FINEST_GRID_STEP, grid_step
 from efficient_dl.errors import CorruptPacket
 
 ESCAPE_BYTES = 2
@@ -20,7 +20,10 @@ _MAX_Q = 32767.0
 _ROUNDING = 0.375  # less than one half: a dead zone of 1.25 steps
 _FIRST_HUGE_BITS = 253 << 23
 _OCTAVE = 32  # steps
-_FINEST, _COARSEST = -40 * _OCTAVE, 2 * _OCTAVE  # of the searched range, from the largest value's power of two
+_FINEST, _COARSEST = (
+    -40 * _OCTAVE,
+    2 * _OCTAVE,
+)  # of the searched range, from the largest value's power of two
 
 
 def encode(
