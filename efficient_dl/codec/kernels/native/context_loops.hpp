@@ -179,26 +179,45 @@ static bool byte_values(const uint8_t* rows, int32_t* q, uint64_t* escaped) {
     return any != 0;
 }
 
+// x may be the reference itself: each value depends on its own place only, which the pragmas say.
 static void apply_delta_16(const uint16_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
                            uint16_t* x) {
-    for (int i = 0; i < kBlockValues; ++i) {
-        int32_t distance = q[i];
-        if (num_planes == 1) distance = distance * 256 + static_cast<int8_t>(planes[0][i]);
+    const auto moved = [&](int i, int32_t distance) {
         const uint16_t ordinal = static_cast<uint16_t>(ordinal_16(reference[i]) + distance);
-        x[i] = static_cast<uint16_t>(ordinal_16(ordinal));
+        return static_cast<uint16_t>(ordinal_16(ordinal));
+    };
+    if (num_planes == 0) {
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, q[i]);
+        return;
     }
+    const uint8_t* low = planes[0];
+#pragma GCC ivdep
+    for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<int16_t>(q[i]) * 256 + static_cast<int8_t>(low[i]));
 }
 
 static void apply_delta_32(const uint32_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
                            uint32_t* x) {
+    const auto moved = [&](int i, uint32_t distance) {
+        return static_cast<uint32_t>(ordinal_32(static_cast<uint32_t>(ordinal_32(reference[i])) + distance));
+    };
+    if (num_planes == 0) {
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<uint32_t>(q[i]));
+        return;
+    }
+    if (num_planes == 1) {
+        const uint8_t* low = planes[0];
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i)
+            x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 8) + static_cast<uint32_t>(int32_t{static_cast<int8_t>(low[i])}));
+        return;
+    }
+    const uint8_t *high = planes[0], *low = planes[1];
+#pragma GCC ivdep
     for (int i = 0; i < kBlockValues; ++i) {
-        uint32_t distance = static_cast<uint32_t>(q[i]);
-        if (num_planes == 1) distance = (distance << 8) + static_cast<uint32_t>(int32_t{static_cast<int8_t>(planes[0][i])});
-        if (num_planes == 2) {
-            const uint16_t low = static_cast<uint16_t>(planes[0][i] << 8 | planes[1][i]);
-            distance = (distance << 16) + static_cast<uint32_t>(int32_t{static_cast<int16_t>(low)});
-        }
-        x[i] = static_cast<uint32_t>(ordinal_32(static_cast<uint32_t>(ordinal_32(reference[i])) + distance));
+        const uint16_t both = static_cast<uint16_t>(high[i] << 8 | low[i]);
+        x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 16) + static_cast<uint32_t>(int32_t{static_cast<int16_t>(both)}));
     }
 }
 

@@ -67,14 +67,14 @@ public:
         ByteReader tail(bytes + symbol_bytes, num_bytes - symbol_bytes);
         EscapedIntegers escapes(tail.take(escape_bytes), num_escapes, sink_.value_bytes());
         tail.padding_after(escape_bytes);
-        if ((info & 1) != 0) decode_coded(cursor, num_blocks, bytes, symbol_bytes, escapes);
+        if ((info & 1) != 0) decode_coded(cursor, classes, num_blocks, bytes, symbol_bytes, escapes);
         else decode_stored(cursor, num_blocks, bytes, symbol_bytes, escapes);
         if (escapes.left() != 0) throw CodecError{EDL_BAD_ESCAPES};
     }
 
 private:
-    void decode_coded(BlockCursor& cursor, int64_t num_blocks, const uint8_t* bytes, int64_t num_bytes,
-                      EscapedIntegers& escapes) const {
+    void decode_coded(BlockCursor& cursor, const uint8_t* classes, int64_t num_blocks, const uint8_t* bytes,
+                      int64_t num_bytes, EscapedIntegers& escapes) const {
         uint32_t states[kLanes];
         if (num_bytes < kStateBytes || num_bytes % 4 != 0) throw CodecError{EDL_BAD_STREAM};
         std::memcpy(states, bytes, sizeof states);
@@ -83,21 +83,17 @@ private:
         int64_t used = 0;
         alignas(64) uint8_t symbols[(kBatchRows + 1) * kLanes];
         uint8_t row_tables[kBatchRows + 1];
-        int64_t left = num_blocks;
-        while (left > 0) {
-            BlockCursor ahead = cursor;
-            Block block;
-            int64_t batch_blocks = 0, rows = 0;
-            for (; batch_blocks < left && rows < kBatchRows && ahead.next(block); ++batch_blocks) {
-                const int c = classes_[block.index];
-                for (int r = 0; r < rows_of(c); ++r) row_tables[rows++] = tables_.table_of_class[c];
-            }
+        for (const uint8_t* end = classes + num_blocks; classes < end;) {
+            const uint8_t* batch_end = classes;
+            int64_t rows = 0;
+            for (; batch_end < end && rows < kBatchRows; ++batch_end)
+                for (int r = rows_of(*batch_end); r > 0; --r) row_tables[rows++] = tables_.table_of_class[*batch_end];
             const int64_t more = loops_.decode_rows(tables_.tables.data(), row_tables, words + 2 * used,
                                                     num_words - used, rows, states, symbols);
             if (more < 0) throw CodecError{EDL_BAD_STREAM};
             used += more;
-            write_blocks(cursor, batch_blocks, symbols, escapes);
-            left -= batch_blocks;
+            write_blocks(cursor, batch_end - classes, symbols, escapes);
+            classes = batch_end;
         }
         // An odd number of words is padded with a zero word.
         if (used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};

@@ -229,7 +229,7 @@ void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValue
 
     // Dense deltas, and tensors of zeros, may be shorter without the reference.
     const int64_t own_bytes = body.written() - begin;
-    if (16 * own_bytes <= x.numel * width_of(x.dtype) && 2 * source.num_zeros() <= x.numel) return;
+    if (8 * own_bytes <= x.numel * width_of(x.dtype) && 2 * source.num_zeros() <= x.numel) return;
     const int64_t capacity = split_max_bytes(x.numel, x.dtype);
     Scratch::Lease lossless_lease(lossless_scratch, static_cast<size_t>(capacity));
     ByteWriter lossless(lossless_lease.bytes(), capacity);

@@ -39,7 +39,7 @@ def encode(x: Tensor, reference: Tensor, grid: BlockGrid, stats: PacketStats | N
         measured.order0_bits += 8 * planes * x.numel()
     tensor_bytes = width * x.numel()
     zeros = int((_signed(x) == 0).sum())
-    if width == 1 or 16 * body.numel() > tensor_bytes or 2 * zeros > x.numel():
+    if width == 1 or 8 * body.numel() > tensor_bytes or 2 * zeros > x.numel():
         lossless_stats = None if stats is None else PacketStats()
         lossless = split.encode(x, lossless_stats)
         if 4 + lossless.numel() < body.numel():
