@@ -134,6 +134,38 @@ def test_threads_do_not_change_the_bytes(spec: str) -> None:
     assert torch.equal(*packets)
 
 
+@pytest.mark.parametrize("spec", ["grid:0.5", "grid:4.0", "delta"])
+def test_many_short_segments_give_the_reference_bytes(spec: str) -> None:
+    segments = (0, 1, 2, 255, 256, 257, 0, 1000, *([3] * 900), 70_000, 0)
+    x = sparse(sum(segments), 12)
+    side = Side(segments=segments, reference=changed(x, 0.1, 13))
+    packets = [make_codec(spec, kernel=kernel).encode(x, side) for kernel in KERNELS]
+    outs = [torch.empty_like(x) for _ in KERNELS]
+    for kernel, packet, out in zip(KERNELS, packets, outs, strict=True):
+        make_codec(spec, kernel=kernel).decode(packets[0], out, side=side)
+        assert torch.equal(packet, packets[0]) and torch.equal(out, outs[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_map_of_tables_that_fits_no_class_is_refused(kernel: str) -> None:
+    x, side = sparse(5000, 14), Side(step_size=1.0)
+    packet = make_codec("grid:1.0", checksum=False).encode(x, side)
+    class_bytes = int(packet[48:52].view(torch.int32))
+    table_map = packet[56 + class_bytes : 72 + class_bytes]
+    assert table_map[0] == 255 and (table_map != 255).sum() > 3
+    codec, out = make_codec("grid:1.0", kernel=kernel, checksum=False), torch.empty(5000)
+    codec.decode(packet, out, side=side)
+    for c in range(16):
+        for index in (0, 1, 7, 255):
+            if table_map[c] == index:
+                continue
+            before = int(table_map[c])
+            table_map[c] = index
+            with pytest.raises(CorruptPacket):
+                codec.decode(packet, out, side=side)
+            table_map[c] = before
+
+
 def test_sides_are_compared_without_looking_at_values() -> None:
     reference = torch.ones(3)
     side = Side(reference=reference)

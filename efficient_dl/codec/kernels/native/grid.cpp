@@ -30,9 +30,10 @@ float grid_step(int index) {
 
 bool is_step(float step) { return step >= 0x1p-126f && step < 0x1p100f; }
 
+thread_local Scratch sample_scratch;
+
 float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16) {
-    thread_local Scratch scratch;
-    Scratch::Lease lease(scratch, kMaxSampleBlocks * kBlockValues * sizeof(float));
+    Scratch::Lease lease(sample_scratch, kMaxSampleBlocks * kBlockValues * sizeof(float));
     float* sample = reinterpret_cast<float*>(lease.bytes());
     const ContextKernels& loops = context_kernels(kernels);
     const int64_t stride = sample_stride(count_blocks(segments));

@@ -323,7 +323,7 @@ def _read_tables(reader: Reader, table_of_class: list[int], classes: Tensor) -> 
         elif index != len(frequencies) - 1 or alphabets[-1] != alphabet:
             raise CorruptPacket("the tables are not numbered in the order of their classes")
     reader.end()
-    return torch.stack(frequencies) if frequencies else torch.zeros((1, _ALPHABET), dtype=torch.int64)
+    return torch.stack(frequencies) if frequencies else classes.new_zeros((1, _ALPHABET))
 
 
 def _decode_coded(content: Reader, escape_bytes: int, rows: int, frequency: Tensor, table: Tensor) -> Tensor:
