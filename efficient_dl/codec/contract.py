@@ -78,10 +78,10 @@ class PacketStats:
 
     order0_bits: the empirical order-0 entropy of the coded symbols (places behind the end of a short block count as
         zeros, empty blocks not at all), in bits for the whole tensor: what a memoryless coder with a perfect, free
-        table would need.
+        table would need. Of "grid:RATE" and "delta": of all integers, those of empty blocks included, without classes.
     model_bits: what the codec's own model costs with an ideal arithmetic coder (its 12-bit tables, its escapes,
         its raw bits), in bits for the whole tensor, without scales and headers.
-    scale_bits, header_bits: the blocks' scale codes; the header, parameters, tables and directory.
+    scale_bits, header_bits: the blocks' scale codes or classes; the header, parameters, tables and directory.
     packet_bytes: the packet's real length.
     """
 
