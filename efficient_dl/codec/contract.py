@@ -11,26 +11,65 @@ import torch
 import xxhash
 from torch import Tensor
 
+from efficient_dl.codec.dtypes import DTYPE_CODES
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Side:
     """What encoder and decoder know already, so that it need not be sent.
 
     segments: lengths (values) of the parameters inside a flat tensor, in order; their sum is the tensor's numel.
         The block grid restarts at each of them. None: the tensor is one parameter.
+    reference: a copy of the tensor that both ends hold, bit for bit: contiguous, of its dtype, numel and device.
+        "delta" needs it. A Side belongs to one content of the reference: the fingerprint is computed once, so make
+        a new Side after the reference has changed.
+    step_size: the step of "grid:RATE", instead of one that is searched for; rounded to float32. A positive normal
+        number below 2^100, else ValueError.
 
-    The fingerprint travels in the packet's header; decoding with another side raises `SideMismatch`.
+    Codecs that do not use a part take it into the fingerprint only. The fingerprint travels in the packet's header;
+    decoding with another side raises `SideMismatch`. Sides are equal if their segments and steps are and their
+    reference is the same object.
     """
 
     segments: tuple[int, ...] | None = None
+    reference: Tensor | None = None
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None and not 2.0**-126 <= self.step_size < 2.0**100:
+            raise ValueError(
+                f"Side.step_size must be a positive normal float32 below 2^100, not {self.step_size}"
+            )
+        if self.reference is not None and (
+            self.reference.dtype not in DTYPE_CODES or not self.reference.is_contiguous()
+        ):
+            raise ValueError(
+                f"Side.reference must be a contiguous tensor of a dtype that codecs take, not {self.reference.dtype}, "
+                f"strides {self.reference.stride()}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Side):
+            return NotImplemented
+        same_numbers = self.segments == other.segments and self.step_size == other.step_size
+        return same_numbers and self.reference is other.reference
+
+    def __hash__(self) -> int:
+        return hash((self.segments, self.step_size, id(self.reference)))
 
     @cached_property
     def fingerprint(self) -> int:
-        """32 bits that identify the content (0 when there is none); see docs/format.md."""
-        if self.segments is None:
-            return 0
-        content = b"segments" + struct.pack(f"<{len(self.segments)}q", *self.segments)
-        return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+        """32 bits that identify the content (0 when there is none); see docs/format.md. Waits for a GPU's reference."""
+        content = b""
+        if self.segments is not None:
+            content += b"segments" + struct.pack(f"<{len(self.segments)}q", *self.segments)
+        if self.step_size is not None:
+            content += b"step" + struct.pack("<f", self.step_size)
+        if self.reference is not None:
+            values = self.reference.detach().view(-1).view(torch.uint8).cpu().numpy()
+            code, digest = DTYPE_CODES[self.reference.dtype], xxhash.xxh3_64_intdigest(values.data)
+            content += b"reference" + struct.pack("<BqQ", code, self.reference.numel(), digest)
+        return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF if content else 0
 
 
 @dataclass
@@ -39,10 +78,10 @@ class PacketStats:
 
     order0_bits: the empirical order-0 entropy of the coded symbols (places behind the end of a short block count as
         zeros, empty blocks not at all), in bits for the whole tensor: what a memoryless coder with a perfect, free
-        table would need.
+        table would need. Of "grid:RATE" and "delta": of all integers, those of empty blocks included, without classes.
     model_bits: what the codec's own model costs with an ideal arithmetic coder (its 12-bit tables, its escapes,
         its raw bits), in bits for the whole tensor, without scales and headers.
-    scale_bits, header_bits: the blocks' scale codes; the header, parameters, tables and directory.
+    scale_bits, header_bits: the blocks' scale codes or classes; the header, parameters, tables and directory.
     packet_bytes: the packet's real length.
     """
 
@@ -79,7 +118,7 @@ class Codec(Protocol):
         ...
 
     def kernel_for(self, device: torch.device) -> str:
-        """What runs on this device's tensors: "native-ISA" (avx512, avx2, portable), "triton", "reference", "copy", ..."""
+        """What runs on this device's tensors: "native-ISA" (avx512, avx2, portable), "triton", "reference" and so on."""
         ...
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:

@@ -10,18 +10,12 @@ import xxhash
 from torch import Tensor
 
 from efficient_dl.codec.contract import Side
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
 
-FORMAT_VERSION: Final = 0
+FORMAT_VERSION: Final = 1
 HEADER_BYTES: Final = 32
 MAX_NUMEL: Final = 2**31 - 1
-DTYPE_CODES: Final[dict[torch.dtype, int]] = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float8_e4m3fn: 3,
-    torch.float8_e5m2: 4,
-}
 
 _MAGIC: Final = b"EDLP"
 _LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
@@ -63,6 +57,19 @@ def check_side(side: Side | None, numel: int) -> None:
             f"Side.segments sums to {sum(side.segments)} values, the tensor has {numel}; "
             "pass the lengths of the parameters that lie in the tensor, in order"
         )
+
+
+def checked_reference(reference: Tensor | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Returns the side's reference as a 1-D tensor, or raises ValueError unless it fits a tensor of dtype and like's
+    numel and device."""
+    if reference is None:
+        raise ValueError('"delta" needs Side(reference=...), the copy of the tensor that both ends hold')
+    if (reference.dtype, reference.numel(), reference.device) != (dtype, like.numel(), like.device):
+        raise ValueError(
+            f"Side.reference has {reference.numel()} values of {reference.dtype} on {reference.device}, the tensor "
+            f"{like.numel()} of {dtype} on {like.device}; pass the receiver's copy of the same tensor"
+        )
+    return reference.detach().view(-1)
 
 
 def write_header(

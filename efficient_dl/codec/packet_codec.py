@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats, Side
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.packet import (
     BOUNDED_FLAG,
     CHECKSUM_FLAG,
-    DTYPE_CODES,
     FORMAT_VERSION,
     HEADER_BYTES,
     check_packet,
@@ -114,6 +114,15 @@ class DeviceBodyKernel(Protocol):
         ...
 
 
+@runtime_checkable
+class SideBodyKernel(BodyKernel, Protocol):
+    """A body kernel that uses more of the side than its segments."""
+
+    def with_side(self, side: Side | None) -> BodyKernel:
+        """The same kernel, with what it needs of this side."""
+        ...
+
+
 class PacketCodec:
     """Implements `Codec` over body kernels: one for CPU tensors, and what `device` names for each other device."""
 
@@ -183,7 +192,7 @@ class PacketCodec:
         check_side(side, x.numel())
         _check_residual(residual, x)
         self._check_room(x, out, side, capacity)
-        kernel = self._kernel(x.device)
+        kernel = self._kernel(x.device, side)
         waits = not _launches(kernel, x.device)
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out)
         body_bytes: int | Tensor = 0
@@ -210,7 +219,7 @@ class PacketCodec:
 
     def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
         """See `Codec.decode`."""
-        kernel = self._kernel(out.device)
+        kernel = self._kernel(out.device, side)
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
         if isinstance(kernel, DeviceBodyKernel):
             self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side)
@@ -300,8 +309,9 @@ class PacketCodec:
             )
         return kernel
 
-    def _kernel(self, device: torch.device) -> BodyKernel | DeviceBodyKernel:
-        return self._cpu if device.type == "cpu" else self._device(device)
+    def _kernel(self, device: torch.device, side: Side | None = None) -> BodyKernel | DeviceBodyKernel:
+        kernel = self._cpu if device.type == "cpu" else self._device(device)
+        return kernel.with_side(side) if isinstance(kernel, SideBodyKernel) else kernel
 
 
 def _check_residual(residual: Tensor | None, x: Tensor) -> None:

@@ -27,18 +27,25 @@ from efficient_dl.codec.kernels.reference.baseline_bodies import (
 )
 from efficient_dl.codec.kernels.reference.blockwise import BlockFormat
 from efficient_dl.codec.kernels.reference.blockwise_int import Int4Format, Int8Format
-from efficient_dl.codec.kernels.reference.bodies import CopyBody, ReferenceBlock, ReferenceSplit
+from efficient_dl.codec.kernels.reference.bodies import (
+    CopyBody,
+    ReferenceBlock,
+    ReferenceDelta,
+    ReferenceGrid,
+    ReferenceSplit,
+)
 from efficient_dl.codec.kernels.reference.sign import SignFormat
 from efficient_dl.codec.packet_codec import BodyKernel, DeviceBodyKernel, PacketCodec, is_triton_installed
 from efficient_dl.errors import ConfigError
 
 MIN_BITS: Final = 0.1
+MIN_GRID_BITS: Final = 0.02
 MAX_BITS: Final = 7.0
 KERNELS: Final = ("auto", "native", "avx512", "avx2", "portable", "reference", "triton")
 
 AnyBodyKernel = BodyKernel | DeviceBodyKernel
 
-_IDENTITY, _LOSSLESS, _BLOCK = 0, 1, 2
+_IDENTITY, _LOSSLESS, _BLOCK, _GRID, _DELTA = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,10 @@ def codec_names() -> tuple[str, ...]:
 def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Codec:
     """Returns the codec that spec names.
 
-    spec: "identity" (the tensor's bytes), "lossless" (exact, exponents entropy-coded), or "bits:RATE" (uniform
-        quantizer with local scales, entropy-coded to about RATE bits a value, scales included; 0.1 to 7).
+    spec: "identity" (the tensor's bytes), "lossless" (exact, exponents entropy-coded), "bits:RATE" (uniform
+        quantizer with local scales, entropy-coded to about RATE bits a value, scales included; 0.1 to 7),
+        "grid:RATE" (one step for the whole tensor, entropy-coded with contexts to about RATE bits a value, 0.02 to 7;
+        or with `Side.step_size`), or "delta" (exact, the difference to `Side.reference`).
         Baselines: "int8", "int4" and "sign", each with a scale for every 256 values ("int8:64": every 64,
         "int8:tensor": every parameter); "topk:0.01" (the largest 1 % of the magnitudes); "fp16" and "bf16"
         (casts); "zstd", "zstd:LEVEL" and "lz4" (exact, over the raw bytes; optional packages).
@@ -194,7 +203,7 @@ def _make_lossless(parameter: str | None, kernel: str) -> _Made:
 
 
 def _make_block(parameter: str | None, kernel: str) -> _Made:
-    bits = _parse_bits(parameter or "")
+    bits = _parse_bits("bits", parameter or "", MIN_BITS)
 
     def native(isa: str) -> BodyKernel:
         from efficient_dl.codec.kernels.native.bodies import NativeBlock
@@ -202,6 +211,28 @@ def _make_block(parameter: str | None, kernel: str) -> _Made:
         return NativeBlock(bits, isa)
 
     return _made(f"{bits}", kernel, lambda: ReferenceBlock(bits), native, lambda: _triton_block(bits))
+
+
+def _make_grid(parameter: str | None, kernel: str) -> _Made:
+    bits = _parse_bits("grid", parameter or "", MIN_GRID_BITS)
+
+    def native(isa: str) -> BodyKernel:
+        from efficient_dl.codec.kernels.native.context_bodies import NativeGrid
+
+        return NativeGrid(bits, isa)
+
+    return _made(f"{bits}", kernel, lambda: ReferenceGrid(bits), native)
+
+
+def _make_delta(parameter: str | None, kernel: str) -> _Made:
+    _require_no_parameter("delta", parameter)
+
+    def native(isa: str) -> BodyKernel:
+        from efficient_dl.codec.kernels.native.context_bodies import NativeDelta
+
+        return NativeDelta(isa)
+
+    return _made("", kernel, ReferenceDelta, native)
 
 
 def _blockwise(name: str, form: Callable[[], BlockFormat]) -> Callable[[str | None, str], _Made]:
@@ -260,15 +291,15 @@ def _make_lz4(parameter: str | None, kernel: str) -> _Made:
     return _same_everywhere("", body)
 
 
-def _parse_bits(text: str) -> float:
+def _parse_bits(name: str, text: str, smallest: float) -> float:
     bits = _number(text)
-    if not MIN_BITS <= bits <= MAX_BITS:
+    if not smallest <= bits <= MAX_BITS:
         raise ConfigError(
             "the rate of a lossy codec is out of range",
-            expected=f"{MIN_BITS} to {MAX_BITS} bits a value",
+            expected=f"{smallest} to {MAX_BITS} bits a value",
             found=repr(text),
-            where=f"codec {f'bits:{text}'!r}",
-            fix='use for example "bits:2.0", or "lossless" for more',
+            where=f"codec {f'{name}:{text}'!r}",
+            fix=f'use for example "{name}:2.0", or "lossless" for more',
         )
     return bits
 
@@ -329,6 +360,8 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "identity": _Family(_IDENTITY, True, ("identity",), "identity", _make_identity),
     "lossless": _Family(_LOSSLESS, True, ("lossless",), "lossless", _make_lossless),
     "bits": _Family(_BLOCK, False, ("bits:RATE",), "bits:2.0", _make_block),
+    "grid": _Family(_GRID, False, ("grid:RATE",), "grid:0.25", _make_grid),
+    "delta": _Family(_DELTA, True, ("delta",), "delta", _make_delta),
     "int8": _Family(baselines.INT8, False, ("int8", "int8:BLOCK"), "int8", _blockwise("int8", Int8Format)),
     "int4": _Family(baselines.INT4, False, ("int4", "int4:BLOCK"), "int4", _blockwise("int4", Int4Format)),
     "sign": _Family(baselines.SIGN, False, ("sign", "sign:BLOCK"), "sign", _blockwise("sign", SignFormat)),

@@ -1,4 +1,4 @@
-"""The grid of relative steps that the block quantizer chooses from: 32 an octave, from 2^-6 to 2^4."""
+"""The steps that quantizers choose from, 32 an octave: the block quantizer's relative ones and the grid quantizer's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Final
 FIRST_STEP_INDEX: Final = -192
 LAST_STEP_INDEX: Final = 128
 NO_SAMPLE_BIAS: Final = 65
+
+FINEST_GRID_STEP: Final = -4000  # 2^-125
+COARSEST_GRID_STEP: Final = 3168  # 2^99
+
+
+def grid_step(index: int) -> float:
+    """The grid quantizer's step of this index: 2^(index / 32), rounded to 12 fraction bits."""
+    octave, place = divmod(index, 32)
+    return 2.0**octave * round(2.0 ** (place / 32) * 4096) / 4096
 
 
 def _relative_step(index: int) -> float:

@@ -59,12 +59,32 @@ GOLDEN = {
     ("bf16", torch.float32): (280038, "af9e74881b6c9443"),
     ("bf16", torch.bfloat16): (280038, "56d86484d1b7d843"),
     ("bf16", torch.float16): (280038, "6a0ddcf0cd43180b"),
+    ("grid:0.5", torch.float32): (9388, "b8e3830f43b2c58e"),
+    ("grid:0.5", torch.bfloat16): (9348, "e4cc8b20a6e9fe4e"),
+    ("grid:0.5", torch.float16): (9388, "bc06b47155950ad7"),
+    ("grid:3.0", torch.float32): (53720, "487f2e1698cf9956"),
+    ("grid:3.0", torch.bfloat16): (53712, "02fcc7db79212b03"),
+    ("grid:3.0", torch.float16): (53720, "652acdad1e97d957"),
+    ("delta", torch.float32): (5392, "b928ed977191f974"),
+    ("delta", torch.bfloat16): (4964, "d0764f680534f563"),
+    ("delta", torch.float16): (4964, "2425fd866927f205"),
 }
+
+
+def golden_side(spec: str, x: torch.Tensor) -> Side:
+    """Two segments; for "delta" a reference whose every 37th value is some units in the last place away."""
+    if spec != "delta":
+        return Side(segments=(100_000, 40_003))
+    reference = x.clone()
+    bits = reference.view(torch.int32 if x.element_size() == 4 else torch.int16)
+    bits[::37] += (torch.arange(bits[::37].numel()) % 5 - 2).to(bits.dtype)
+    return Side(segments=(100_000, 40_003), reference=reference)
 
 
 @pytest.mark.parametrize(("spec", "dtype"), GOLDEN, ids=str)
 def test_packets_are_the_golden_bytes(spec: str, dtype: torch.dtype) -> None:
-    packet = make_codec(spec).encode(golden_tensor(dtype), Side(segments=(100_000, 40_003)))
+    x = golden_tensor(dtype)
+    packet = make_codec(spec).encode(x, golden_side(spec, x))
     digest = xxhash.xxh3_64_hexdigest(packet.numpy().data)
     assert (packet.numel(), digest) == GOLDEN[spec, dtype]
 
@@ -86,6 +106,17 @@ def test_the_header_is_what_the_document_says() -> None:
         "<4sBBBBIIQQ", b"EDLP", FORMAT_VERSION, 0, 0, 1, 2, fingerprint, 40, xxhash.xxh3_64_intdigest(body)
     )
     assert packet == header + body
+
+
+def test_the_fingerprint_is_that_of_the_documents_canonical_bytes() -> None:
+    reference = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
+    content = b"segments" + struct.pack("<2q", 1, 1) + b"step" + struct.pack("<f", 0.1)
+    digest = xxhash.xxh3_64_intdigest(struct.pack("<2H", 0x3F80, 0xC000))
+    content += b"reference" + struct.pack("<BqQ", 1, 2, digest)
+    side = Side(segments=(1, 1), reference=reference, step_size=0.1)
+    assert side.fingerprint == xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF
+    packet = make_codec("identity").encode(reference, side)
+    assert int(packet[12:16].view(torch.int32)) & 0xFFFFFFFF == side.fingerprint
 
 
 def test_an_empty_tensor_is_a_header() -> None:

@@ -152,6 +152,42 @@ Codec block_codec(const Input& in) {
             }};
 }
 
+Codec grid_codec(const Input& in) {
+    const int64_t bits_q16 = 6554 + below(7 * 65536);
+    const float step = below(2) == 0 ? 0.0f : std::exp2(static_cast<float>(below(20) - 10));
+    return {edl_grid_max_bytes(in.numel, in.num_segments()), false,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_grid_encode(in.x, in.numel, in.dtype, in.segments.data(), in.num_segments(), bits_q16, step,
+                                       body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_grid_decode(body, size, in.dtype, in.numel, in.segments.data(), in.num_segments(), out,
+                                       out_dtype, accumulate);
+            }};
+}
+
+// The same values, some of them moved by a little or to anywhere.
+std::shared_ptr<uint8_t[]> random_reference(const Input& in) {
+    const int64_t width = item_bytes(in.dtype), every = 1 + below(100), highest = below(width);
+    std::shared_ptr<uint8_t[]> reference = exact(in.x, in.numel * width);
+    for (int64_t i = 0; i < in.numel; ++i)
+        if (below(every) == 0) reference[i * width + below(highest + 1)] ^= static_cast<uint8_t>(below(256));
+    return reference;
+}
+
+Codec delta_codec(const Input& in) {
+    const std::shared_ptr<uint8_t[]> reference = random_reference(in);
+    return {edl_delta_max_bytes(in.numel, in.num_segments(), in.dtype), true,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                return edl_delta_encode(in.x, reference.get(), in.numel, in.dtype, in.segments.data(),
+                                        in.num_segments(), body, capacity, stats);
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_delta_decode(body, size, reference.get(), in.dtype, in.numel, in.segments.data(),
+                                        in.num_segments(), out, out_dtype, accumulate);
+            }};
+}
+
 Codec blockwise_codec(const Input& in) {
     const int codecs[] = {EDL_INT8, EDL_INT4, EDL_SIGN};
     const int64_t sizes[] = {8, 24, 256, 1024, 4096, 2147483640};
@@ -192,7 +228,8 @@ Codec cast_codec(const Input& in) {
 }
 
 void round_trip(const float* steps, Outcomes& outcomes) {
-    Codec (*const makers[])(const Input&) = {split_codec, block_codec, blockwise_codec, topk_codec, cast_codec};
+    Codec (*const makers[])(const Input&) = {split_codec,     block_codec, grid_codec, delta_codec,
+                                              blockwise_codec, topk_codec,  cast_codec};
     const int dtype = static_cast<int>(below(5));
     if (edl_set_num_threads(1 + below(3)) != 0) fail("a number of threads was refused");
     const int64_t numel = random_numel();

@@ -158,6 +158,20 @@ int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t nu
     });
 }
 
+int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments) {
+    return guarded([&] {
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0);
+        return numel == 0 ? 0 : edl::grid_max_bytes(numel, num_segments < 1 ? 1 : num_segments);
+    });
+}
+
+int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int dtype) {
+    return guarded([&] {
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && is_dtype(dtype));
+        return numel == 0 ? 0 : edl::delta_max_bytes(numel, num_segments < 1 ? 1 : num_segments, dtype);
+    });
+}
+
 int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
                          edl_stats* stats) {
     return guarded([&]() -> int64_t {
@@ -184,6 +198,36 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residua
         ByteWriter writer(body, capacity);
         return edl::block_encode(*thread_kernels, {x, numel, dtype}, residual, grid, bits_q16, steps,
                                  limit < 0 ? edl::kNoLimit : limit, writer, stats);
+    });
+}
+
+int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments, int64_t num_segments,
+                        int64_t bits_q16, float step, uint8_t* body, int64_t capacity, edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_body(body, capacity);
+        require(bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        edl::grid_encode(*thread_kernels, {x, numel, dtype}, grid, bits_q16, step, writer, stats);
+        return writer.written();
+    });
+}
+
+int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, const int64_t* segments,
+                         int64_t num_segments, uint8_t* body, int64_t capacity, edl_stats* stats) {
+    return guarded([&]() -> int64_t {
+        check_tensor(x, numel, dtype);
+        check_tensor(reference, numel, dtype);
+        check_body(body, capacity);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (stats != nullptr) *stats = {};
+        if (numel == 0) return 0;
+        ByteWriter writer(body, capacity);
+        edl::delta_encode(*thread_kernels, {x, numel, dtype}, {reference, numel, dtype}, grid, writer, stats);
+        return writer.written();
     });
 }
 
@@ -286,6 +330,33 @@ int64_t edl_cast_decode(const uint8_t* body, int64_t body_bytes, int wire_dtype,
         require(is_dtype(wire_dtype));
         ByteReader reader(body, body_bytes);
         edl::cast_decode(*thread_kernels, reader, wire_dtype, {out, numel, out_dtype, accumulate != 0});
+        return 0;
+    });
+}
+
+int64_t edl_grid_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel, const int64_t* segments,
+                        int64_t num_segments, void* out, int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_body(body, body_bytes);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::grid_decode(*thread_kernels, reader, grid, output);
+        return 0;
+    });
+}
+
+int64_t edl_delta_decode(const uint8_t* body, int64_t body_bytes, const void* reference, int dtype, int64_t numel,
+                         const int64_t* segments, int64_t num_segments, void* out, int out_dtype, int accumulate) {
+    return guarded([&]() -> int64_t {
+        const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
+        check_tensor(reference, numel, dtype);
+        check_body(body, body_bytes);
+        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
+        ByteReader reader(body, body_bytes);
+        edl::delta_decode(*thread_kernels, reader, {reference, numel, dtype}, grid, output);
         return 0;
     });
 }

@@ -18,6 +18,10 @@ int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t ro
                     uint16_t* words_end);
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
                     uint8_t* symbols);
+int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables, const uint8_t* symbols, int64_t rows,
+                            uint32_t* states, uint16_t* words_end);
+int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables, const uint8_t* words,
+                            int64_t num_words, int64_t rows, uint32_t* states, uint8_t* symbols);
 
 ExponentSum sum_exponents_16(const uint16_t* block);
 ExponentSum sum_exponents_32(const uint32_t* block);

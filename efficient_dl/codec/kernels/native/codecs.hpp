@@ -1,4 +1,4 @@
-// The two codecs behind the C interface; they throw CodecError.
+// The codecs behind the C interface; they throw CodecError.
 #pragma once
 
 #include <cstdint>
@@ -47,5 +47,18 @@ inline constexpr int64_t kNoLimit = -1;
 int64_t block_encode(const Kernels& kernels, const ConstValues& x, float* residual, const Segments& segments,
                      int64_t bits_q16, const float* steps, int64_t limit, ByteWriter& body, edl_stats* stats);
 void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
+
+int64_t grid_max_bytes(int64_t numel, int64_t num_segments);
+// step: 0 for one that fits bits_q16.
+void grid_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16, float step,
+                 ByteWriter& body, edl_stats* stats);
+void grid_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
+
+// reference: of the packet's dtype and numel.
+int64_t delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
+void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, const Segments& segments,
+                  ByteWriter& body, edl_stats* stats);
+void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Segments& segments,
+                  const Output& out);
 
 }  // namespace edl

@@ -1,4 +1,4 @@
-/* The C interface of the compiled codecs: bodies of lossless, block-quantized and baseline packets (docs/format.md).
+/* The C interface of the compiled codecs: the bodies of packets (docs/format.md).
  *
  * Plain C types and pointers only, so that any Python, fuzzer or sanitizer can load it. Every function that
  * returns int64_t gives a count of bytes (or 0) on success and a negative edl_error otherwise. Calls
@@ -80,6 +80,8 @@ EDL_EXPORT const char* edl_error_name(int64_t code);
 /* The instruction set this thread uses: "avx512", "avx2" or "portable". */
 EDL_EXPORT const char* edl_isa(void);
 
+EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
+EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
 /* Chooses it for the calling thread: "auto" (the best), "avx512", "avx2" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
 
@@ -89,6 +91,14 @@ EDL_EXPORT int64_t edl_num_threads(void);
 EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
 /* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. */
+/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. */
+EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
+                                   int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
+                                   int64_t capacity, edl_stats* stats);
+/* reference: numel values of the same dtype. */
+EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype,
+                                    const int64_t* segments, int64_t num_segments, uint8_t* body, int64_t capacity,
+                                    edl_stats* stats);
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 /* The smallest limit that edl_block_encode takes for such a tensor. */
@@ -113,6 +123,12 @@ EDL_EXPORT int64_t edl_split_decode(const uint8_t* body, int64_t body_bytes, int
 EDL_EXPORT int64_t edl_block_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
                                     const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
                                     int accumulate);
+EDL_EXPORT int64_t edl_grid_decode(const uint8_t* body, int64_t body_bytes, int dtype, int64_t numel,
+                                   const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
+                                   int accumulate);
+EDL_EXPORT int64_t edl_delta_decode(const uint8_t* body, int64_t body_bytes, const void* reference, int dtype,
+                                    int64_t numel, const int64_t* segments, int64_t num_segments, void* out,
+                                    int out_dtype, int accumulate);
 
 /* The baselines. block_values: a positive multiple of 8, below 2^32; bodies of another size are refused. A capacity of
  * 4 + 2 * blocks + the values' bits is needed. */

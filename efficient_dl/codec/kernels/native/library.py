@@ -70,6 +70,14 @@ class NativeLibrary:
         self._select_isa()
         self.isa: Final = _text(library.edl_isa())
 
+    def num_threads(self) -> int:
+        """Threads that one call may use, the caller's included."""
+        return int(self._library.edl_num_threads())
+
+    def set_num_threads(self, count: int) -> None:
+        """Sets them, for the whole process; packets do not depend on it."""
+        self._checked(int(self._library.edl_set_num_threads(count)))
+
     def split_max_bytes(self, numel: int, dtype: int) -> int:
         """The largest body of the exact codec."""
         return self._checked(int(self._library.edl_split_max_bytes(numel, dtype)))
@@ -298,13 +306,114 @@ class NativeLibrary:
             )
         )
 
-    def num_threads(self) -> int:
-        """Threads that one call may use, the caller's included."""
-        return self._checked(int(self._library.edl_num_threads()))
+    def grid_max_bytes(self, numel: int, num_segments: int) -> int:
+        """The largest body of the grid quantizer."""
+        return self._checked(int(self._library.edl_grid_max_bytes(numel, num_segments)))
 
-    def set_num_threads(self, count: int) -> None:
-        """Sets it, for the whole process."""
-        self._checked(int(self._library.edl_set_num_threads(count)))
+    def delta_max_bytes(self, numel: int, num_segments: int, dtype: int) -> int:
+        """The largest body of the exact delta."""
+        return self._checked(int(self._library.edl_delta_max_bytes(numel, num_segments, dtype)))
+
+    def grid_encode(
+        self,
+        x: int,
+        numel: int,
+        dtype: int,
+        segments: tuple[int, ...],
+        bits_q16: int,
+        step: float,
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Quantizes with one step, or to about bits_q16 / 65536 bits a value if step is 0, and encodes."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(
+                self._library.edl_grid_encode(
+                    x, numel, dtype, lengths, len(segments), bits_q16, step, body, capacity, pointer
+                )
+            )
+        )
+
+    def delta_encode(
+        self,
+        x: int,
+        reference: int,
+        numel: int,
+        dtype: int,
+        segments: tuple[int, ...],
+        body: int,
+        capacity: int,
+        stats: NativeStats | None = None,
+    ) -> int:
+        """Encodes x exactly, given a reference of the same size and dtype."""
+        self._select_isa()
+        pointer = None if stats is None else ctypes.byref(stats)
+        lengths = _int64_array(segments)
+        return self._checked(
+            int(
+                self._library.edl_delta_encode(
+                    x, reference, numel, dtype, lengths, len(segments), body, capacity, pointer
+                )
+            )
+        )
+
+    def grid_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        dtype: int,
+        numel: int,
+        segments: tuple[int, ...],
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of the grid quantizer into out, or adds to it."""
+        self._select_isa()
+        lengths = _int64_array(segments)
+        self._checked(
+            int(
+                self._library.edl_grid_decode(
+                    body, body_bytes, dtype, numel, lengths, len(segments), out, out_dtype, int(accumulate)
+                )
+            )
+        )
+
+    def delta_decode(
+        self,
+        body: int,
+        body_bytes: int,
+        reference: int,
+        dtype: int,
+        numel: int,
+        segments: tuple[int, ...],
+        out: int,
+        out_dtype: int,
+        accumulate: bool,
+    ) -> None:
+        """Decodes a body of the exact delta into out, which may be the reference, or adds to it."""
+        self._select_isa()
+        lengths = _int64_array(segments)
+        self._checked(
+            int(
+                self._library.edl_delta_decode(
+                    body,
+                    body_bytes,
+                    reference,
+                    dtype,
+                    numel,
+                    lengths,
+                    len(segments),
+                    out,
+                    out_dtype,
+                    int(accumulate),
+                )
+            )
+        )
 
     def _select_isa(self) -> None:
         # The choice is per thread, so that two codecs in one process cannot change each other's.
@@ -412,8 +521,8 @@ def _open(path: Path) -> ctypes.CDLL:
             where=str(path),
             fix=_BUILD,
         )
-    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    signatures: dict[str, list[type[ctypes.c_void_p] | type[ctypes.c_int64] | type[ctypes.c_int]]] = {
+    pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    signatures: dict[str, list[type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_int | ctypes.c_float]]] = {
         "edl_split_max_bytes": [int64, int32],
         "edl_block_max_bytes": [int64, int64, int64],
         "edl_block_fixed_bytes": [int64, pointer, int64, int64],
@@ -422,6 +531,16 @@ def _open(path: Path) -> ctypes.CDLL:
             pointer, int64, int32, pointer, pointer, int64, int64, pointer, int64, pointer, int64, pointer,
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
+        "edl_grid_max_bytes": [int64, int64],
+        "edl_delta_max_bytes": [int64, int64, int32],
+        "edl_grid_encode": [
+            pointer, int64, int32, pointer, int64, int64, float32, pointer, int64, pointer,
+        ],
+        "edl_delta_encode": [pointer, pointer, int64, int32, pointer, int64, pointer, int64, pointer],
+        "edl_grid_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
+        "edl_delta_decode": [
+            pointer, int64, pointer, int32, int64, pointer, int64, pointer, int32, int32,
+        ],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
         "edl_blockwise_encode": [
             int32, pointer, int64, int32, pointer, int64, int64, pointer, int64, pointer,
@@ -446,6 +565,10 @@ def _open(path: Path) -> ctypes.CDLL:
     library.edl_set_num_threads.restype = int64
     library.edl_set_isa.argtypes = [ctypes.c_char_p]
     library.edl_set_isa.restype = ctypes.c_int64
+    library.edl_num_threads.argtypes = []
+    library.edl_num_threads.restype = ctypes.c_int64
+    library.edl_set_num_threads.argtypes = [ctypes.c_int64]
+    library.edl_set_num_threads.restype = ctypes.c_int64
     library.edl_isa.argtypes = []
     library.edl_isa.restype = ctypes.c_char_p
     library.edl_error_name.argtypes = [ctypes.c_int64]

@@ -47,53 +47,57 @@ inline __m512i encode_step(__m512i x, __m512i inverse, __m512i packed) {
     return _mm512_mask_add_epi32(coded, one_less, coded, correction);
 }
 
+// Low words of 32 dwords in two registers.
+alignas(64) constexpr uint16_t kLowWords[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+
+// Codes one row and returns where its words begin.
+template <bool kNarrow>
+[[gnu::always_inline]] inline uint16_t* encode_row(const EncodeTable& table, const uint8_t* symbols, __m512i* x,
+                                                   uint16_t* words) {
+    const __m512i low_words = _mm512_load_si512(kLowWords);
+    const __m512i below_limit = _mm512_set1_epi32((1 << 20) - 1);
+#pragma GCC unroll 2
+    for (int half = 1; half >= 0; --half) {
+        const __m512i symbol = transpose_dwords(_mm512_loadu_si512(symbols + 64 * half));
+        const __mmask64 upper = kNarrow ? 0 : _mm512_movepi8_mask(symbol);
+        __m512i inverse_byte[4], packed_byte[4], inverse[4], packed[4];
+#pragma GCC unroll 4
+        for (int byte = 0; byte < 4; ++byte) {
+            inverse_byte[byte] = look_up<kNarrow>(table.inverse_byte[byte], symbol, upper);
+            packed_byte[byte] = look_up<kNarrow>(table.packed_byte[byte], symbol, upper);
+        }
+        interleave_bytes(inverse_byte[0], inverse_byte[1], inverse_byte[2], inverse_byte[3], inverse);
+        interleave_bytes(packed_byte[0], packed_byte[1], packed_byte[2], packed_byte[3], packed);
+        // From the last lanes to the first: words are written backward and must end up in lane order.
+#pragma GCC unroll 2
+        for (int pair = 1; pair >= 0; --pair) {
+            __m512i& low = x[4 * half + 2 * pair];
+            __m512i& high = x[4 * half + 2 * pair + 1];
+            // A state above f * 2^20 - 1 emits its low word first.
+            const __mmask16 low_due = _mm512_cmpgt_epu32_mask(low, _mm512_or_si512(packed[2 * pair], below_limit));
+            const __mmask16 high_due =
+                _mm512_cmpgt_epu32_mask(high, _mm512_or_si512(packed[2 * pair + 1], below_limit));
+            const __mmask32 due = _mm512_kunpackw(high_due, low_due);
+            const __m512i both = _mm512_permutex2var_epi16(low, low_words, high);
+            const unsigned count = static_cast<unsigned>(_mm_popcnt_u32(due));
+            words -= count;
+            _mm512_mask_storeu_epi16(words, _bzhi_u32(~0u, count), _mm512_maskz_compress_epi16(due, both));
+            low = encode_step(_mm512_mask_srli_epi32(low, low_due, low, 16), inverse[2 * pair], packed[2 * pair]);
+            high = encode_step(_mm512_mask_srli_epi32(high, high_due, high, 16), inverse[2 * pair + 1],
+                               packed[2 * pair + 1]);
+        }
+    }
+    return words;
+}
+
 template <bool kNarrow>
 int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
                          uint16_t* words_end) {
-    // Low words of 32 dwords in two registers.
-    alignas(64) static const uint16_t kLowWords[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
-                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    const __m512i low_words = _mm512_load_si512(kLowWords);
-    const __m512i below_limit = _mm512_set1_epi32((1 << 20) - 1);
     __m512i x[kRegisters];
     for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
-
     uint16_t* words = words_end;
-    for (int64_t row = rows - 1; row >= 0; --row) {
-#pragma GCC unroll 2
-        for (int half = 1; half >= 0; --half) {
-            const __m512i symbol = transpose_dwords(_mm512_loadu_si512(symbols + row * kLanes + 64 * half));
-            const __mmask64 upper = kNarrow ? 0 : _mm512_movepi8_mask(symbol);
-            __m512i inverse_byte[4], packed_byte[4], inverse[4], packed[4];
-#pragma GCC unroll 4
-            for (int byte = 0; byte < 4; ++byte) {
-                inverse_byte[byte] = look_up<kNarrow>(table.inverse_byte[byte], symbol, upper);
-                packed_byte[byte] = look_up<kNarrow>(table.packed_byte[byte], symbol, upper);
-            }
-            interleave_bytes(inverse_byte[0], inverse_byte[1], inverse_byte[2], inverse_byte[3], inverse);
-            interleave_bytes(packed_byte[0], packed_byte[1], packed_byte[2], packed_byte[3], packed);
-            // From the last lanes to the first: words are written backward and must end up in lane order.
-#pragma GCC unroll 2
-            for (int pair = 1; pair >= 0; --pair) {
-                __m512i& low = x[4 * half + 2 * pair];
-                __m512i& high = x[4 * half + 2 * pair + 1];
-                // A state above f * 2^20 - 1 emits its low word first.
-                const __mmask16 low_due =
-                    _mm512_cmpgt_epu32_mask(low, _mm512_or_si512(packed[2 * pair], below_limit));
-                const __mmask16 high_due =
-                    _mm512_cmpgt_epu32_mask(high, _mm512_or_si512(packed[2 * pair + 1], below_limit));
-                const __mmask32 due = _mm512_kunpackw(high_due, low_due);
-                const __m512i both = _mm512_permutex2var_epi16(low, low_words, high);
-                const unsigned count = static_cast<unsigned>(_mm_popcnt_u32(due));
-                words -= count;
-                _mm512_mask_storeu_epi16(words, _bzhi_u32(~0u, count), _mm512_maskz_compress_epi16(due, both));
-                low = encode_step(_mm512_mask_srli_epi32(low, low_due, low, 16), inverse[2 * pair], packed[2 * pair]);
-                high = encode_step(_mm512_mask_srli_epi32(high, high_due, high, 16), inverse[2 * pair + 1],
-                                   packed[2 * pair + 1]);
-            }
-        }
-    }
+    for (int64_t row = rows - 1; row >= 0; --row) words = encode_row<kNarrow>(table, symbols + row * kLanes, x, words);
     for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
     return words_end - words;
 }
@@ -161,6 +165,34 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
     return words;
 }
 
+// table_of(row): the row's decode table.
+template <typename TableOfRow>
+inline int64_t decode_rows_with(const TableOfRow& table_of, const uint8_t* words, int64_t num_words, int64_t rows,
+                                uint32_t* states, uint8_t* symbols) {
+    constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
+    __m512i x[kRegisters];
+    for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
+
+    const uint8_t* position = words;
+    const uint8_t* end = words + 2 * num_words;
+    int64_t row = 0;
+    for (; row < rows && end - position >= kRowReach; ++row)
+        position = decode_row(table_of(row), position, x, symbols + row * kLanes);
+    int64_t used = (position - words) / 2;
+    if (row < rows) {
+        // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
+        uint8_t tail[2 * kRowReach] = {};
+        const int64_t tail_bytes = end - position;
+        memcpy(tail, position, static_cast<size_t>(tail_bytes));
+        const uint8_t* tail_position = tail;
+        for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+            tail_position = decode_row(table_of(row), tail_position, x, symbols + row * kLanes);
+        used += (tail_position - tail) / 2;
+    }
+    for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
+    return used <= num_words ? used : -1;
+}
+
 }  // namespace
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
@@ -171,28 +203,28 @@ int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t ro
 
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
                     uint8_t* symbols) {
-    constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
+    return decode_rows_with([&](int64_t) -> const DecodeTable& { return table; }, words, num_words, rows, states,
+                            symbols);
+}
+
+int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables, const uint8_t* symbols, int64_t rows,
+                            uint32_t* states, uint16_t* words_end) {
     __m512i x[kRegisters];
     for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
-
-    const uint8_t* position = words;
-    const uint8_t* end = words + 2 * num_words;
-    int64_t row = 0;
-    for (; row < rows && end - position >= kRowReach; ++row)
-        position = decode_row(table, position, x, symbols + row * kLanes);
-    int64_t used = (position - words) / 2;
-    if (row < rows) {
-        // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
-        uint8_t tail[2 * kRowReach] = {};
-        const int64_t tail_bytes = end - position;
-        memcpy(tail, position, static_cast<size_t>(tail_bytes));
-        const uint8_t* tail_position = tail;
-        for (; row < rows && tail_position <= tail + tail_bytes; ++row)
-            tail_position = decode_row(table, tail_position, x, symbols + row * kLanes);
-        used += (tail_position - tail) / 2;
+    uint16_t* words = words_end;
+    for (int64_t row = rows - 1; row >= 0; --row) {
+        const EncodeTable& table = tables[row_tables[row]];
+        words = table.is_narrow ? encode_row<true>(table, symbols + row * kLanes, x, words)
+                                : encode_row<false>(table, symbols + row * kLanes, x, words);
     }
     for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
-    return used <= num_words ? used : -1;
+    return words_end - words;
+}
+
+int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables, const uint8_t* words,
+                            int64_t num_words, int64_t rows, uint32_t* states, uint8_t* symbols) {
+    return decode_rows_with([&](int64_t row) -> const DecodeTable& { return tables[row_tables[row]]; }, words,
+                            num_words, rows, states, symbols);
 }
 
 }  // namespace edl::avx512

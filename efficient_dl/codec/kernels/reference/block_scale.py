@@ -95,10 +95,10 @@ def _cost_q16(symbols: Tensor, mode: Mode) -> int:
     counts = counts[counts > 0]
     if not counts.numel():
         return 0
-    return int((counts * (_log2_q16(counts.sum()) - _log2_q16(counts))).sum())
+    return int((counts * (log2_q16(counts.sum()) - log2_q16(counts))).sum())
 
 
-def _log2_q16(n: Tensor) -> Tensor:
+def log2_q16(n: Tensor) -> Tensor:
     """log2 of positive integers below 2**31 with 16 fraction bits, rounded down, in integer arithmetic."""
     integer = torch.zeros_like(n)
     for bit in (16, 8, 4, 2, 1):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficient_dl.codec.contract import PacketStats
-from efficient_dl.codec.kernels.reference import block, split
+from efficient_dl.codec.contract import PacketStats, Side
+from efficient_dl.codec.kernels.reference import block, contexts, delta, grid, split
 from efficient_dl.codec.kernels.reference.block_grid import BLOCK_VALUES, BlockGrid, count_blocks
 from efficient_dl.codec.kernels.reference.outputs import apply_rounded, apply_values
 from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES, Mode
 from efficient_dl.codec.kernels.reference.tiles import LANES
-from efficient_dl.codec.packet import byte_view
+from efficient_dl.codec.packet import byte_view, checked_reference
 from efficient_dl.errors import CorruptPacket
 
 _TABLE_BYTES = 416
@@ -108,14 +108,14 @@ class ReferenceBlock:
         capacity: int | None,
     ) -> int:
         """See `LossyBodyKernel.encode_lossy`. The residual is what decoding the packet leaves over."""
-        grid = BlockGrid(segments, x.device)
+        blocks = BlockGrid(segments, x.device)
         values = x.to(torch.float32)
         if residual is not None:
             values = values + residual
-        data = block.encode(values, grid, self._mode, self._bits_q16, stats, capacity)
+        data = block.encode(values, blocks, self._mode, self._bits_q16, stats, capacity)
         body[: data.numel()].copy_(data)
         if residual is not None:
-            decoded = block.decode(data, grid)
+            decoded = block.decode(data, blocks)
             residual.copy_(torch.where(decoded.isnan(), 0, values - decoded))
         return data.numel()
 
@@ -125,6 +125,82 @@ class ReferenceBlock:
         """See `BodyKernel.decode`."""
         values = block.decode(body, BlockGrid(segments, body.device))
         apply_rounded(values, out, accumulate)
+
+
+class ReferenceGrid:
+    """The grid quantizer (docs/format.md, codec 3) at a rate of `bits` a value, or with the side's step size."""
+
+    name = "reference"
+
+    def __init__(self, bits: float, step_size: float | None = None) -> None:
+        self._bits = bits
+        self._step_size = step_size
+
+    def with_side(self, side: Side | None) -> ReferenceGrid:
+        """See `SideBodyKernel.with_side`."""
+        return ReferenceGrid(self._bits, side.step_size if side is not None else None)
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """All tiles stored, all values escaped."""
+        return 4 + contexts.max_bytes(numel, num_segments, grid.ESCAPE_BYTES)
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
+        """See `BodyKernel.encode`."""
+        blocks = BlockGrid(segments, x.device)
+        data = grid.encode(x.to(torch.float32), blocks, round(self._bits * 65536), self._step_size, stats)
+        body[: data.numel()].copy_(data)
+        return data.numel()
+
+    def decode(
+        self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
+    ) -> None:
+        """See `BodyKernel.decode`."""
+        values, coded = grid.decode(body, BlockGrid(segments, body.device))
+        if accumulate:
+            # Empty blocks stay as they are: adding 0 would turn -0 into 0.
+            total = out.clone()
+            apply_values(values, total, True)
+            places = coded.repeat_interleave(out.dtype.itemsize)  # torch.where takes no float8
+            byte_view(out).copy_(torch.where(places, byte_view(total), byte_view(out)))
+        else:
+            apply_rounded(values, out, False)
+
+
+class ReferenceDelta:
+    """The exact delta (docs/format.md, codec 4) to the side's reference."""
+
+    name = "reference"
+
+    def __init__(self, reference: Tensor | None = None) -> None:
+        self._reference = reference
+
+    def with_side(self, side: Side | None) -> ReferenceDelta:
+        """See `SideBodyKernel.with_side`."""
+        return ReferenceDelta(side.reference if side is not None else None)
+
+    def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
+        """All tiles stored, all values escaped, two planes; or the exact codec's largest body."""
+        own = contexts.max_bytes(numel, num_segments, max(dtype.itemsize, 2))
+        planes = delta.MAX_PLANES[dtype.itemsize] * numel + 3
+        return 4 + max(own + planes, ReferenceSplit().max_bytes(numel, dtype, num_segments))
+
+    def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
+        """See `BodyKernel.encode`."""
+        reference = checked_reference(self._reference, x.dtype, x)
+        data = delta.encode(x, reference, BlockGrid(segments, x.device), stats)
+        body[: data.numel()].copy_(data)
+        return data.numel()
+
+    def decode(
+        self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
+    ) -> None:
+        """See `BodyKernel.decode`."""
+        reference = checked_reference(self._reference, dtype, out)
+        values = delta.decode(body, reference, BlockGrid(segments, body.device))
+        if accumulate or dtype != out.dtype:
+            apply_values(values, out, accumulate)
+        else:
+            byte_view(out).copy_(byte_view(values))
 
 
 def largest_block_body(numel: int, num_segments: int, mode: Mode, bits_q16: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efficient_dl.codec.kernels.reference.wire import pad4
+from efficient_dl.codec.kernels.reference.wire import Reader, pad4
 from efficient_dl.errors import CorruptPacket
 
 PROBABILITY_BITS = 12
@@ -40,6 +40,11 @@ def serialize(frequency: Tensor) -> Tensor:
     return pad4(torch.cat([pack_bits(present.to(torch.int64)), pack_bits(value_bits.view(-1))]))
 
 
+def serialized_bytes(num_present: int, alphabet: int) -> int:
+    """The length of a serialized table with so many symbols present."""
+    return -(-(-(-alphabet // 8) + -(-num_present * PROBABILITY_BITS // 8)) // 4) * 4
+
+
 def parse(data: Tensor, alphabet: int) -> Tensor:
     """The inverse of `serialize`; raises `CorruptPacket` for anything that `serialize` would not write."""
     bitmap_bytes = (alphabet + 7) // 8
@@ -51,7 +56,7 @@ def parse(data: Tensor, alphabet: int) -> Tensor:
     present = present[:alphabet].bool()
     num_present = int(present.sum())
     value_bits = num_present * PROBABILITY_BITS
-    expected_bytes = -(-(bitmap_bytes + -(-value_bits // 8)) // 4) * 4
+    expected_bytes = serialized_bytes(num_present, alphabet)
     if data.numel() != expected_bytes:
         raise CorruptPacket(
             "the frequency table has the wrong length",
@@ -70,9 +75,16 @@ def parse(data: Tensor, alphabet: int) -> Tensor:
     return frequency
 
 
+def parse_next(reader: Reader, alphabet: int) -> Tensor:
+    """Parses the next table of several that were stored one after the other."""
+    bitmap_bytes = (alphabet + 7) // 8
+    num_present = int(unpack_bits(reader.peek(bitmap_bytes)).sum())
+    return parse(reader.take(serialized_bytes(num_present, alphabet)), alphabet)
+
+
 def starts(frequency: Tensor) -> Tensor:
-    """Exclusive prefix sums: where each symbol's slots begin."""
-    return torch.cumsum(frequency, 0) - frequency
+    """Exclusive prefix sums: where each symbol's slots begin. frequency: (A,), or (tables, A)."""
+    return torch.cumsum(frequency, -1) - frequency
 
 
 def _first(matches: Tensor) -> int:

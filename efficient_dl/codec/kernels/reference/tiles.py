@@ -18,17 +18,21 @@ _SLOT_MASK = TOTAL - 1
 
 
 def encode(
-    symbols: Tensor, num_rows: Tensor, frequency: Tensor, carry: Tensor
+    symbols: Tensor, num_rows: Tensor, frequency: Tensor, carry: Tensor, table: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Codes N tiles of up to R rows.
 
     symbols: integer (N, R, 128). num_rows: int64 (N,), the rows of each tile that are coded (the first ones).
-    frequency: int64 (A,). carry: int64 (N, 128) in [0, 2**16). Returns the final states, int64 (N, 128), and per
-    tile its words in stream order, int64 1-D.
+    frequency: int64 (A,), or (tables, A) with table, int64 (N, R): which of them each row is coded with.
+    carry: int64 (N, 128) in [0, 2**16). Returns the final states, int64 (N, 128), and per tile its words in stream
+    order, int64 1-D.
     """
     tiles, max_rows, _ = symbols.shape
     symbol = symbols.to(torch.int64)
-    start = starts(frequency)
+    if table is not None:
+        symbol = symbol + frequency.shape[1] * table[:, :, None]
+    start = starts(frequency).view(-1)
+    frequency = frequency.reshape(-1)
     state = carry + _LOW
     words = torch.zeros((tiles, max_rows, LANES), dtype=torch.int64, device=symbols.device)
     emitted = torch.zeros((tiles, max_rows, LANES), dtype=torch.bool, device=symbols.device)
@@ -45,7 +49,12 @@ def encode(
 
 
 def decode(
-    states: Tensor, words: list[Tensor], num_rows: Tensor, frequency: Tensor, padded: bool = True
+    states: Tensor,
+    words: list[Tensor],
+    num_rows: Tensor,
+    frequency: Tensor,
+    table: Tensor | None = None,
+    padded: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `encode`: symbols, int64 (N, max rows, 128), and carry, int64 (N, 128).
 
@@ -53,7 +62,9 @@ def decode(
     """
     tiles, device = states.shape[0], states.device
     max_rows = int(num_rows.max()) if tiles else 0
-    start = starts(frequency)
+    alphabet = frequency.shape[-1]
+    start = starts(frequency).view(-1)
+    frequency = frequency.reshape(-1)
     symbol_of_slot = torch.repeat_interleave(torch.arange(frequency.numel(), device=device), frequency)
     num_words = torch.tensor([w.numel() for w in words], dtype=torch.int64, device=device)
     stream = torch.zeros(
@@ -67,8 +78,8 @@ def decode(
     for row in range(max_rows):
         active = (row < num_rows)[:, None]
         slot = state & _SLOT_MASK
-        symbol = symbol_of_slot[slot]
-        symbols[:, row] = torch.where(active, symbol, 0)
+        symbol = symbol_of_slot[slot if table is None else slot + TOTAL * table[:, row, None]]
+        symbols[:, row] = torch.where(active, symbol % alphabet, 0)
         advanced = frequency[symbol] * (state >> PROBABILITY_BITS) + slot - start[symbol]
         needs = active & (advanced < _LOW)
         rank = torch.cumsum(needs.to(torch.int64), 1) - 1

@@ -62,6 +62,12 @@ class Reader:
         self._position = end
         return part
 
+    def peek(self, num_bytes: int) -> Tensor:
+        """The next num_bytes bytes, which stay where they are."""
+        part = self.take(num_bytes)
+        self._position -= num_bytes
+        return part
+
     def integers(self, count: int, width: int, signed: bool = False) -> list[int]:
         """The next `count` integers of `width` bytes."""
         return integers(from_bytes(self.take(count * width), width, signed))

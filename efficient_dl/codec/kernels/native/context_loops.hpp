@@ -1,0 +1,250 @@
+// Loops over one block that compilers vectorize by themselves: included by each instruction set's file, which compiles
+// its own copy. Everything is static, so that no linker merges the copies.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "context_kernels.hpp"
+#include "symbols.hpp"
+#include "tables.hpp"
+
+namespace edl {
+
+constexpr int kMaxMagnitude = 255;  // of a value in a block's sum
+constexpr int kMaxGridQ = 32767;
+
+static inline int magnitude_of(int q) {
+    const int magnitude = q < 0 ? -q : q;
+    return magnitude < kMaxMagnitude ? magnitude : kMaxMagnitude;
+}
+
+static uint32_t magnitude_bits(const float* block) {
+    int32_t highest = 0;  // signed: without its sign bit, a float's bits are not negative
+    for (int i = 0; i < kBlockValues; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, block + i, sizeof bits);
+        bits &= 0x7fffffff;
+        highest = bits > highest ? bits : highest;
+    }
+    return static_cast<uint32_t>(highest);
+}
+
+static int quantize_grid(const float* block, float inverse_step, int16_t* q) {
+    int sum = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        const float x = block[i], magnitude = x < 0 ? -x : x;
+        float level = magnitude * inverse_step + 0.375f;
+        level = level < static_cast<float>(kMaxGridQ) ? level : static_cast<float>(kMaxGridQ);
+        const int whole = static_cast<int>(level);
+        q[i] = static_cast<int16_t>(x < 0 ? -whole : whole);
+        sum += magnitude_of(whole);
+    }
+    return sum;
+}
+
+// The order of all values of a float format, as signed integers; its own inverse.
+static inline int32_t ordinal_32(uint32_t v) {
+    const int32_t s = static_cast<int32_t>(v);
+    return s ^ ((s >> 31) & 0x7fffffff);
+}
+
+static inline int16_t ordinal_16(uint16_t v) {
+    const int16_t s = static_cast<int16_t>(v);
+    return static_cast<int16_t>(s ^ ((s >> 15) & 0x7fff));
+}
+
+static inline int8_t ordinal_8(uint8_t v) {
+    const int8_t s = static_cast<int8_t>(v);
+    return static_cast<int8_t>(s ^ ((s >> 7) & 0x7f));
+}
+
+static inline int16_t clamped_16(int32_t q) {
+    return static_cast<int16_t>(q < -32767 ? -32767 : q > 32767 ? 32767 : q);
+}
+
+static int delta_8(const uint8_t* x, const uint8_t* reference, int16_t* q) {
+    int sum = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        q[i] = static_cast<int8_t>(ordinal_8(x[i]) - ordinal_8(reference[i]));
+        sum += magnitude_of(q[i]);
+    }
+    return sum;
+}
+
+static int delta_16(const uint16_t* x, const uint16_t* reference, int num_planes, int16_t* q, uint8_t* const* planes) {
+    int sum = 0;
+    if (num_planes == 0) {
+        for (int i = 0; i < kBlockValues; ++i) {
+            const int16_t d = static_cast<int16_t>(ordinal_16(x[i]) - ordinal_16(reference[i]));
+            q[i] = d;
+            sum += magnitude_of(d);
+        }
+        return sum;
+    }
+    for (int i = 0; i < kBlockValues; ++i) {
+        const int16_t d = static_cast<int16_t>(ordinal_16(x[i]) - ordinal_16(reference[i]));
+        q[i] = static_cast<int16_t>((d >> 8) + ((d >> 7) & 1));
+        planes[0][i] = static_cast<uint8_t>(d);
+        sum += magnitude_of(q[i]);
+    }
+    return sum;
+}
+
+static inline int32_t distance_32(uint32_t x, uint32_t reference) {
+    return static_cast<int32_t>(static_cast<uint32_t>(ordinal_32(x)) - static_cast<uint32_t>(ordinal_32(reference)));
+}
+
+static int delta_32(const uint32_t* x, const uint32_t* reference, int num_planes, int16_t* q, uint8_t* const* planes) {
+    int sum = 0;
+    if (num_planes == 0) {
+        for (int i = 0; i < kBlockValues; ++i) {
+            q[i] = clamped_16(distance_32(x[i], reference[i]));
+            sum += magnitude_of(q[i]);
+        }
+    } else if (num_planes == 1) {
+        for (int i = 0; i < kBlockValues; ++i) {
+            const int32_t d = distance_32(x[i], reference[i]);
+            q[i] = clamped_16((d >> 8) + ((d >> 7) & 1));
+            planes[0][i] = static_cast<uint8_t>(d);
+            sum += magnitude_of(q[i]);
+        }
+    } else {
+        for (int i = 0; i < kBlockValues; ++i) {
+            const int32_t d = distance_32(x[i], reference[i]);
+            q[i] = clamped_16((d >> 16) + ((d >> 15) & 1));
+            planes[0][i] = static_cast<uint8_t>(d >> 8);
+            planes[1][i] = static_cast<uint8_t>(d);
+            sum += magnitude_of(q[i]);
+        }
+    }
+    return sum;
+}
+
+static int zeros_8(const uint8_t* x) {
+    int count = 0;
+    for (int i = 0; i < kBlockValues; ++i) count += x[i] == 0;
+    return count;
+}
+
+static int zeros_16(const uint16_t* x) {
+    uint16_t count = 0;
+    for (int i = 0; i < kBlockValues; ++i) count = static_cast<uint16_t>(count + (x[i] == 0));
+    return count;
+}
+
+static int zeros_32(const uint32_t* x) {
+    int count = 0;
+    for (int i = 0; i < kBlockValues; ++i) count += x[i] == 0;
+    return count;
+}
+
+static void collect_bits(const uint8_t* flags, int num_words, uint64_t* mask) {
+    for (int word = 0; word < num_words; ++word) {
+        uint64_t bits = 0;
+        for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(flags[64 * word + i] & 1) << i;
+        mask[word] = bits;
+    }
+}
+
+[[maybe_unused]] static void pair_symbols(const int16_t* q, uint8_t* row, uint64_t* nonzero, uint64_t* escaped) {
+    uint8_t is_escape[kLanes], is_nonzero[kLanes], any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const uint16_t a = static_cast<uint16_t>(q[lane] + kPairRadius);
+        const uint16_t b = static_cast<uint16_t>(q[kLanes + lane] + kPairRadius);
+        is_escape[lane] = (a >= kPairBase) | (b >= kPairBase);
+        is_nonzero[lane] = (q[lane] | q[kLanes + lane]) != 0;
+        row[lane] = static_cast<uint8_t>(is_escape[lane] ? kPairEscape : a * kPairBase + b);
+        any |= is_escape[lane];
+    }
+    collect_bits(is_nonzero, 2, nonzero);
+    escaped[0] = escaped[1] = 0;
+    if (any != 0) collect_bits(is_escape, 2, escaped);
+}
+
+[[maybe_unused]] static void byte_symbols(const int16_t* q, uint8_t* rows, uint64_t* escaped) {
+    uint8_t is_escape[kBlockValues], any = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        const uint16_t symbol = static_cast<uint16_t>(q[i] + kByteRadius);
+        is_escape[i] = symbol >= kByteEscape;
+        rows[i] = static_cast<uint8_t>(symbol < kByteEscape ? symbol : kByteEscape);
+        any |= is_escape[i];
+    }
+    std::memset(escaped, 0, 4 * sizeof *escaped);
+    if (any != 0) collect_bits(is_escape, 4, escaped);
+}
+
+static bool pair_values(const uint8_t* row, int32_t* q, uint64_t* escaped) {
+    uint8_t is_escape[kLanes], any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        is_escape[lane] = row[lane] == kPairEscape;
+        any |= is_escape[lane];
+        const uint16_t symbol = is_escape[lane] ? kPairEscape / 2 : row[lane];  // the middle one is two zeros
+        const uint16_t first = static_cast<uint16_t>(symbol * 187u) >> 11;      // symbol / 11, for symbols up to 121
+        q[lane] = first - kPairRadius;
+        q[kLanes + lane] = symbol - first * kPairBase - kPairRadius;
+    }
+    if (any != 0) collect_bits(is_escape, 2, escaped);
+    return any != 0;
+}
+
+static bool byte_values(const uint8_t* rows, int32_t* q, uint64_t* escaped) {
+    uint8_t is_escape[kBlockValues], any = 0;
+    for (int i = 0; i < kBlockValues; ++i) {
+        is_escape[i] = rows[i] == kByteEscape;
+        any |= is_escape[i];
+        q[i] = is_escape[i] ? 0 : rows[i] - kByteRadius;
+    }
+    if (any != 0) collect_bits(is_escape, 4, escaped);
+    return any != 0;
+}
+
+// x may be the reference itself: each value depends on its own place only, which the pragmas say.
+static void apply_delta_8(const uint8_t* reference, const int32_t* q, uint8_t* x) {
+#pragma GCC ivdep
+    for (int i = 0; i < kBlockValues; ++i)
+        x[i] = static_cast<uint8_t>(ordinal_8(static_cast<uint8_t>(ordinal_8(reference[i]) + q[i])));
+}
+
+static void apply_delta_16(const uint16_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
+                           uint16_t* x) {
+    const auto moved = [&](int i, int32_t distance) {
+        const uint16_t ordinal = static_cast<uint16_t>(ordinal_16(reference[i]) + distance);
+        return static_cast<uint16_t>(ordinal_16(ordinal));
+    };
+    if (num_planes == 0) {
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, q[i]);
+        return;
+    }
+    const uint8_t* low = planes[0];
+#pragma GCC ivdep
+    for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<int16_t>(q[i]) * 256 + static_cast<int8_t>(low[i]));
+}
+
+static void apply_delta_32(const uint32_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
+                           uint32_t* x) {
+    const auto moved = [&](int i, uint32_t distance) {
+        return static_cast<uint32_t>(ordinal_32(static_cast<uint32_t>(ordinal_32(reference[i])) + distance));
+    };
+    if (num_planes == 0) {
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<uint32_t>(q[i]));
+        return;
+    }
+    if (num_planes == 1) {
+        const uint8_t* low = planes[0];
+#pragma GCC ivdep
+        for (int i = 0; i < kBlockValues; ++i)
+            x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 8) + static_cast<uint32_t>(int32_t{static_cast<int8_t>(low[i])}));
+        return;
+    }
+    const uint8_t *high = planes[0], *low = planes[1];
+#pragma GCC ivdep
+    for (int i = 0; i < kBlockValues; ++i) {
+        const uint16_t both = static_cast<uint16_t>(high[i] << 8 | low[i]);
+        x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 16) + static_cast<uint32_t>(int32_t{static_cast<int16_t>(both)}));
+    }
+}
+
+}  // namespace edl

@@ -1,0 +1,283 @@
+// The exact delta: distances to a reference in units in the last place, as integers with contexts and raw low bytes
+// (docs/format.md, codec 4).
+#include <atomic>
+#include <cstring>
+
+#include "contexts.hpp"
+#include "scratch.hpp"
+
+namespace edl {
+namespace {
+
+constexpr uint8_t kDistances = 0, kLossless = 1;  // methods
+constexpr int kMaxPlanes = 2;
+constexpr int64_t kOneBit = 65536;
+constexpr int64_t kHeadBytes = 4;
+
+int max_planes(int dtype) { return item_bytes(dtype) / 2; }
+int escape_bytes(int dtype) { return std::max(item_bytes(dtype), 2); }
+
+// A block's bytes, in place or with zeros behind its end.
+const void* whole_block(const ConstValues& x, const Block& block, void* room) {
+    if (block.size == kBlockValues) return x.at(block.offset);
+    const size_t width = static_cast<size_t>(item_bytes(x.dtype)), size = static_cast<size_t>(block.size) * width;
+    std::memset(room, 0, kBlockValues * width);
+    std::memcpy(room, x.at(block.offset), size);
+    return room;
+}
+
+struct Room {
+    alignas(64) uint32_t x[kBlockValues];
+    alignas(64) uint32_t reference[kBlockValues];
+    alignas(64) uint8_t planes[kMaxPlanes][kBlockValues];
+};
+
+int distances(const ContextKernels& loops, int dtype, const void* x, const void* reference, int num_planes, int16_t* q,
+              uint8_t* const* planes) {
+    switch (item_bytes(dtype)) {
+        case 4:
+            return loops.delta_32(static_cast<const uint32_t*>(x), static_cast<const uint32_t*>(reference), num_planes, q,
+                                  planes);
+        case 2:
+            return loops.delta_16(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(reference), num_planes, q,
+                                  planes);
+        default: return loops.delta_8(static_cast<const uint8_t*>(x), static_cast<const uint8_t*>(reference), q);
+    }
+}
+
+int count_zeros(const ContextKernels& loops, int dtype, const void* x) {
+    switch (item_bytes(dtype)) {
+        case 4: return loops.zeros_32(static_cast<const uint32_t*>(x));
+        case 2: return loops.zeros_16(static_cast<const uint16_t*>(x));
+        default: return loops.zeros_8(static_cast<const uint8_t*>(x));
+    }
+}
+
+void apply_distances(const ContextKernels& loops, int dtype, const void* reference, const int32_t* q, int num_planes,
+                     const uint8_t* const* planes, void* x) {
+    switch (item_bytes(dtype)) {
+        case 4:
+            return loops.apply_delta_32(static_cast<const uint32_t*>(reference), q, num_planes, planes,
+                                        static_cast<uint32_t*>(x));
+        case 2:
+            return loops.apply_delta_16(static_cast<const uint16_t*>(reference), q, num_planes, planes,
+                                        static_cast<uint16_t*>(x));
+        default: return loops.apply_delta_8(static_cast<const uint8_t*>(reference), q, static_cast<uint8_t*>(x));
+    }
+}
+
+int choose_planes(const Kernels& kernels, const ConstValues& x, const ConstValues& reference,
+                  const Segments& segments) {
+    const ContextKernels& loops = context_kernels(kernels);
+    const int64_t stride = sample_stride(count_blocks(segments));
+    int best = 0;
+    int64_t best_cost = 0;
+    for (int planes = 0; planes <= max_planes(x.dtype); ++planes) {
+        SampleCost cost(kernels, escape_bytes(x.dtype));
+        int64_t num_values = 0;
+        BlockCursor cursor(segments);
+        for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
+            Room room;
+            uint8_t* const rest[kMaxPlanes] = {room.planes[0], room.planes[1]};
+            alignas(64) int16_t q[kBlockValues];
+            const int sum = distances(loops, x.dtype, whole_block(x, block, room.x),
+                                      whole_block(reference, block, room.reference), planes, q, rest);
+            cost.add(q, sum);
+            num_values += block.size;
+        }
+        const int64_t total = cost.cost_q16() + 8 * planes * kOneBit * num_values;
+        if (planes == 0 || total < best_cost) {
+            best = planes;
+            best_cost = total;
+        }
+    }
+    return best;
+}
+
+class DeltaSource final : public IntegerSource {
+public:
+    // planes: room for num_planes * x.numel bytes.
+    DeltaSource(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, int num_planes,
+                uint8_t* planes)
+        : loops_(context_kernels(kernels)), x_(x), reference_(reference), num_planes_(num_planes), planes_(planes) {}
+
+    int quantize(const Block& block, int16_t* q) const override {
+        Room room;
+        const void* x = whole_block(x_, block, room.x);
+        const void* reference = whole_block(reference_, block, room.reference);
+        const size_t width = static_cast<size_t>(item_bytes(x_.dtype));
+        const int zeros = count_zeros(loops_, x_.dtype, x);
+        num_zeros_.fetch_add(zeros - (kBlockValues - block.size), std::memory_order_relaxed);
+        if (std::memcmp(x, reference, kBlockValues * width) == 0) {
+            for (int p = 0; p < num_planes_; ++p) std::memset(plane(p, block), 0, static_cast<size_t>(block.size));
+            return 0;
+        }
+        const bool whole = block.size == kBlockValues;
+        uint8_t* targets[kMaxPlanes] = {room.planes[0], room.planes[1]};
+        for (int p = 0; whole && p < num_planes_; ++p) targets[p] = plane(p, block);
+        const int sum = distances(loops_, x_.dtype, x, reference, num_planes_, q, targets);
+        for (int p = 0; !whole && p < num_planes_; ++p)
+            std::memcpy(plane(p, block), targets[p], static_cast<size_t>(block.size));
+        return sum;
+    }
+
+    // 16 bits do not hold the distances of 32-bit values.
+    int32_t exact(const Block& block, int place, int16_t q) const override {
+        if (x_.dtype != EDL_FLOAT32 || place >= block.size) return q;
+        const auto ordinal = [&](const ConstValues& values) {
+            int32_t v;
+            std::memcpy(&v, values.at(block.offset + place), sizeof v);
+            return static_cast<uint32_t>(v ^ ((v >> 31) & 0x7fffffff));
+        };
+        const int32_t d = static_cast<int32_t>(ordinal(x_) - ordinal(reference_));
+        const int shift = 8 * num_planes_;
+        return shift == 0 ? d : (d >> shift) + ((d >> (shift - 1)) & 1);
+    }
+
+    int value_bytes() const override { return escape_bytes(x_.dtype); }
+    int64_t num_zeros() const { return num_zeros_.load(); }
+
+private:
+    uint8_t* plane(int p, const Block& block) const { return planes_ + p * x_.numel + block.offset; }
+
+    const ContextKernels& loops_;
+    ConstValues x_, reference_;
+    int num_planes_;
+    uint8_t* planes_;
+    mutable std::atomic<int64_t> num_zeros_{0};
+};
+
+class DeltaSink final : public IntegerSink {
+public:
+    DeltaSink(const Kernels& kernels, const ConstValues& reference, const Output& out, int num_planes)
+        : kernels_(kernels), loops_(context_kernels(kernels)), reference_(reference), out_(out),
+          num_planes_(num_planes) {}
+
+    void set_planes(const uint8_t* planes) { planes_ = planes; }
+
+    void empty(const Block& block) const override {
+        if (num_planes_ > 0) {
+            alignas(64) const int32_t zeros[kBlockValues] = {};
+            write(block, zeros);
+        } else if (is_exact()) {
+            // The reference itself may be what is written to.
+            if (out_.data != reference_.data)
+                std::memcpy(out_.at(block.offset), reference_.at(block.offset),
+                            static_cast<size_t>(block.size * item_bytes(reference_.dtype)));
+        } else {
+            convert(block, reference_.at(block.offset));
+        }
+    }
+
+    void nonfinite(const Block&) const override { throw CodecError{EDL_BAD_CODES}; }
+
+    void coded(const Block& block, int c, const uint8_t* rows, EscapedIntegers& escapes) const override {
+        alignas(64) int32_t q[kBlockValues];
+        uint64_t mask[4];
+        const bool escaped = is_wide(c) ? loops_.byte_values(rows, q, mask) : loops_.pair_values(rows, q, mask);
+        if (escaped) escapes.apply(c, mask, [&](int place, int32_t value) { q[place] = value; });
+        for (int i = block.size; i < kBlockValues; ++i)
+            if (q[i] != 0) throw CodecError{EDL_BAD_SYMBOL};
+        write(block, q);
+    }
+
+    int value_bytes() const override { return escape_bytes(reference_.dtype); }
+    bool allows_nonfinite() const override { return false; }
+
+private:
+    bool is_exact() const { return out_.dtype == reference_.dtype && !out_.accumulate; }
+
+    void write(const Block& block, const int32_t* q) const {
+        Room room;
+        const bool whole = block.size == kBlockValues;
+        const void* reference = whole_block(reference_, block, room.reference);
+        const uint8_t* planes[kMaxPlanes] = {room.planes[0], room.planes[1]};
+        for (int p = 0; p < num_planes_; ++p) {
+            const uint8_t* sent = planes_ + p * reference_.numel + block.offset;
+            if (whole) planes[p] = sent;
+            else std::memcpy(room.planes[p], sent, static_cast<size_t>(block.size));
+        }
+        void* target = whole && is_exact() ? out_.at(block.offset) : room.x;
+        apply_distances(loops_, reference_.dtype, reference, q, num_planes_, planes, target);
+        if (!is_exact()) convert(block, room.x);
+        else if (!whole)
+            std::memcpy(out_.at(block.offset), room.x, static_cast<size_t>(block.size * item_bytes(out_.dtype)));
+    }
+
+    void convert(const Block& block, const void* values) const {
+        alignas(64) float floats[kBlockValues];
+        kernels_.load(values, reference_.dtype, block.size, floats);
+        kernels_.store(floats, out_.dtype, block.size, out_.at(block.offset), out_.accumulate);
+    }
+
+    const Kernels& kernels_;
+    const ContextKernels& loops_;
+    ConstValues reference_;
+    Output out_;
+    int num_planes_;
+    const uint8_t* planes_ = nullptr;
+};
+
+thread_local Scratch planes_scratch;
+thread_local Scratch lossless_scratch;
+
+}  // namespace
+
+int64_t delta_max_bytes(int64_t numel, int64_t num_segments, int dtype) {
+    const int64_t own = integers_max_bytes(numel, num_segments, escape_bytes(dtype)) + max_planes(dtype) * numel + 3;
+    return kHeadBytes + std::max(own, split_max_bytes(numel, dtype));
+}
+
+void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, const Segments& segments,
+                  ByteWriter& body, edl_stats* stats) {
+    const int num_planes = choose_planes(kernels, x, reference, segments);
+    const int64_t planes_bytes = num_planes * x.numel, begin = body.written();
+    Scratch::Lease lease(planes_scratch, static_cast<size_t>(planes_bytes));
+    const DeltaSource source(kernels, x, reference, num_planes, lease.bytes());
+    body.value(kDistances);
+    body.value(static_cast<uint8_t>(num_planes));
+    body.value(uint16_t{0});
+    encode_integers(kernels, source, segments, x.numel, body, stats);
+    body.bytes(lease.bytes(), planes_bytes);
+    body.padding_after(planes_bytes);
+    if (stats != nullptr) {
+        stats->header_bits += 8 * kHeadBytes;
+        stats->model_bits += 8.0 * static_cast<double>(planes_bytes);
+        stats->order0_bits += 8.0 * static_cast<double>(planes_bytes);
+    }
+
+    // Dense deltas, and tensors of zeros, may be shorter without the reference.
+    const int64_t own_bytes = body.written() - begin;
+    const bool is_sparse = 8 * own_bytes <= x.numel * item_bytes(x.dtype) && 2 * source.num_zeros() <= x.numel;
+    if (is_sparse && !is_float8(x.dtype)) return;
+    const int64_t capacity = split_max_bytes(x.numel, x.dtype);
+    Scratch::Lease lossless_lease(lossless_scratch, static_cast<size_t>(capacity));
+    ByteWriter lossless(lossless_lease.bytes(), capacity);
+    edl_stats lossless_stats = {};
+    split_encode(kernels, x, lossless, stats == nullptr ? nullptr : &lossless_stats);
+    if (kHeadBytes + lossless.written() >= own_bytes) return;
+    body.rewind(own_bytes);
+    body.value(kLossless);
+    body.value(uint8_t{0});
+    body.value(uint16_t{0});
+    body.bytes(lossless_lease.bytes(), lossless.written());
+    if (stats != nullptr) {
+        *stats = lossless_stats;
+        stats->header_bits += 8 * kHeadBytes;
+    }
+}
+
+void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Segments& segments,
+                  const Output& out) {
+    const int method = body.value<uint8_t>(), num_planes = body.value<uint8_t>(), reserved = body.value<uint16_t>();
+    if (method > kLossless || reserved != 0 || num_planes > (method == kLossless ? 0 : max_planes(reference.dtype)))
+        throw CodecError{EDL_BAD_PARAMETERS};
+    if (method == kLossless) return split_decode(kernels, body, reference.dtype, out);
+    DeltaSink sink(kernels, reference, out, num_planes);
+    decode_integers(kernels, body, segments, sink, [&](ByteReader& rest) {
+        sink.set_planes(rest.take(num_planes * out.numel));
+        rest.padding_after(num_planes * out.numel);
+    });
+}
+
+}  // namespace edl
