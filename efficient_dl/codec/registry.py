@@ -51,7 +51,7 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
     if spec == "identity":
         return PacketCodec(spec, _IDENTITY, True, CopyBody(), lambda _: CopyBody(), checksum)
     if spec == "lossless":
-        return PacketCodec(spec, _LOSSLESS, True, _native_split(kernel), lambda _: ReferenceSplit(), checksum)
+        return PacketCodec(spec, _LOSSLESS, True, _native_split(kernel), _device_split(kernel), checksum)
     if spec.startswith("bits:"):
         bits = _parse_bits(spec)
         return PacketCodec(
@@ -65,12 +65,31 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
     )
 
 
-def _native_split(kernel: str) -> BodyKernel:
+def _native_split(kernel: str) -> BodyKernel | DeviceBodyKernel:
     if kernel == "reference":
         return ReferenceSplit()
+    if kernel == "triton":
+        _require_interpreter()
+        return _triton_split()
     from efficient_dl.codec.kernels.native.bodies import NativeSplit
 
     return NativeSplit(portable=kernel == "portable")
+
+
+def _device_split(kernel: str) -> Callable[[torch.device], BodyKernel | DeviceBodyKernel]:
+    def choose(device: torch.device) -> BodyKernel | DeviceBodyKernel:
+        if kernel != "reference" and device.type == "cuda" and is_triton_installed():
+            return _triton_split()
+        return ReferenceSplit()
+
+    return choose
+
+
+@functools.cache
+def _triton_split() -> DeviceBodyKernel:
+    from efficient_dl.codec.kernels.triton.split import TritonSplit
+
+    return TritonSplit()
 
 
 def _native_block(kernel: str, bits: float) -> BodyKernel | DeviceBodyKernel:
