@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 # Large enough that no sum of tile sizes reaches it: for packets without a capacity.
-NO_LIMIT = 1 << 62
+NO_LIMIT = tl.constexpr(1 << 62)
 
 
 @triton.jit
