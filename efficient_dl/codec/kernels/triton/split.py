@@ -1,5 +1,7 @@
 """The exact codec on a GPU (docs/format.md, codec 1): what is launched, in which order, and with what room."""
 
+# pyright: reportUnknownMemberType=false
+# (Triton's kernels have untyped parameters.)
 from __future__ import annotations
 
 from typing import Any, Final
@@ -71,8 +73,10 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
     capacity = min(_TILE_VALUES, _TILE_VALUES * width // 2)
     num_fields = 1 + _num_planes(width)
 
-    zeros = torch.zeros(256 + _TABLE_WORDS + 2 + 2, dtype=torch.int32, device=device)
-    saved, counts, table, sample = zeros[:2].view(torch.int64), *zeros[2:].split([256, _TABLE_WORDS, 2])
+    # What starts at zero: the symbols' counts, the table, the sample's sums, and what coding saves.
+    zeros = torch.zeros(256 + _TABLE_WORDS + 4, dtype=torch.int32, device=device)
+    counts, table = zeros[:256], zeros[256 : 256 + _TABLE_WORDS]
+    sample, saved = zeros[-4:-2], zeros[-2:].view(torch.int64)
     entries = torch.empty(256, dtype=torch.uint32, device=device)
     table_bytes = torch.empty(1, dtype=torch.int32, device=device)
     records = torch.empty(num_blocks, dtype=torch.int32, device=device)
@@ -127,6 +131,7 @@ def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, s
     symbols = torch.empty(num_blocks * _BLOCK_VALUES, dtype=torch.uint8, device=device)
     carried = torch.empty(num_tiles * _BLOCK_VALUES, dtype=torch.uint8, device=device)
     starts = torch.empty((1 + _num_planes(width)) * num_blocks, dtype=torch.int32, device=device)
+    counts = torch.empty(num_blocks, dtype=torch.int32, device=device)
     kinds = torch.empty(num_tiles, dtype=torch.int32, device=device)
 
     _launch(
@@ -136,13 +141,13 @@ def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, s
     _launch(tables.expand_kernel, (16, 1), entries, slots, BLOCK=256, num_warps=_WARPS)
     _launch(
         split_decode.decode_kernel, (num_tiles,),
-        packet, slots, offsets, place, symbols, carried, starts, kinds, status, numel, num_blocks, num_tiles,
+        packet, slots, offsets, place, symbols, carried, starts, counts, kinds, status, numel, num_blocks, num_tiles,
         WIDTH=width, num_warps=_CODING_WARPS,
     )  # fmt: skip
     _launch(
         split_decode.merge_kernel, (num_tiles, _PARTS),
-        packet, out.view(_INTEGERS[out.dtype.itemsize]), offsets, place, symbols, carried, starts, kinds, status,
-        numel, num_blocks, WIDTH=width, DTYPE=DTYPE_CODES[dtype], OUT_DTYPE=DTYPE_CODES[out.dtype],
+        packet, out.view(_INTEGERS[out.dtype.itemsize]), offsets, place, symbols, carried, starts, counts, kinds,
+        status, numel, num_blocks, WIDTH=width, DTYPE=DTYPE_CODES[dtype], OUT_DTYPE=DTYPE_CODES[out.dtype],
         ACCUMULATE=accumulate, PARTS=_PARTS, GROUP=_GROUP, num_warps=_WARPS,
     )  # fmt: skip
 

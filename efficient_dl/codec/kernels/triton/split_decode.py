@@ -4,7 +4,9 @@ Whatever the bytes say, nothing is read or written out of bounds: sizes are chec
 not what its directory entry says is left out, and every fault is noted in the status, which the host reads at the end.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+# (Kernels take numbers where they say tl.constexpr, and tl.static_range is no iterator.)
 from __future__ import annotations
 
 import triton
@@ -93,14 +95,15 @@ def open_kernel(
 
 @triton.jit
 def decode_kernel(
-    packet_ptr, slots_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, kinds_ptr, status_ptr,
-    numel, num_blocks, num_tiles, WIDTH: tl.constexpr,
+    packet_ptr, slots_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, kinds_ptr,
+    status_ptr, numel, num_blocks, num_tiles, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile's symbols and finds out where its other bytes are; one program a tile.
 
     symbols_ptr: uint8, 256 a block. carried_ptr: uint8, 256 a tile: plane 0 of its last block with rows. starts_ptr:
     int32, for each plane and for the escapes num_blocks: where the block's bytes begin in the tile, -1 if there are
-    none. kinds_ptr: int32 (num_tiles,).
+    none. counts_ptr: int32, for each block: values with bytes in the planes | escapes << 16. kinds_ptr: int32, one a
+    tile.
     """
     tile = tl.program_id(0)
     tiles_at = tl.load(place_ptr)
@@ -132,7 +135,7 @@ def decode_kernel(
                 sound = _decode_tile(
                     tile_ptr, tile_bytes, num_words, info, codes_ptr, present, inside, slots_ptr,
                     symbols_ptr + first.to(tl.int64) * BLOCK_VALUES, carried_ptr + tile * BLOCK_VALUES,
-                    starts_ptr + first, num_blocks, WIDTH,
+                    starts_ptr + first, counts_ptr + first, num_blocks, WIDTH,
                 )  # fmt: skip
         else:
             used = tl.where(kind == STORED, remaining * WIDTH, 0)
@@ -148,7 +151,7 @@ def decode_kernel(
 @triton.jit
 def _decode_tile(
     tile_ptr, tile_bytes, num_words, info, codes_ptr, present, inside, slots_ptr, symbols_ptr, carried_ptr, starts_ptr,
-    num_blocks, WIDTH: tl.constexpr,
+    counts_ptr, num_blocks, WIDTH: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
     member = tl.arange(0, TILE_BLOCKS)
@@ -191,6 +194,7 @@ def _decode_tile(
         stray = tl.where((front == 0) | (front == ESCAPE), low, 0)
         stray |= tl.where((back == 0) | (back == ESCAPE), high, 0)
         sound = sound & (tl.max(stray, 0) == 0)
+        tl.store(counts_ptr + member, counts, mask=inside)
         kept = counts & 0xFFFF
         escaped = counts >> 16
         used = place_blocks(starts_ptr, tl.where(member == last, 0, kept), used, inside, 1)
@@ -233,8 +237,8 @@ def _note(status_ptr, sound):
 
 @triton.jit
 def merge_kernel(
-    packet_ptr, out_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, kinds_ptr, status_ptr,
-    numel, num_blocks,
+    packet_ptr, out_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, kinds_ptr,
+    status_ptr, numel, num_blocks,
     WIDTH: tl.constexpr, DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, ACCUMULATE: tl.constexpr,
     PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -257,7 +261,8 @@ def merge_kernel(
                     bits = load_bits(typed(tile_ptr, WIDTH), index, index < remaining, WIDTH)
                 if kind == CODED:
                     bits = _merge_blocks(
-                        packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, tile, member, num_blocks, WIDTH,
+                        packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member,
+                        num_blocks, WIDTH,
                     )  # fmt: skip
                     behind = tl.where(index < remaining, 0, bits)
                     _note(status_ptr, tl.max(tl.max((behind != 0).to(tl.int32), 1), 0) == 0)
@@ -273,8 +278,9 @@ def merge_kernel(
 
 @triton.jit
 def _merge_blocks(
-    packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, tile, member, num_blocks, WIDTH: tl.constexpr
-):
+    packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member, num_blocks,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
     """The bits of some blocks of a coded tile, int32 (blocks, 256)."""
     block = tile * TILE_BLOCKS + member
     inside = block < num_blocks
@@ -288,25 +294,39 @@ def _merge_blocks(
         planes: tl.constexpr = 3 if WIDTH == 4 else 1
         is_escaped = symbol == ESCAPE
         is_kept = (symbol != 0) & (symbol != ESCAPE)
-        both = is_kept.to(tl.int32) | (is_escaped.to(tl.int32) << 16)
-        both = tl.cumsum(both, 1) - both
-        rank = both & 0xFFFF
-        start = tl.load(starts_ptr + block, mask=inside, other=-1)[:, None]
-        top = tl.load(tile_ptr + start + rank, mask=is_kept & (start >= 0), other=0).to(tl.int32)
-        # Only the last block's values have a symbol and no byte in plane 0.
-        carried_at = tl.broadcast_to(tile * BLOCK_VALUES + value, symbol.shape)
-        top |= tl.load(carried_ptr + carried_at, mask=is_kept & (start < 0), other=0).to(tl.int32)
         low = tl.zeros_like(symbol)
-        for plane in tl.static_range(2 if WIDTH == 4 else 0):
-            start = tl.load(starts_ptr + (1 + plane) * num_blocks + block, mask=inside, other=-1)[:, None]
-            byte = tl.load(tile_ptr + start + rank, mask=is_kept & (start >= 0), other=0).to(tl.int32)
-            low |= byte << (8 - 8 * plane)
-        bits = join(symbol, code[:, None], top, low, WIDTH)
-        start = tl.load(starts_ptr + planes * num_blocks + block, mask=inside, other=-1)
-        if tl.max(start, 0) >= 0:
-            bits = tl.where(is_escaped, 0, bits)
-            for i in tl.static_range(WIDTH):
-                at = start[:, None] + (both >> 16) * WIDTH + i
-                escape = tl.load(tile_ptr + at, mask=is_escaped & (start >= 0)[:, None], other=0)
-                bits |= escape.to(tl.int32) << (8 * i)
+        start = tl.load(starts_ptr + block, mask=inside, other=-1)
+        count = tl.load(counts_ptr + block, mask=inside, other=0)
+        is_run = tl.min((count == BLOCK_VALUES).to(tl.int32), 0) != 0
+        if is_run & (tl.min(start, 0) >= 0):
+            # Mostly all values have bytes in the planes: a block's are one run.
+            top = tl.load(tile_ptr + (start[:, None] + value)).to(tl.int32)
+            for plane in tl.static_range(1, planes):
+                start = tl.load(starts_ptr + plane * num_blocks + block, mask=inside, other=-1)
+                mask = tl.broadcast_to((start >= 0)[:, None], symbol.shape)
+                byte = tl.load(tile_ptr + (start[:, None] + value), mask=mask, other=0).to(tl.int32)
+                low |= byte << (16 - 8 * plane)
+            bits = join(symbol, code[:, None], top, low, WIDTH)
+        else:
+            both = is_kept.to(tl.int32) | (is_escaped.to(tl.int32) << 16)
+            both = tl.cumsum(both, 1) - both
+            rank = both & 0xFFFF
+            is_sent = is_kept & (start >= 0)[:, None]
+            top = tl.load(tile_ptr + start[:, None] + rank, mask=is_sent, other=0).to(tl.int32)
+            # Only the last block's values have a symbol and no byte in plane 0.
+            carried_at = tl.broadcast_to(tile * BLOCK_VALUES + value, symbol.shape)
+            top |= tl.load(carried_ptr + carried_at, mask=is_kept & ~is_sent, other=0).to(tl.int32)
+            for plane in tl.static_range(1, planes):
+                start = tl.load(starts_ptr + plane * num_blocks + block, mask=inside, other=-1)
+                is_sent = is_kept & (start >= 0)[:, None]
+                byte = tl.load(tile_ptr + start[:, None] + rank, mask=is_sent, other=0).to(tl.int32)
+                low |= byte << (16 - 8 * plane)
+            bits = join(symbol, code[:, None], top, low, WIDTH)
+            start = tl.load(starts_ptr + planes * num_blocks + block, mask=inside, other=-1)
+            if tl.max(start, 0) >= 0:
+                bits = tl.where(is_escaped, 0, bits)
+                for i in tl.static_range(WIDTH):
+                    at = start[:, None] + (both >> 16) * WIDTH + i
+                    escape = tl.load(tile_ptr + at, mask=is_escaped & (start >= 0)[:, None], other=0)
+                    bits |= escape.to(tl.int32) << (8 * i)
     return bits

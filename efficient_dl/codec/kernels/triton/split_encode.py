@@ -4,7 +4,9 @@ Only the words of the tile coder need room of their own; all other bytes go from
 packet, which is known once every tile's words are counted. So the tensor is read three times, and copied nowhere twice.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+# (Kernels take numbers where they say tl.constexpr, and tl.static_range is no iterator.)
 from __future__ import annotations
 
 import triton
@@ -21,7 +23,9 @@ from efficient_dl.codec.kernels.triton.split_values import (
     TILE_VALUES,
     exponents,
     load_bits,
+    load_inside,
     place_blocks,
+    plane_bytes,
     symbols,
     top_bytes,
     typed,
@@ -33,6 +37,7 @@ from efficient_dl.codec.kernels.triton.tables import TABLE_WORDS
 ESCAPED_SHIFT = tl.constexpr(9)
 LOW_PLANES_SHIFT = tl.constexpr(18)
 COUNT_MASK = tl.constexpr(511)
+_COUNTS_MASK = tl.constexpr((1 << 18) - 1)
 # A tile's record, int32 each.
 NUM_WORDS = tl.constexpr(0)
 INFO = tl.constexpr(1)
@@ -73,7 +78,7 @@ def measure_kernel(
     for group in range(0, BLOCKS, GROUP):
         block = group + tl.arange(0, GROUP)
         index = block[:, None] * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)[None, :]
-        bits = load_bits(x_ptr, index, index < remaining, WIDTH)
+        bits = load_inside(x_ptr, index, remaining, BLOCKS * BLOCK_VALUES, WIDTH)
         nonzero = tl.sum((bits != 0).to(tl.int32), 1)
         if WIDTH == 1:
             code = (nonzero > 0).to(tl.int32)
@@ -125,9 +130,9 @@ def code_kernel(
     last = tl.max(tl.where(present, member, -1), 0)
 
     # The last two rows: their plane 0, or of float8 the symbols themselves, travel in the states.
-    at = last * BLOCK_VALUES + lane
-    front = load_bits(x_ptr, at, (at >= 0) & (at < remaining), WIDTH)
-    back = load_bits(x_ptr, at + LANES, (at >= 0) & (at + LANES < remaining), WIDTH)
+    at = tl.maximum(last, 0) * BLOCK_VALUES + lane
+    front = load_inside(x_ptr, at, remaining, TILE_VALUES, WIDTH)
+    back = load_inside(x_ptr, at + LANES, remaining, TILE_VALUES, WIDTH)
     if WIDTH == 1:
         carry = front | (back << 8)
     else:
@@ -138,9 +143,9 @@ def code_kernel(
     for step in range(0, last + 1):
         block = last - step
         # The next block's values are on their way while this one is coded.
-        at = (block - 1) * BLOCK_VALUES + lane
-        next_front = load_bits(x_ptr, at, (at >= 0) & (at < remaining), WIDTH)
-        next_back = load_bits(x_ptr, at + LANES, (at >= 0) & (at + LANES < remaining), WIDTH)
+        at = tl.maximum(block - 1, 0) * BLOCK_VALUES + lane
+        next_front = load_inside(x_ptr, at, remaining, TILE_VALUES, WIDTH)
+        next_back = load_inside(x_ptr, at + LANES, remaining, TILE_VALUES, WIDTH)
         code = tl.load(codes_ptr + first + block).to(tl.int32)
         if WIDTH == 1:
             code = tl.where(step == 0, 0, code)
@@ -256,7 +261,8 @@ def place_kernel(
                     _place_bitmap(target_ptr + at, codes_ptr, records_ptr, tile, plane, num_blocks)
         if WIDTH > 1:
             _place_planes(
-                x_ptr, target_ptr, codes_ptr, starts_ptr, tile, part, info, remaining, num_blocks, WIDTH, PARTS, GROUP,
+                x_ptr, target_ptr, codes_ptr, records_ptr, starts_ptr, tile, part, remaining, num_blocks,
+                WIDTH, PARTS, GROUP,
             )  # fmt: skip
     elif tile_bytes > 0:
         _place_values(x_ptr, target_ptr, part, remaining, WIDTH, PARTS, GROUP)
@@ -277,39 +283,66 @@ def _place_bitmap(target_ptr, codes_ptr, records_ptr, tile, plane: tl.constexpr,
 
 @triton.jit
 def _place_planes(
-    x_ptr, target_ptr, codes_ptr, starts_ptr, tile, part, info, remaining, num_blocks,
+    x_ptr, target_ptr, codes_ptr, records_ptr, starts_ptr, tile, part, remaining, num_blocks,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     part_blocks: tl.constexpr = TILE_BLOCKS // PARTS
     planes: tl.constexpr = 3 if WIDTH == 4 else 1
-    for group in range(0, part_blocks, GROUP):
-        member = part * part_blocks + group + tl.arange(0, GROUP)
-        block = tile * TILE_BLOCKS + member
+    for group in range(part * part_blocks, (part + 1) * part_blocks, GROUP):
+        block = tile * TILE_BLOCKS + group + tl.arange(0, GROUP)
         inside = block < num_blocks
-        index = member[:, None] * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)[None, :]
-        bits = load_bits(x_ptr, index, index < remaining, WIDTH)
-        code = tl.load(codes_ptr + block, mask=inside, other=0).to(tl.int32)
-        symbol = symbols(bits, code[:, None], WIDTH)
-        is_escaped = symbol == ESCAPE
-        is_kept = (symbol != 0) & (symbol != ESCAPE)
-        # One scan for both ranks.
-        both = is_kept.to(tl.int32) | (is_escaped.to(tl.int32) << 16)
-        both = tl.cumsum(both, 1) - both
-        rank = both & 0xFFFF
-        start = tl.load(starts_ptr + block, mask=inside, other=-1)
-        mask = is_kept & (start >= 0)[:, None]
-        tl.store(target_ptr + start[:, None] + rank, top_bytes(bits, WIDTH).to(tl.uint8), mask=mask)
-        for plane in tl.static_range(2 if WIDTH == 4 else 0):
-            start = tl.load(starts_ptr + (1 + plane) * num_blocks + block, mask=inside, other=-1)
-            mask = is_kept & (start >= 0)[:, None]
-            value = (bits >> (8 - 8 * plane)) & 255
-            tl.store(target_ptr + start[:, None] + rank, value.to(tl.uint8), mask=mask)
-        if (info >> ESCAPES_SHIFT) != 0:
+        record = tl.load(records_ptr + block, mask=inside, other=0)
+        # Mostly all values of these blocks have bytes: a plane's are then one run, or none are sent.
+        is_run = tl.min((record & _COUNTS_MASK == BLOCK_VALUES).to(tl.int32), 0) != 0
+        for plane in tl.static_range(planes):
+            start = tl.load(starts_ptr + plane * num_blocks + block, mask=inside, other=-1)
+            is_run = is_run & ((tl.min(start, 0) >= 0) | (tl.max(start, 0) < 0))
+        if is_run:
+            for plane in tl.static_range(planes):
+                at = tl.min(tl.load(starts_ptr + plane * num_blocks + block, mask=inside, other=-1), 0)
+                if at >= 0:
+                    run_ptr = x_ptr + group * BLOCK_VALUES
+                    _place_run(run_ptr, target_ptr, at, plane, WIDTH, GROUP * BLOCK_VALUES)
+        else:
+            member = group + tl.arange(0, GROUP)
+            index = member[:, None] * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)[None, :]
+            bits = load_bits(x_ptr, index, index < remaining, WIDTH)
+            code = tl.load(codes_ptr + block, mask=inside, other=0).to(tl.int32)
+            symbol = symbols(bits, code[:, None], WIDTH)
+            is_escaped = symbol == ESCAPE
+            is_kept = (symbol != 0) & (symbol != ESCAPE)
+            # One scan for both ranks.
+            both = is_kept.to(tl.int32) | (is_escaped.to(tl.int32) << 16)
+            both = tl.cumsum(both, 1) - both
+            for plane in tl.static_range(planes):
+                start = tl.load(starts_ptr + plane * num_blocks + block, mask=inside, other=-1)[:, None]
+                byte = plane_bytes(bits, plane, WIDTH).to(tl.uint8)
+                tl.store(target_ptr + start + (both & 0xFFFF), byte, mask=is_kept & (start >= 0))
             start = tl.load(starts_ptr + planes * num_blocks + block, mask=inside, other=-1)
-            mask = is_escaped & (start >= 0)[:, None]
-            for byte in tl.static_range(WIDTH):
-                at = start[:, None] + (both >> 16) * WIDTH + byte
-                tl.store(target_ptr + at, ((bits >> (8 * byte)) & 255).to(tl.uint8), mask=mask)
+            if tl.max(start, 0) >= 0:
+                for i in tl.static_range(WIDTH):
+                    at = start[:, None] + (both >> 16) * WIDTH + i
+                    mask = is_escaped & (start >= 0)[:, None]
+                    tl.store(target_ptr + at, ((bits >> (8 * i)) & 255).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _place_run(x_ptr, target_ptr, at, PLANE: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """Writes the plane's bytes of COUNT values to consecutive places from `at` on, four with one instruction."""
+    ahead = (4 - (at & 3)) & 3  # bytes in front of the first aligned word
+    word = tl.arange(0, COUNT // 4)
+    value = tl.zeros([COUNT // 4], tl.int32)
+    for i in tl.static_range(4):
+        index = ahead + 4 * word + i
+        bits = load_bits(x_ptr, index, index < COUNT, WIDTH)
+        value |= plane_bytes(bits, PLANE, WIDTH) << (8 * i)
+    words_ptr = (target_ptr + (at + ahead)).to(tl.pointer_type(tl.int32))
+    tl.store(words_ptr + word, value, mask=ahead + 4 * word + 3 < COUNT)
+    edge = tl.arange(0, 8)
+    index = tl.where(edge < 4, edge, COUNT - 8 + edge)
+    mask = tl.where(edge < 4, index < ahead, index >= ahead + (COUNT - ahead) // 4 * 4)
+    bits = load_bits(x_ptr, index, mask, WIDTH)
+    tl.store(target_ptr + at + index, plane_bytes(bits, PLANE, WIDTH).to(tl.uint8), mask=mask)
 
 
 @triton.jit

@@ -3,7 +3,9 @@
 All of it works on the values' bits in integers: the interpreter and the GPUs then agree to the bit.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+# (Kernels take numbers where they say tl.constexpr, and tl.static_range is no iterator.)
 from __future__ import annotations
 
 import triton
@@ -30,6 +32,21 @@ FLOAT8_E4M3FN = tl.constexpr(3)
 def load_bits(values_ptr, index, mask, WIDTH: tl.constexpr):
     """The bits of values of WIDTH bytes as int32, 0 where mask is not set. values_ptr: int32, int16 or uint8."""
     bits = tl.load(values_ptr + index, mask=mask, other=0).to(tl.int32)
+    if WIDTH == 2:
+        bits = bits & 0xFFFF
+    return bits
+
+
+@triton.jit
+def load_inside(values_ptr, index, remaining, WHOLE: tl.constexpr, WIDTH: tl.constexpr):
+    """`load_bits` of the values in front of `remaining`, of which there are at most WHOLE: mostly that many.
+
+    Without a mask a thread loads its values with one instruction.
+    """
+    if remaining == WHOLE:
+        bits = tl.load(values_ptr + index).to(tl.int32)
+    else:
+        bits = tl.load(values_ptr + index, mask=index < remaining, other=0).to(tl.int32)
     if WIDTH == 2:
         bits = bits & 0xFFFF
     return bits
@@ -80,6 +97,16 @@ def top_bytes(bits, WIDTH: tl.constexpr):
     """Plane 0: the sign and the seven bits behind the exponent."""
     upper = upper_half(bits, WIDTH)
     return ((upper >> 8) & 0x80) | (upper & 0x7F)
+
+
+@triton.jit
+def plane_bytes(bits, PLANE: tl.constexpr, WIDTH: tl.constexpr):
+    """The byte of plane 0, 1 or 2."""
+    if PLANE == 0:
+        byte = top_bytes(bits, WIDTH)
+    else:
+        byte = (bits >> (16 - 8 * PLANE)) & 255
+    return byte
 
 
 @triton.jit
@@ -156,7 +183,9 @@ def from_float(value, DTYPE: tl.constexpr):
             result = (sign << 15) | rounded
         elif DTYPE == FLOAT8_E4M3FN:
             rounded = _round_small(magnitude, 20, 120, 141)
-            rounded = tl.where(magnitude >= 0x43F00000, 0x7F, rounded)
+            # There is no infinity: 464 and more become the largest number, 448.
+            rounded = tl.where(magnitude >= 0x43E80000, 0x7E, rounded)
+            rounded = tl.where(magnitude > 0x7F800000, 0x7F, rounded)
             result = (sign << 7) | rounded
         else:
             rounded = _round_small(magnitude, 21, 112, 134)
