@@ -142,6 +142,6 @@ def _apply(values: Tensor, out: Tensor, accumulate: bool) -> None:
     if not accumulate:
         out.copy_(values)
     elif out.dtype == torch.float32:
-        out.add_(values)
+        out.add_(values.to(torch.float32))
     else:
-        out.copy_(out.to(torch.float32).add_(values))
+        out.copy_(out.to(torch.float32).add_(values.to(torch.float32)))

@@ -57,7 +57,9 @@ def split(x: Tensor) -> Fields:
     return Fields(codes, symbols, nonzero & ~escaped, escaped, v, planes)
 
 
-def merge(symbols: Tensor, codes: Tensor, planes: list[Tensor], escapes: Tensor, dtype: torch.dtype) -> Tensor:
+def merge(
+    symbols: Tensor, codes: Tensor, planes: list[Tensor], escapes: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The values of blocks: bytes, uint8 (blocks * 256 * itemsize,).
 
     symbols: int64 (B, 256). codes: int64 (B,). planes: int64 (B, 256) each, with zeros where nothing was sent.

@@ -1,4 +1,4 @@
-"""The exact codec in torch: distances of exponents entropy-coded, the other bits as they are (docs/format.md, codec 1)."""
+"""The exact codec in torch: distances of exponents entropy-coded, the other bits raw (docs/format.md, codec 1)."""
 
 from __future__ import annotations
 
@@ -179,7 +179,10 @@ def _code_tiles(cut: list[_Tile], frequency: Tensor) -> list[tuple[Tensor, int]]
         batch[i, : tile.coded_rows] = tile.symbols[: tile.coded_rows]
     states, words = tiles.encode(batch, num_rows, frequency, torch.stack([tile.carry for tile in cut]))
     return [
-        (torch.cat([pad4(torch.cat([to_bytes(states[i], 4), to_bytes(words[i], 2)])), tile.raw]), words[i].numel())
+        (
+            torch.cat([pad4(torch.cat([to_bytes(states[i], 4), to_bytes(words[i], 2)])), tile.raw]),
+            words[i].numel(),
+        )
         for i, tile in enumerate(cut)
     ]
 
