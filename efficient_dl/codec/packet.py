@@ -104,6 +104,7 @@ def check_packet(packet: Tensor, out: Tensor, side: Side | None) -> None:
             found=f"{packet.numel()} bytes",
         )
 
+
 def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> tuple[Tensor, int]:
     """Checks packet against what the caller expects; returns its body and the encoded dtype's code.
 
@@ -138,7 +139,9 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
         )
     body = packet[HEADER_BYTES:total]
     if flags & CHECKSUM_FLAG:
-        _require(body_digest(body) == digest, "checksum", "xxh3-64 of the body", f"{digest:016x} in the header")
+        _require(
+            body_digest(body) == digest, "checksum", "xxh3-64 of the body", f"{digest:016x} in the header"
+        )
     else:
         _require(digest == 0, "checksum of a packet without one", 0, digest)
     return body, dtype

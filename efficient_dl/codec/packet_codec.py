@@ -55,7 +55,7 @@ class BodyKernel(Protocol):
 
 
 @runtime_checkable
-class LossyBodyKernel(BodyKernel, Protocol):
+class LossyBodyKernel(Protocol):
     """A kernel that can add a residual to the tensor, and fit a packet into a capacity."""
 
     def fixed_bytes(self, segments: tuple[int, ...]) -> int:
@@ -197,9 +197,7 @@ class PacketCodec:
             body_bytes = kernel.encode(flat, segments, body, stats)
         if waits:
             bounded, codec = capacity is not None, self._codec_id
-            total = write_header(
-                out, int(body_bytes), codec, dtype, x.numel(), side, self._checksum, bounded
-            )
+            total = write_header(out, int(body_bytes), codec, dtype, x.numel(), side, self._checksum, bounded)
             count = torch.full((), total, dtype=torch.int64, device=x.device)
         else:
             count = self._write_header_on_device(room, body_bytes, dtype, x.numel(), side, capacity)

@@ -1,5 +1,7 @@
 """The block quantizer on a GPU (docs/format.md, codec 2): what is launched, in which order, and with what room."""
 
+# Triton types the launches of kernels as calls of the functions that they are made from.
+# pyright: reportUnknownMemberType=false, reportArgumentType=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any, Final
@@ -8,9 +10,9 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
-from efficient_dl.codec.kernels.reference.bodies import largest_block_body
 from efficient_dl.codec.kernels.reference.block import bounded_bits_q16, fixed_bytes
 from efficient_dl.codec.kernels.reference.block_grid import count_blocks
+from efficient_dl.codec.kernels.reference.bodies import largest_block_body
 from efficient_dl.codec.kernels.reference.symbols import MAX_PAIR_BITS, PAIRS, SINGLES
 from efficient_dl.codec.kernels.triton import (
     block_decode,
@@ -21,16 +23,20 @@ from efficient_dl.codec.kernels.triton import (
 )
 from efficient_dl.codec.kernels.triton.block_layout import block_starts, to_device
 from efficient_dl.codec.kernels.triton.block_stats import fill_stats
-from efficient_dl.codec.kernels.triton.block_workspace import Workspace
+from efficient_dl.codec.kernels.triton.block_workspace import Workspace, cut
+from efficient_dl.codec.kernels.triton.header import is_interpreted
 from efficient_dl.codec.packet import DTYPE_CODES
-from efficient_dl.codec.steps import STEPS
+from efficient_dl.codec.steps import STEPS, index_without_sample
 
-# A tile is one warp's work, as in `rans`. The other kernels are bound by memory: groups of blocks large enough to hide
-# its latency, and few enough that 25 MiB of float32 are several groups for each processor.
+# A tile is one warp's work, as in `rans`. So is a group of two blocks when it is quantized: without barriers it takes
+# 55 instructions for 32 values instead of 93 with four warps and eight blocks (sm_90, counted, not timed).
 _CODING_WARPS: Final = 1
-_QUANTIZING_WARPS: Final = 4
-_QUANTIZED_BLOCKS: Final = 8
-_MEASURED_BLOCKS: Final = 16
+_QUANTIZING_WARPS: Final = 1
+_QUANTIZED_BLOCKS: Final = 2
+# The interpreter's time goes by operations, not by values.
+_INTERPRETED_BLOCKS: Final = 32
+_MEASURED_BLOCKS: Final = 32
+_MEASURING_WARPS: Final = 8
 _FILLED_BLOCKS: Final = 16
 # Each program adds its counts to memory once: more programs fill the chip better, fewer add less.
 _MAX_PROGRAMS: Final = 2112
@@ -40,6 +46,7 @@ _COPY_PARTS: Final = 8
 _COPY_BLOCK: Final = 512
 _SLOTS_BLOCK: Final = 256
 _SAMPLE_BLOCKS: Final = 64
+_MIN_SAMPLE_BLOCKS: Final = 8
 _MIN_TILE_BLOCKS: Final = 64
 _NO_CAPACITY: Final = 1 << 62
 # Every kernel rounds after each operation, as docs/format.md asks.
@@ -95,20 +102,24 @@ class TritonBlock:
         work = Workspace(num_blocks, num_tiles, tile_blocks, mode, x.device)
 
         stride = max(1, num_blocks // _SAMPLE_BLOCKS)
-        grid = (7, -(-(-(-num_blocks // stride)) // _MEASURED_BLOCKS))
-        for done in range(block_search.ROUNDS):
-            block_search.measure_kernel[grid](
-                values, left, place, steps, work.measured, x.numel(), num_blocks, stride, target,
-                DONE=done, BLOCKS=_MEASURED_BLOCKS, DTYPE=dtype, num_warps=_QUANTIZING_WARPS, **kinds, **_EXACT,
-            )  # fmt: skip
-        block_search.choose_kernel[(1,)](
-            work.measured, work.index, target, DONE=block_search.ROUNDS, MODE=mode.code, num_warps=1
-        )
-        programs = min(-(-num_blocks // _QUANTIZED_BLOCKS), _MAX_PROGRAMS)
+        num_sampled = -(-num_blocks // stride)
+        if num_sampled < _MIN_SAMPLE_BLOCKS:
+            work.index.fill_(index_without_sample(target))
+        else:
+            for done in range(block_search.ROUNDS):
+                block_search.measure_kernel[(7, -(-num_sampled // _MEASURED_BLOCKS))](
+                    values, left, place, steps, work.measured, work.interval, x.numel(), num_blocks, stride,
+                    DONE=done, BLOCKS=_MEASURED_BLOCKS, DTYPE=dtype, num_warps=_MEASURING_WARPS, **kinds, **_EXACT,
+                )  # fmt: skip
+                block_search.narrow_kernel[(1,)](
+                    work.measured, work.interval, work.index, target, DONE=done, MODE=mode.code
+                )
+        group = _INTERPRETED_BLOCKS if is_interpreted() else _QUANTIZED_BLOCKS
+        programs = min(-(-num_blocks // group), _MAX_PROGRAMS)
         block_quantize.quantize_kernel[(programs,)](
             values, left, place, steps, work.index, work.symbols, work.escapes, work.codes, work.num_escapes,
             work.counts, work.largest_code, x.numel(), num_blocks,
-            BLOCKS=_QUANTIZED_BLOCKS, DTYPE=dtype, num_warps=_QUANTIZING_WARPS, **kinds, **_EXACT,
+            BLOCKS=group, DTYPE=dtype, num_warps=_QUANTIZING_WARPS, **kinds, **_EXACT,
         )  # fmt: skip
         block_quantize.finish_codes_kernel[(num_tiles,)](
             left, place, work.symbols, work.escapes, work.codes, work.num_escapes, work.counts,
@@ -154,18 +165,16 @@ class TritonBlock:
         entries = torch.empty(256, dtype=torch.uint32, device=device)
         slots = torch.empty(4096, dtype=torch.uint32, device=device)
         wide = torch.empty(block_decode.PLAN + most_tiles, dtype=torch.int64, device=device)
-        plan, offsets = wide.split([block_decode.PLAN, most_tiles])
+        plan, offsets = cut(wide, block_decode.PLAN, most_tiles)
         narrow = torch.empty(2 * num_blocks + 2 * most_tiles, dtype=torch.int32, device=device)
-        row_starts, row_shapes, tile_blocks, tile_values = narrow.split(
-            [num_blocks, num_blocks, most_tiles, most_tiles]
+        row_starts, row_shapes, tile_blocks, tile_values = cut(
+            narrow, num_blocks, num_blocks, most_tiles, most_tiles
         )
         starts = block_starts(segments, device)
         place = row_starts if starts is None else starts
         has_starts, target = starts is not None, _kernel_view(out)
         kinds: dict[str, Any] = {"DTYPE": DTYPE_CODES[out.dtype], "ACCUMULATE": accumulate}
-        block_decode.open_kernel[(1,)](
-            packet, status, entries, offsets, plan, num_blocks, CHUNK=_SCAN_CHUNK
-        )
+        block_decode.open_kernel[(1,)](packet, status, entries, offsets, plan, num_blocks, CHUNK=_SCAN_CHUNK)
         tables.expand_kernel[(4096 // _SLOTS_BLOCK, 1)](entries, slots, BLOCK=_SLOTS_BLOCK)
         block_decode.list_kernel[(most_tiles,)](
             packet, status, plan, place, row_starts, row_shapes, tile_blocks, tile_values, out.numel(),

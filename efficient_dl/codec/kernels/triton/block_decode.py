@@ -4,7 +4,10 @@ Every size and offset that a packet names is checked or clamped before it is use
 status to WRONG_BODY, and nothing outside of the packet and the output is touched.
 """
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# ruff: noqa: SIM102 (in Triton `and` evaluates both sides: a load behind a test needs a block of its own)
 from __future__ import annotations
 
 import triton
@@ -93,7 +96,7 @@ def open_kernel(packet_ptr, status_ptr, entries_ptr, offsets_ptr, plan_ptr, num_
             tl.store(plan_ptr + 4, codes_end + table_bytes)
             tl.store(plan_ptr + 5, tiles_begin)
         if sound == 0:
-            tl.store(status_ptr, WRONG_BODY.to(tl.int64))
+            tl.store(status_ptr, WRONG_BODY)
 
 
 @triton.jit(do_not_specialize=["numel", "num_blocks"])
@@ -143,7 +146,7 @@ def list_kernel(
             tl.store(tile_blocks_ptr + tile, num_coded)
             tl.store(tile_values_ptr + tile, num_values)
             if wrong > 0:
-                tl.store(status_ptr, WRONG_BODY.to(tl.int64))
+                tl.store(status_ptr, WRONG_BODY)
 
 
 @triton.jit
@@ -185,9 +188,7 @@ def store_row(
             first = tl.where(escaped, load_escapes(escapes_ptr, rank, escaped, num_escapes), first)
             second = tl.where(escaped, load_escapes(escapes_ptr, rank + 1, escaped, num_escapes), second)
             num_read += 2 * count
-        store_values(
-            out_ptr, start + lane, first.to(tl.float32) * step, lane < length, DTYPE, ACCUMULATE
-        )
+        store_values(out_ptr, start + lane, first.to(tl.float32) * step, lane < length, DTYPE, ACCUMULATE)
         store_values(
             out_ptr,
             start + LANES + lane,
@@ -209,9 +210,7 @@ def store_row(
             value = tl.where(escaped, load_escapes(escapes_ptr, rank, escaped, num_escapes), value)
             num_read += count
         place = half * LANES + lane
-        store_values(
-            out_ptr, start + place, value.to(tl.float32) * step, place < length, DTYPE, ACCUMULATE
-        )
+        store_values(out_ptr, start + place, value.to(tl.float32) * step, place < length, DTYPE, ACCUMULATE)
         if length < 256:
             wrong = tl.max(((place >= length) & (value != 0)).to(tl.int32), 0)
     return num_read, wrong
@@ -401,7 +400,7 @@ def decode_kernel(
                     ACCUMULATE,
                 )
             if sound == 0:
-                tl.store(status_ptr, WRONG_BODY.to(tl.int64))
+                tl.store(status_ptr, WRONG_BODY)
 
 
 @triton.jit(do_not_specialize=["numel", "num_blocks"])

@@ -1,6 +1,8 @@
 """The tiles of the block quantizer on a GPU: coded into slots of their own, sized up, and put into the packet."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -159,14 +161,16 @@ def copy_escapes(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Collects a tile's escapes from the rooms of its blocks. target_ptr: int16. Each looks for its block by halving."""
+    """Collects a tile's escapes from the rooms of its blocks, which each finds by halving. target_ptr: int16."""
     for first in range(part * BLOCK, num_escapes, PARTS * BLOCK):
         escape = first + tl.arange(0, BLOCK)
         mask = escape < num_escapes
         rank = tl.zeros([BLOCK], tl.int32)
         for level in tl.static_range(LEVELS):
             ahead = rank + ((T >> 1) >> level)
-            before = tl.load(escapes_before_ptr + tile * T + ahead, mask=mask & (ahead < tile_blocks), other=0)
+            before = tl.load(
+                escapes_before_ptr + tile * T + ahead, mask=mask & (ahead < tile_blocks), other=0
+            )
             rank = tl.where((ahead < tile_blocks) & (before <= escape), ahead, rank)
         block = tl.load(order_ptr + tile * T + rank, mask=mask, other=0)
         before = tl.load(escapes_before_ptr + tile * T + rank, mask=mask, other=0)

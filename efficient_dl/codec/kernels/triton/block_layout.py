@@ -1,6 +1,8 @@
 """Where the blocks of a flat tensor begin, on its device (docs/format.md, "Segments and the block grid")."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from collections import OrderedDict

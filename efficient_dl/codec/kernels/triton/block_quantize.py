@@ -1,7 +1,9 @@
 """The fused first pass of the block quantizer on a GPU: residual in, quantize, symbols, counts, residual out; and the
 second, over the blocks' codes: the packet's base, and which blocks have rows."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -101,7 +103,9 @@ def quantize_kernel(
             tl.store(symbols_ptr + wide * (2 * LANES) + lane, symbol.to(tl.uint8), mask=inside[:, None])
             count += tl.histogram(symbol.reshape([BLOCKS * LANES]), 256, mask=counted)
             symbol, more = byte_symbols(second)
-            tl.store(symbols_ptr + wide * (2 * LANES) + LANES + lane, symbol.to(tl.uint8), mask=inside[:, None])
+            tl.store(
+                symbols_ptr + wide * (2 * LANES) + LANES + lane, symbol.to(tl.uint8), mask=inside[:, None]
+            )
             count += tl.histogram(symbol.reshape([BLOCKS * LANES]), 256, mask=counted)
             in_first = tl.sum(escaped, 1)
             num_escapes = in_first + tl.sum(more, 1)

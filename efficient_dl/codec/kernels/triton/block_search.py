@@ -1,10 +1,13 @@
 """The relative step of the block quantizer, searched for on the GPU (docs/format.md, "The relative step k").
 
-The search halves an interval of 321 candidates nine times. Three launches measure the seven candidates that the next
-three halvings can reach, each block of the sample under each of them in parallel; nothing waits for the host.
+The search halves an interval of 321 candidates nine times. In each of three rounds one launch measures the seven
+candidates that the next three halvings can reach, all blocks of the sample under all of them in parallel, and a second
+one halves; nothing waits for the host.
 """
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -45,51 +48,58 @@ def log2_q16(n):
     return result
 
 
-@triton.jit
-def is_within_budget(measured_ptr, node, bits_q16, MODE: tl.constexpr):
-    """Whether the sample under a measured candidate costs no more than its share."""
-    counts_ptr = measured_ptr + node * NODE_COUNTS
-    count = tl.load(counts_ptr + tl.arange(0, 256)).to(tl.int64)
-    escapes = tl.load(counts_ptr + 256).to(tl.int64)
-    rows = tl.load(counts_ptr + 257).to(tl.int64)
-    total = tl.sum(count, 0)
-    total_log = log2_q16(tl.maximum(total, 1))
-    cost = tl.sum(count * (total_log - log2_q16(tl.maximum(count, 1))), 0)
+@triton.jit(do_not_specialize=["bits_q16"])
+def narrow_kernel(measured_ptr, interval_ptr, index_ptr, bits_q16, DONE: tl.constexpr, MODE: tl.constexpr):
+    """One program: halves the interval three times by what round DONE measured; after the last one, chooses.
+
+    interval_ptr: int32 (2,), the first and the last candidate that are left. index_ptr: int32 (1,), the chosen one.
+    """
+    node = tl.arange(0, 8)
+    counts_ptr = measured_ptr + (DONE * NODES + node) * NODE_COUNTS
+    place = counts_ptr[:, None] + tl.arange(0, 256)[None, :]
+    count = tl.load(place, mask=(node < NODES)[:, None], other=0).to(tl.int64)
+    escapes = tl.load(counts_ptr + 256, mask=node < NODES, other=0).to(tl.int64)
+    rows = tl.load(counts_ptr + 257, mask=node < NODES, other=0).to(tl.int64)
+    total_log = log2_q16(tl.maximum(tl.sum(count, 1), 1))
+    cost = tl.sum(count * (total_log[:, None] - log2_q16(tl.maximum(count, 1))), 1)
     cost += escapes * ((32 if MODE == PAIRS else 16) * 65536)
+    num_sampled = tl.load(measured_ptr + TOTALS)
     values = tl.load(measured_ptr + TOTALS + 1).to(tl.int64) * bits_q16
-    blocks = tl.load(measured_ptr + TOTALS).to(tl.int64)
-    budget = tl.maximum(values >> 1, values - blocks * (8 * 65536) - rows * (4 * 65536))
-    return cost <= budget
+    budget = values - num_sampled.to(tl.int64) * (8 * 65536) - rows * (4 * 65536)
+    within = (cost <= tl.maximum(budget, values >> 1)).to(tl.int32)
+    if DONE == 0:
+        low = tl.full([], FIRST_INDEX, tl.int32)
+        high = tl.full([], LAST_INDEX, tl.int32)
+    else:
+        low = tl.load(interval_ptr)
+        high = tl.load(interval_ptr + 1)
+    here = tl.zeros([], tl.int32)
+    for _ in tl.static_range(3):
+        unsettled = low < high
+        middle = (low + high) >> 1
+        fits = tl.sum(tl.where(node == here, within, 0), 0) != 0
+        high = tl.where(unsettled & fits, middle, high)
+        low = tl.where(unsettled & (fits == 0), middle + 1, low)
+        here = 2 * here + tl.where(fits, 1, 2)
+    tl.store(interval_ptr, low)
+    tl.store(interval_ptr + 1, high)
+    if DONE == 2:
+        # Without a sample worth the name the rate alone decides.
+        without = tl.minimum(tl.maximum(65 - ((32 * bits_q16) >> 16), FIRST_INDEX), LAST_INDEX)
+        tl.store(index_ptr, tl.where(num_sampled < 8, without, low))
 
 
-@triton.jit
-def search(measured_ptr, bits_q16, DONE: tl.constexpr, MODE: tl.constexpr):
-    """The interval of candidates that is left after DONE rounds, int32 scalars."""
-    low = tl.full([], FIRST_INDEX, tl.int32)
-    high = tl.full([], LAST_INDEX, tl.int32)
-    for done in tl.static_range(DONE):
-        node = tl.zeros([], tl.int32)
-        for _ in tl.static_range(3):
-            unsettled = low < high
-            middle = (low + high) >> 1
-            fits = is_within_budget(measured_ptr, done * NODES + node, bits_q16, MODE)
-            high = tl.where(unsettled & fits, middle, high)
-            low = tl.where(unsettled & (fits == 0), middle + 1, low)
-            node = 2 * node + tl.where(fits, 1, 2)
-    return low, high
-
-
-@triton.jit(do_not_specialize=["numel", "num_blocks", "stride", "bits_q16"])
+@triton.jit(do_not_specialize=["numel", "num_blocks", "stride"])
 def measure_kernel(
     x_ptr,
     residual_ptr,
     starts_ptr,
     steps_ptr,
     measured_ptr,
+    interval_ptr,
     numel,
     num_blocks,
     stride,
-    bits_q16,
     DONE: tl.constexpr,
     BLOCKS: tl.constexpr,
     MODE: tl.constexpr,
@@ -102,7 +112,12 @@ def measure_kernel(
     measured_ptr: int32 (MEASUREMENTS,), zero before the first round. steps_ptr: float32 (321,).
     """
     node = tl.program_id(0)
-    low, high = search(measured_ptr, bits_q16, DONE, MODE)
+    if DONE == 0:
+        low = tl.full([], FIRST_INDEX, tl.int32)
+        high = tl.full([], LAST_INDEX, tl.int32)
+    else:
+        low = tl.load(interval_ptr)
+        high = tl.load(interval_ptr + 1)
     # Node 1 + 2 d + b continues node d: to the left (b = 0) if that was within the budget.
     depth = tl.where(node == 0, 0, tl.where(node < 3, 1, 2))
     for level in tl.static_range(2):
@@ -146,16 +161,8 @@ def measure_kernel(
     tl.atomic_add(counts_ptr + place, count, mask=count > 0)
     tl.atomic_add(counts_ptr + 256, tl.sum(tl.sum(escaped, 1), 0))
     tl.atomic_add(counts_ptr + 257, rows)
-    if DONE == 0:
+    if DONE == 0:  # noqa: SIM102 (known when compiled; the next one is not)
         if node == 0:
             sampled = (length > 0) & (exponent > 0) & (exponent < 253)
             tl.atomic_add(measured_ptr + TOTALS, tl.sum(sampled.to(tl.int32), 0))
             tl.atomic_add(measured_ptr + TOTALS + 1, tl.sum(tl.where(sampled, length, 0), 0))
-
-
-@triton.jit(do_not_specialize=["bits_q16"])
-def choose_kernel(measured_ptr, index_ptr, bits_q16, DONE: tl.constexpr, MODE: tl.constexpr):
-    """The chosen step's index, int32 (1,), after all rounds; without a sample worth the name, one from the rate."""
-    low, _ = search(measured_ptr, bits_q16, DONE, MODE)
-    without = tl.minimum(tl.maximum(65 - ((32 * bits_q16) >> 16), FIRST_INDEX), LAST_INDEX)
-    tl.store(index_ptr, tl.where(tl.load(measured_ptr + TOTALS) < 8, without, low))

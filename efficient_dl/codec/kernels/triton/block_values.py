@@ -3,7 +3,9 @@
 Kernels that use these functions are launched with enable_fp_fusion=False: a fused multiply-add rounds once too few.
 """
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -143,9 +145,7 @@ def quantize_blocks(
     exponent = tl.max(largest, 1) >> 23
     dead = ((exponent >= 253) | (exponent == 0)).to(tl.int32)
     factor = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-    total = sum_squares(
-        x_ptr, residual_ptr, start, length, factor, dead, BLOCKS, DTYPE, HAS_RESIDUAL
-    )
+    total = sum_squares(x_ptr, residual_ptr, start, length, factor, dead, BLOCKS, DTYPE, HAS_RESIDUAL)
     # A coarse step would round all values of a tiny block to zero.
     relative = tl.where(length <= 16, tl.minimum(relative_step, 0.0625), relative_step)
     scale = tl.sqrt_rn(tl.div_rn(total, tl.maximum(length, 1).to(tl.float32))) * relative

@@ -14,6 +14,15 @@ _ALPHABET = 256
 _TABLE_WORDS = 104
 
 
+def cut(room: Tensor, *sizes: int) -> list[Tensor]:
+    """The parts of a 1-D tensor, one behind the other."""
+    parts: list[Tensor] = []
+    for size in sizes:
+        parts.append(room[:size])
+        room = room[size:]
+    return parts
+
+
 class Workspace:
     """Allocated by torch on the current stream, so that a CUDA graph holds it. What needs zeros is set to zero.
 
@@ -23,12 +32,8 @@ class Workspace:
     def __init__(
         self, num_blocks: int, num_tiles: int, tile_blocks: int, mode: Mode, device: torch.device
     ) -> None:
-        self.mode, self.num_blocks, self.num_tiles, self.tile_blocks_each = (
-            mode,
-            num_blocks,
-            num_tiles,
-            tile_blocks,
-        )
+        self.mode = mode
+        self.num_blocks, self.num_tiles, self.tile_blocks_each = num_blocks, num_tiles, tile_blocks
         rows = mode.rows_per_block
         # A tile with more words than half a word a symbol is stored instead.
         self.slot_words = tile_blocks * rows * LANES // 2
@@ -37,14 +42,16 @@ class Workspace:
             return torch.empty(count, dtype=dtype, device=device)
 
         zeros = torch.zeros(MEASUREMENTS + _ALPHABET + _TABLE_WORDS + 1, dtype=torch.int32, device=device)
-        self.measured, self.counts, self.table, self.largest_code = zeros.split(
-            [MEASUREMENTS, _ALPHABET, _TABLE_WORDS, 1]
+        self.measured, self.counts, self.table, self.largest_code = cut(
+            zeros, MEASUREMENTS, _ALPHABET, _TABLE_WORDS, 1
         )
-        self.num_escapes, self.order, self.escapes_before = room(3 * num_blocks, torch.int32).split(num_blocks)
-        tiles = room(6 * num_tiles, torch.int32).split(num_tiles)
+        self.num_escapes, self.order, self.escapes_before = cut(
+            room(3 * num_blocks, torch.int32), *[num_blocks] * 3
+        )
+        tiles = cut(room(6 * num_tiles, torch.int32), *[num_tiles] * 6)
         self.tile_blocks, self.tile_values, self.tile_escapes, self.cursors, self.sizes, self.infos = tiles
-        self.index, self.table_bytes = room(2, torch.int32).split(1)
-        self.plan, self.offsets = room(3 + num_tiles, torch.int64).split([3, num_tiles])
+        self.index, self.table_bytes, self.interval = cut(room(4, torch.int32), 1, 1, 2)
+        self.plan, self.offsets = cut(room(3 + num_tiles, torch.int64), 3, num_tiles)
         self.entries = room(_ALPHABET, torch.uint32)
         self.states = room(num_tiles * LANES, torch.uint32)
         self.codes = room(num_blocks, torch.int16)
