@@ -134,8 +134,12 @@ def directory_of(packet: torch.Tensor, numel: int) -> list[tuple[int, ...]]:
     return [struct.unpack_from("<III", data, first + 12 * i) for i in range(num_tiles)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [(dtype, case) for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) for case in CASES]
+    + [(dtype, case) for dtype in (torch.float16, torch.float8_e4m3fn) for case in ("gradient", "spread")],
+    ids=str,
+)
 def test_the_packet_is_the_references(device: str, dtype: torch.dtype, case: str) -> None:
     make, numel = CASES[case]
     packet = check_same(make(numel, dtype), device)
@@ -223,6 +227,7 @@ def with_total(packet: torch.Tensor) -> torch.Tensor:
     return packet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float8_e4m3fn), ids=str)
 def test_corrupt_packets_are_refused_as_by_the_reference(device: str, dtype: torch.dtype) -> None:
     x = gradient(2000, torch.float32)
@@ -237,7 +242,7 @@ def test_corrupt_packets_are_refused_as_by_the_reference(device: str, dtype: tor
     _, num_words, info = directory_of(packet, x.numel())[0]
     assert info & 1
     behind = tile + 512 + -(-2 * num_words // 4) * 4
-    fields = [*range(32, 40), *range(directory, tile)]
+    fields = [at + byte for at in (32, 36, directory, directory + 4, directory + 8) for byte in (0, 3)]
     table, end = tiles_at(x.numel()), packet.numel()
     places = [*fields, codes, codes + 1, table, table + 33, tile, tile + 3, tile + 514]
     places += [behind - 2, behind - 1, min(behind, end - 1), *range(end - 5, end)]
