@@ -17,7 +17,7 @@ import torch
 from efficient_dl.codec import Codec, PacketStats, Side, make_codec
 from efficient_dl.codec.kernels.reference import block
 from efficient_dl.codec.kernels.reference.block_grid import BlockGrid
-from efficient_dl.codec.kernels.reference.symbols import PAIRS, SINGLES
+from efficient_dl.codec.kernels.reference.symbols import PAIRS, SINGLES, Mode
 from efficient_dl.codec.packet import write_header
 from efficient_dl.errors import CorruptPacket, SideMismatch
 
@@ -163,8 +163,8 @@ def test_tiles_that_do_not_fit_are_dropped(spec: str, tile: int, device: str) ->
     assert dropped[0] > dropped[1]
 
 
-@pytest.mark.parametrize("mode", [PAIRS, SINGLES])
-def test_tiles_of_any_size_are_decoded(mode: object, device: str) -> None:
+@pytest.mark.parametrize("mode", [PAIRS, SINGLES], ids=["pairs", "singles"])
+def test_tiles_of_any_size_are_decoded(mode: Mode, device: str) -> None:
     x = mixed(70 * 256 + 77)
     small = dataclasses.replace(mode, fewest_tile_blocks=64)
     body = block.encode(x, BlockGrid((x.numel(),), x.device), small, 16 << 16, None)
