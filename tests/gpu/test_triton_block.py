@@ -21,7 +21,7 @@ from efficient_dl.codec.kernels.reference.symbols import PAIRS, SINGLES, Mode
 from efficient_dl.codec.packet import write_header
 from efficient_dl.errors import CorruptPacket, SideMismatch
 
-SPECS = ("bits:2.0", "bits:4.0")
+SPECS = ("bits:2.0", "bits:7.0")  # pairs and single values, both with escapes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDE = Side(segments=(3000, 0, 1, 700, 16, 17, 2266, 100))
 NUMEL = 6100
