@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -55,7 +56,7 @@ class BodyKernel(Protocol):
 
 
 @runtime_checkable
-class LossyBodyKernel(BodyKernel, Protocol):
+class LossyBodyKernel(Protocol):
     """A kernel that can add a residual to the tensor, and fit a packet into a capacity."""
 
     def fixed_bytes(self, segments: tuple[int, ...]) -> int:
@@ -197,19 +198,22 @@ class PacketCodec:
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out)
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
-        if residual is not None or capacity is not None:
-            lossy = self._lossy(kernel)
-            if x.numel():
-                flat_residual = None if residual is None else residual.view(-1)
-                body_bytes = lossy.encode_lossy(flat, segments, body, stats, flat_residual, capacity)
-        elif x.numel():
-            body_bytes = kernel.encode(flat, segments, body, stats)
-        if waits:
-            bounded, codec = capacity is not None, self._codec_id
-            total = write_header(out, int(body_bytes), codec, dtype, x.numel(), side, self._checksum, bounded)
-            count = torch.full((), total, dtype=torch.int64, device=x.device)
-        else:
-            count = self._write_header_on_device(room, body_bytes, dtype, x.numel(), side, capacity)
+        with _current(x.device):
+            if residual is not None or capacity is not None:
+                lossy = self._lossy(kernel)
+                if x.numel():
+                    flat_residual = None if residual is None else residual.detach().view(-1)
+                    body_bytes = lossy.encode_lossy(flat, segments, body, stats, flat_residual, capacity)
+            elif x.numel():
+                body_bytes = kernel.encode(flat, segments, body, stats)
+            if waits:
+                bounded, codec = capacity is not None, self._codec_id
+                total = write_header(
+                    out, int(body_bytes), codec, dtype, x.numel(), side, self._checksum, bounded
+                )
+                count = torch.full((), total, dtype=torch.int64, device=x.device)
+            else:
+                count = self._write_header_on_device(room, body_bytes, dtype, x.numel(), side, capacity)
         if room is not out:
             out.copy_(room)
         if stats is not None:
@@ -222,7 +226,8 @@ class PacketCodec:
         kernel = self._kernel(out.device, side)
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
         if isinstance(kernel, DeviceBodyKernel):
-            self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side)
+            with _current(out.device):
+                self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side)
             return
         body, code = read_header(packet, self._codec_id, out, side)
         if out.numel():
@@ -305,7 +310,7 @@ class PacketCodec:
         if not isinstance(kernel, LossyBodyKernel):
             raise UnsupportedTensor(
                 f"kernel {kernel.name!r} takes no residual and no capacity",
-                fix='use make_codec(..., kernel="reference"), or a tensor on a GPU',
+                fix='"bits:RATE" takes them, on the CPU and on a GPU',
             )
         return kernel
 
@@ -332,6 +337,11 @@ def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bo
     if isinstance(kernel, DeviceBodyKernel):
         return True
     return device.type == "cuda" and kernel.name == "copy" and is_triton_installed()
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be the tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

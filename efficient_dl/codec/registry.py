@@ -171,6 +171,13 @@ def _same_everywhere(parameter: str, body: BodyKernel) -> _Made:
 
 
 @functools.cache
+def _triton_split() -> DeviceBodyKernel:
+    from efficient_dl.codec.kernels.triton.split import TritonSplit
+
+    return TritonSplit()
+
+
+@functools.cache
 def _triton_block(bits: float) -> DeviceBodyKernel:
     from efficient_dl.codec.kernels.triton.block import TritonBlock
 
@@ -199,7 +206,7 @@ def _make_lossless(parameter: str | None, kernel: str) -> _Made:
 
         return NativeSplit(isa)
 
-    return _made("", kernel, ReferenceSplit, native)
+    return _made("", kernel, ReferenceSplit, native, _triton_split)
 
 
 def _make_block(parameter: str | None, kernel: str) -> _Made:

@@ -96,9 +96,21 @@ class Mode:
 
 
 PAIRS: Final = Mode(
-    code=0, radius=5, alphabet=122, rows_per_block=1, fewest_tile_blocks=512, escape_bytes=4, table_room=216
+    code=0,
+    radius=5,
+    alphabet=122,
+    rows_per_block=1,
+    fewest_tile_blocks=512,
+    escape_bytes=4,
+    table_room=216,
 )
 SINGLES: Final = Mode(
-    code=1, radius=127, alphabet=256, rows_per_block=2, fewest_tile_blocks=256, escape_bytes=2, table_room=416
+    code=1,
+    radius=127,
+    alphabet=256,
+    rows_per_block=2,
+    fewest_tile_blocks=256,
+    escape_bytes=2,
+    table_room=416,
 )
 MAX_PAIR_BITS: Final = 2.5

@@ -1,13 +1,15 @@
 """From tiles in slots of their own to one packet: the scan over their sizes and the copies."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 # Large enough that no sum of tile sizes reaches it: for packets without a capacity.
-NO_LIMIT = 1 << 62
+NO_LIMIT = tl.constexpr(1 << 62)
 
 
 @triton.jit

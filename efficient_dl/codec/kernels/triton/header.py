@@ -1,6 +1,8 @@
 """The packet's header on a GPU: written and checked by kernels, so that the host need not wait for it."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import torch
@@ -34,7 +36,7 @@ def write_kernel(packet_ptr, total_ptr, body_bytes_ptr, kinds, numel, fingerprin
 
 @triton.jit(do_not_specialize=["packet_bytes", "kinds", "dtype_mask", "numel", "fingerprint"])
 def check_kernel(packet_ptr, status_ptr, packet_bytes, kinds, dtype_mask, numel, fingerprint):
-    """status: int64 (3,), becomes error, packet bytes, flags. kinds: version | codec << 8; dtype_mask: bit c, code c."""
+    """status_ptr: int64 (3,), becomes error, packet bytes, flags. kinds: version | codec << 8. dtype_mask: bits."""
     found = tl.load(packet_ptr + 1)
     dtype = (found >> 16) & 255
     flags = (found >> 24) & 255

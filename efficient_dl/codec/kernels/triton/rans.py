@@ -1,9 +1,11 @@
-"""One row of the tile coder on a GPU: 128 lanes a step, words ranked by a prefix sum (docs/format.md, "The tile coder").
+"""One row of the tile coder (docs/format.md) on a GPU: 128 lanes a step, words ranked by a prefix sum.
 
 A program runs one tile with one warp (four lanes a thread), so that a prefix sum is a few shuffles and no barrier.
 """
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton

@@ -1,6 +1,8 @@
 """Frequency tables on a GPU: from counts to 12-bit probabilities and their bytes, and back (docs/format.md)."""
 
-# pyright: basic
+# The language of the kernels has types of its own.
+# pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 import triton
@@ -77,7 +79,7 @@ def build_table(count, entries_ptr, table_ptr, ALPHABET: tl.constexpr):
 
 @triton.jit
 def build_kernel(counts_ptr, entries_ptr, tables_ptr, bytes_ptr, ALPHABET: tl.constexpr):
-    """One program a table: counts int32 (256,) to entries uint32 (256,), int32 (104,), which is zero, and bytes int32."""
+    """One program a table: counts, int32 (256,), to what `build_table` says and the serialized bytes, int32."""
     table = tl.program_id(0)
     symbol = tl.arange(0, MAX_ALPHABET)
     # Unsigned: all 2^31 values of a tensor and the padding behind its end may be one symbol.
