@@ -118,7 +118,7 @@ class Codec(Protocol):
         ...
 
     def kernel_for(self, device: torch.device) -> str:
-        """What runs on this device's tensors: "native-ISA" (avx512, avx2, portable), "triton", "reference" and so on."""
+        """What runs on this device's tensors: "native-ISA" (avx512, avx2, portable), "triton", "reference" ..."""
         ...
 
     def max_bytes(self, numel: int, dtype: torch.dtype, side: Side | None = None) -> int:

@@ -16,7 +16,6 @@ from efficient_dl.codec import make_codec
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.library import available_isas
 from efficient_dl.codec.packet import DTYPE_CODES
-from efficient_dl.errors import CorruptPacket, UnsupportedTensor
 
 HERE = Path(__file__).resolve().parent
 NATIVE = Path(library.__file__).resolve().parent
