@@ -46,7 +46,37 @@ int64_t decode_block(const Call& call) {
                             static_cast<int64_t>(call.segments.size()), call.out, call.out_dtype, call.accumulate);
 }
 
-constexpr int64_t (*kDecoders[])(const Call&) = {decode_split, decode_block};
+int64_t decode_grid(const Call& call) {
+    return edl_grid_decode(call.body, call.body_bytes, call.dtype, call.numel, call.segments.data(),
+                           static_cast<int64_t>(call.segments.size()), call.out, call.out_dtype, call.accumulate);
+}
+
+// Against a reference of zeros.
+int64_t decode_delta(const Call& call) {
+    const std::vector<uint8_t> reference(static_cast<size_t>(call.numel * item_bytes(call.dtype)));
+    return edl_delta_decode(call.body, call.body_bytes, reference.data(), call.dtype, call.numel, call.segments.data(),
+                            static_cast<int64_t>(call.segments.size()), call.out, call.out_dtype, call.accumulate);
+}
+
+template <int kCodec>
+int64_t decode_blockwise(const Call& call) {
+    return edl_blockwise_decode(kCodec, call.body, call.body_bytes, call.dtype, call.numel, call.segments.data(),
+                                static_cast<int64_t>(call.segments.size()), 256, call.out, call.out_dtype,
+                                call.accumulate);
+}
+
+// Keeping 1 % of the values, as "topk:0.01".
+int64_t decode_topk(const Call& call) {
+    const int64_t count = (call.numel + 50) / 100;
+    return edl_topk_decode(call.body, call.body_bytes, call.dtype, call.numel, count < 1 ? 1 : count, call.out,
+                           call.out_dtype, call.accumulate);
+}
+
+// In make_corpus.py's order.
+constexpr int64_t (*kDecoders[])(const Call&) = {
+    decode_split, decode_block, decode_grid, decode_delta, decode_blockwise<EDL_INT8>, decode_blockwise<EDL_INT4>,
+    decode_blockwise<EDL_SIGN>, decode_topk,
+};
 constexpr const char* kIsas[] = {"auto", "avx512", "avx2", "portable"};
 
 }  // namespace

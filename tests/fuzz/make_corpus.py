@@ -16,7 +16,19 @@ from efficient_dl.codec import Side, make_codec
 from efficient_dl.codec.packet import DTYPE_CODES, HEADER_BYTES
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
-DECODERS = {"lossless": 0, "bits:0.5": 1, "bits:2.0": 1, "bits:4.0": 1}
+DECODERS = {  # by their places in decode_fuzzer.cpp
+    "lossless": 0,
+    "bits:0.5": 1,
+    "bits:2.0": 1,
+    "bits:4.0": 1,
+    "grid:0.2": 2,
+    "grid:2.0": 2,
+    "delta": 3,
+    "int8": 4,
+    "int4": 5,
+    "sign": 6,
+    "topk:0.01": 7,
+}
 
 
 def main() -> None:
@@ -27,7 +39,8 @@ def main() -> None:
     for spec, decoder in DECODERS.items():
         for dtype, code in DTYPE_CODES.items():
             for kind, (segments, x) in enumerate(_tensors()):
-                side = Side(segments=segments)
+                zeros = torch.zeros_like(x).to(dtype) if spec == "delta" else None
+                side = Side(segments=segments, reference=zeros)
                 packet = make_codec(spec, checksum=False).encode(x.to(dtype), side)
                 prefix = struct.pack("<BBBBI", decoder, code, kind << 2, 0, x.numel() - 1)
                 name = f"seed-{spec.replace(':', '-')}-{str(dtype).removeprefix('torch.')}-{kind}"

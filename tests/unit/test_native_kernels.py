@@ -195,9 +195,9 @@ def test_every_cut_raises_and_no_byte_crashes(isa: str) -> None:
 def test_stored_symbols_outside_of_the_alphabet_are_refused() -> None:
     x = laplace_like(100)
     body = encoded(NativeBlock(2.0), x)
-    # 24 bytes of parameters, a code and padding, no table; the directory's only entry says: stored.
-    assert body[32] & 1 == 0
-    body[36] = 122
+    # 28 bytes of parameters, a code and padding, no table; the directory's only entry says: stored.
+    assert body[36] & 1 == 0
+    body[40] = 122
     for kernel in (NativeBlock(2.0, isa) for isa in ISAS):
         with pytest.raises(CorruptPacket, match="alphabet"):
             decoded(kernel, body, x)

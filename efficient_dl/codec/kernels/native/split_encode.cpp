@@ -370,7 +370,9 @@ int64_t split_max_bytes(int64_t numel, int dtype) {
 }
 
 int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats) {
-    return SplitEncoder(kernels, x, body, stats).encode();
+    const int64_t num_bytes = SplitEncoder(kernels, x, body, stats).encode();
+    body.reserve(num_bytes);
+    return num_bytes;
 }
 
 }  // namespace edl
