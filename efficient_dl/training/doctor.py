@@ -16,7 +16,10 @@ from efficient_dl.config import DataConfig
 from efficient_dl.data import load_data
 from efficient_dl.errors import EdlError
 
-_PACKAGES = ("efficient_dl", "torch", "numpy", "typer", "rich", "tensorboard", "matplotlib", "scikit-learn")
+_PACKAGES = (
+    *("efficient_dl", "torch", "numpy", "typer", "rich", "tensorboard", "matplotlib", "scikit-learn"),
+    *("triton", "zstandard", "lz4"),
+)
 
 _CAPABILITIES = {12: "CAP_NET_ADMIN", 21: "CAP_SYS_ADMIN"}
 
@@ -50,9 +53,12 @@ def _version(package: str) -> str:
 
 def _kernels() -> str:
     try:
-        return make_codec("bits:2.0").kernel_for(torch.device("cpu"))
+        cpu = make_codec("bits:2.0").kernel_for(torch.device("cpu"))
     except EdlError as error:
-        return str(error).replace("\n ", ";")
+        cpu = str(error).replace("\n ", ";")
+    if not torch.cuda.is_available():
+        return cpu
+    return f"{cpu}; on the GPU {make_codec('bits:2.0').kernel_for(torch.device('cuda'))}"
 
 
 def _gpus() -> str:

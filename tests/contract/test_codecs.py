@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -304,7 +307,7 @@ def test_another_side_is_refused(spec: str) -> None:
         codec.encode(x, Side(segments=(400, 599)))
 
 
-@pytest.mark.parametrize("kernel", registry.KERNELS)
+@pytest.mark.parametrize("kernel", [kernel for kernel in registry.KERNELS if kernel != "triton"])
 def test_a_kernel_is_what_was_asked_for_or_refused(kernel: str) -> None:
     native = [f"native-{isa}" for isa in available_isas()]
     cpu = torch.device("cpu")
@@ -315,6 +318,31 @@ def test_a_kernel_is_what_was_asked_for_or_refused(kernel: str) -> None:
     else:
         with pytest.raises(ConfigError, match="cannot use the instruction set"):
             make_codec("bits:2.0", kernel=kernel)
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
+    program = """
+import torch
+from efficient_dl.codec import make_codec
+from efficient_dl.errors import ConfigError
+for spec in ("bits:2.0", "lossless", "int8"):
+    try:
+        make_codec(spec, kernel="triton")
+    except ConfigError as error:
+        print(error.problem)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("interpreter" in line for line in lines[:2])
+    assert "no Triton kernel" in lines[2]
 
 
 @pytest.mark.parametrize("spec", SPECS)
