@@ -54,8 +54,8 @@ int64_t decode_grid(const Call& call) {
 // Against a reference of zeros.
 int64_t decode_delta(const Call& call) {
     const std::vector<uint8_t> reference(static_cast<size_t>(call.numel * item_bytes(call.dtype)));
-    return edl_delta_decode(call.body, call.body_bytes, reference.data(), call.dtype, call.numel, call.segments.data(),
-                            static_cast<int64_t>(call.segments.size()), call.out, call.out_dtype, call.accumulate);
+    return edl_delta_decode(call.body, call.body_bytes, reference.data(), call.dtype, call.numel, call.out,
+                            call.out_dtype, call.accumulate);
 }
 
 template <int kCodec>

@@ -177,14 +177,12 @@ std::shared_ptr<uint8_t[]> random_reference(const Input& in) {
 
 Codec delta_codec(const Input& in) {
     const std::shared_ptr<uint8_t[]> reference = random_reference(in);
-    return {edl_delta_max_bytes(in.numel, in.num_segments(), in.dtype), true,
+    return {edl_delta_max_bytes(in.numel, in.dtype), true,
             [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
-                return edl_delta_encode(in.x, reference.get(), in.numel, in.dtype, in.segments.data(),
-                                        in.num_segments(), body, capacity, stats);
+                return edl_delta_encode(in.x, reference.get(), in.numel, in.dtype, body, capacity, stats);
             },
             [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
-                return edl_delta_decode(body, size, reference.get(), in.dtype, in.numel, in.segments.data(),
-                                        in.num_segments(), out, out_dtype, accumulate);
+                return edl_delta_decode(body, size, reference.get(), in.dtype, in.numel, out, out_dtype, accumulate);
             }};
 }
 

@@ -165,10 +165,10 @@ int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments) {
     });
 }
 
-int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int dtype) {
+int64_t edl_delta_max_bytes(int64_t numel, int dtype) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && is_dtype(dtype));
-        return numel == 0 ? 0 : edl::delta_max_bytes(numel, num_segments < 1 ? 1 : num_segments, dtype);
+        require(numel >= 0 && numel <= kMaxNumel && is_dtype(dtype));
+        return numel == 0 ? 0 : edl::delta_max_bytes(numel, dtype);
     });
 }
 
@@ -216,17 +216,16 @@ int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* 
     });
 }
 
-int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, const int64_t* segments,
-                         int64_t num_segments, uint8_t* body, int64_t capacity, edl_stats* stats) {
+int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, uint8_t* body,
+                         int64_t capacity, edl_stats* stats) {
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_tensor(reference, numel, dtype);
         check_body(body, capacity);
-        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
         ByteWriter writer(body, capacity);
-        edl::delta_encode(*thread_kernels, {x, numel, dtype}, {reference, numel, dtype}, grid, writer, stats);
+        edl::delta_encode(*thread_kernels, {x, numel, dtype}, {reference, numel, dtype}, writer, stats);
         return writer.written();
     });
 }
@@ -348,15 +347,14 @@ int64_t edl_grid_decode(const uint8_t* body, int64_t body_bytes, int dtype, int6
 }
 
 int64_t edl_delta_decode(const uint8_t* body, int64_t body_bytes, const void* reference, int dtype, int64_t numel,
-                         const int64_t* segments, int64_t num_segments, void* out, int out_dtype, int accumulate) {
+                         void* out, int out_dtype, int accumulate) {
     return guarded([&]() -> int64_t {
         const edl::Output output = checked_output(out, numel, dtype, out_dtype, accumulate);
         check_tensor(reference, numel, dtype);
         check_body(body, body_bytes);
-        const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);
-        edl::delta_decode(*thread_kernels, reader, {reference, numel, dtype}, grid, output);
+        edl::delta_decode(*thread_kernels, reader, {reference, numel, dtype}, output);
         return 0;
     });
 }

@@ -55,10 +55,9 @@ void grid_encode(const Kernels& kernels, const ConstValues& x, const Segments& s
 void grid_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
 
 // reference: of the packet's dtype and numel.
-int64_t delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
-void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, const Segments& segments,
-                  ByteWriter& body, edl_stats* stats);
-void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Segments& segments,
-                  const Output& out);
+int64_t delta_max_bytes(int64_t numel, int dtype);
+void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, ByteWriter& body,
+                  edl_stats* stats);
+void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Output& out);
 
 }  // namespace edl

@@ -78,7 +78,7 @@ class NativeDelta:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored, all values escaped, two planes; or the exact codec's largest body."""
-        return self._library.delta_max_bytes(numel, num_segments, DTYPE_CODES[dtype])
+        return self._library.delta_max_bytes(numel, DTYPE_CODES[dtype])
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
@@ -89,7 +89,6 @@ class NativeDelta:
             reference.data_ptr(),
             x.numel(),
             DTYPE_CODES[x.dtype],
-            segments,
             body.data_ptr(),
             body.numel(),
             measured,
@@ -108,7 +107,6 @@ class NativeDelta:
             reference.data_ptr(),
             DTYPE_CODES[dtype],
             out.numel(),
-            segments,
             out.data_ptr(),
             DTYPE_CODES[out.dtype],
             accumulate,

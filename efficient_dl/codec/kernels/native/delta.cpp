@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "contexts.hpp"
+#include "delta_order.hpp"
 #include "scratch.hpp"
 
 namespace edl {
@@ -147,11 +148,11 @@ private:
     mutable std::atomic<int64_t> num_zeros_{0};
 };
 
+// Writes values of the reference's dtype, in the reference's order.
 class DeltaSink final : public IntegerSink {
 public:
     DeltaSink(const Kernels& kernels, const ConstValues& reference, const Output& out, int num_planes)
-        : kernels_(kernels), loops_(context_kernels(kernels)), reference_(reference), out_(out),
-          num_planes_(num_planes) {}
+        : loops_(context_kernels(kernels)), reference_(reference), out_(out), num_planes_(num_planes) {}
 
     void set_planes(const uint8_t* planes) { planes_ = planes; }
 
@@ -159,13 +160,9 @@ public:
         if (num_planes_ > 0) {
             alignas(64) const int32_t zeros[kBlockValues] = {};
             write(block, zeros);
-        } else if (is_exact()) {
-            // The reference itself may be what is written to.
-            if (out_.data != reference_.data)
-                std::memcpy(out_.at(block.offset), reference_.at(block.offset),
-                            static_cast<size_t>(block.size * item_bytes(reference_.dtype)));
         } else {
-            convert(block, reference_.at(block.offset));
+            std::memcpy(out_.at(block.offset), reference_.at(block.offset),
+                        static_cast<size_t>(block.size * item_bytes(reference_.dtype)));
         }
     }
 
@@ -185,8 +182,6 @@ public:
     bool allows_nonfinite() const override { return false; }
 
 private:
-    bool is_exact() const { return out_.dtype == reference_.dtype && !out_.accumulate; }
-
     void write(const Block& block, const int32_t* q) const {
         Room room;
         const bool whole = block.size == kBlockValues;
@@ -197,20 +192,12 @@ private:
             if (whole) planes[p] = sent;
             else std::memcpy(room.planes[p], sent, static_cast<size_t>(block.size));
         }
-        void* target = whole && is_exact() ? out_.at(block.offset) : room.x;
+        void* target = whole ? out_.at(block.offset) : room.x;
         apply_distances(loops_, reference_.dtype, reference, q, num_planes_, planes, target);
-        if (!is_exact()) convert(block, room.x);
-        else if (!whole)
+        if (!whole)
             std::memcpy(out_.at(block.offset), room.x, static_cast<size_t>(block.size * item_bytes(out_.dtype)));
     }
 
-    void convert(const Block& block, const void* values) const {
-        alignas(64) float floats[kBlockValues];
-        kernels_.load(values, reference_.dtype, block.size, floats);
-        kernels_.store(floats, out_.dtype, block.size, out_.at(block.offset), out_.accumulate);
-    }
-
-    const Kernels& kernels_;
     const ContextKernels& loops_;
     ConstValues reference_;
     Output out_;
@@ -218,26 +205,34 @@ private:
     const uint8_t* planes_ = nullptr;
 };
 
+thread_local Scratch order_scratch;
 thread_local Scratch planes_scratch;
 thread_local Scratch lossless_scratch;
 
 }  // namespace
 
-int64_t delta_max_bytes(int64_t numel, int64_t num_segments, int dtype) {
-    const int64_t own = integers_max_bytes(numel, num_segments, escape_bytes(dtype)) + max_planes(dtype) * numel + 3;
+int64_t delta_max_bytes(int64_t numel, int dtype) {
+    const int64_t own = integers_max_bytes(numel, 1, escape_bytes(dtype)) + max_planes(dtype) * numel + 3;
     return kHeadBytes + std::max(own, split_max_bytes(numel, dtype));
 }
 
-void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, const Segments& segments,
-                  ByteWriter& body, edl_stats* stats) {
-    const int num_planes = choose_planes(kernels, x, reference, segments);
+void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, ByteWriter& body,
+                  edl_stats* stats) {
+    const int64_t tensor_bytes = x.numel * item_bytes(x.dtype);
+    Scratch::Lease order_lease(order_scratch, static_cast<size_t>(2 * tensor_bytes));
+    const ConstValues ordered = {order_lease.bytes(), x.numel, x.dtype};
+    const ConstValues ordered_reference = {order_lease.bytes() + tensor_bytes, x.numel, x.dtype};
+    put_in_order(reference, x, order_lease.bytes());
+    put_in_order(reference, reference, order_lease.bytes() + tensor_bytes);
+    const Segments whole = {&x.numel, 1};
+    const int num_planes = choose_planes(kernels, ordered, ordered_reference, whole);
     const int64_t planes_bytes = num_planes * x.numel, begin = body.written();
     Scratch::Lease lease(planes_scratch, static_cast<size_t>(planes_bytes));
-    const DeltaSource source(kernels, x, reference, num_planes, lease.bytes());
+    const DeltaSource source(kernels, ordered, ordered_reference, num_planes, lease.bytes());
     body.value(kDistances);
     body.value(static_cast<uint8_t>(num_planes));
     body.value(uint16_t{0});
-    encode_integers(kernels, source, segments, x.numel, body, stats);
+    encode_integers(kernels, source, whole, x.numel, body, stats);
     body.bytes(lease.bytes(), planes_bytes);
     body.padding_after(planes_bytes);
     if (stats != nullptr) {
@@ -248,7 +243,7 @@ void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValue
 
     // Dense deltas, and tensors of zeros, may be shorter without the reference.
     const int64_t own_bytes = body.written() - begin;
-    const bool is_sparse = 8 * own_bytes <= x.numel * item_bytes(x.dtype) && 2 * source.num_zeros() <= x.numel;
+    const bool is_sparse = 8 * own_bytes <= tensor_bytes && 2 * source.num_zeros() <= x.numel;
     if (is_sparse && !is_float8(x.dtype)) return;
     const int64_t capacity = split_max_bytes(x.numel, x.dtype);
     Scratch::Lease lossless_lease(lossless_scratch, static_cast<size_t>(capacity));
@@ -267,17 +262,21 @@ void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValue
     }
 }
 
-void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Segments& segments,
-                  const Output& out) {
+void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& reference, const Output& out) {
     const int method = body.value<uint8_t>(), num_planes = body.value<uint8_t>(), reserved = body.value<uint16_t>();
     if (method > kLossless || reserved != 0 || num_planes > (method == kLossless ? 0 : max_planes(reference.dtype)))
         throw CodecError{EDL_BAD_PARAMETERS};
     if (method == kLossless) return split_decode(kernels, body, reference.dtype, out);
-    DeltaSink sink(kernels, reference, out, num_planes);
-    decode_integers(kernels, body, segments, sink, [&](ByteReader& rest) {
+    const int64_t tensor_bytes = reference.numel * item_bytes(reference.dtype);
+    Scratch::Lease lease(order_scratch, static_cast<size_t>(2 * tensor_bytes));
+    const Output ordered = {lease.bytes(), reference.numel, reference.dtype, false};
+    put_in_order(reference, reference, lease.bytes() + tensor_bytes);
+    DeltaSink sink(kernels, {lease.bytes() + tensor_bytes, reference.numel, reference.dtype}, ordered, num_planes);
+    decode_integers(kernels, body, {&reference.numel, 1}, sink, [&](ByteReader& rest) {
         sink.set_planes(rest.take(num_planes * out.numel));
         rest.padding_after(num_planes * out.numel);
     });
+    restore_order(kernels, reference, lease.bytes(), out);
 }
 
 }  // namespace edl

@@ -81,7 +81,7 @@ EDL_EXPORT const char* edl_error_name(int64_t code);
 EDL_EXPORT const char* edl_isa(void);
 
 EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
-EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int dtype);
+EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int dtype);
 /* Chooses it for the calling thread: "auto" (the best), "avx512", "avx2" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
 
@@ -96,9 +96,8 @@ EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, cons
                                    int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
                                    int64_t capacity, edl_stats* stats);
 /* reference: numel values of the same dtype. */
-EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype,
-                                    const int64_t* segments, int64_t num_segments, uint8_t* body, int64_t capacity,
-                                    edl_stats* stats);
+EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, uint8_t* body,
+                                    int64_t capacity, edl_stats* stats);
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 /* The smallest limit that edl_block_encode takes for such a tensor. */
@@ -127,8 +126,7 @@ EDL_EXPORT int64_t edl_grid_decode(const uint8_t* body, int64_t body_bytes, int 
                                    const int64_t* segments, int64_t num_segments, void* out, int out_dtype,
                                    int accumulate);
 EDL_EXPORT int64_t edl_delta_decode(const uint8_t* body, int64_t body_bytes, const void* reference, int dtype,
-                                    int64_t numel, const int64_t* segments, int64_t num_segments, void* out,
-                                    int out_dtype, int accumulate);
+                                    int64_t numel, void* out, int out_dtype, int accumulate);
 
 /* The baselines. block_values: a positive multiple of 8, below 2^32; bodies of another size are refused. A capacity of
  * 4 + 2 * blocks + the values' bits is needed. */

@@ -310,9 +310,9 @@ class NativeLibrary:
         """The largest body of the grid quantizer."""
         return self._checked(int(self._library.edl_grid_max_bytes(numel, num_segments)))
 
-    def delta_max_bytes(self, numel: int, num_segments: int, dtype: int) -> int:
+    def delta_max_bytes(self, numel: int, dtype: int) -> int:
         """The largest body of the exact delta."""
-        return self._checked(int(self._library.edl_delta_max_bytes(numel, num_segments, dtype)))
+        return self._checked(int(self._library.edl_delta_max_bytes(numel, dtype)))
 
     def grid_encode(
         self,
@@ -344,7 +344,6 @@ class NativeLibrary:
         reference: int,
         numel: int,
         dtype: int,
-        segments: tuple[int, ...],
         body: int,
         capacity: int,
         stats: NativeStats | None = None,
@@ -352,13 +351,8 @@ class NativeLibrary:
         """Encodes x exactly, given a reference of the same size and dtype."""
         self._select_isa()
         pointer = None if stats is None else ctypes.byref(stats)
-        lengths = _int64_array(segments)
         return self._checked(
-            int(
-                self._library.edl_delta_encode(
-                    x, reference, numel, dtype, lengths, len(segments), body, capacity, pointer
-                )
-            )
+            int(self._library.edl_delta_encode(x, reference, numel, dtype, body, capacity, pointer))
         )
 
     def grid_decode(
@@ -390,27 +384,16 @@ class NativeLibrary:
         reference: int,
         dtype: int,
         numel: int,
-        segments: tuple[int, ...],
         out: int,
         out_dtype: int,
         accumulate: bool,
     ) -> None:
         """Decodes a body of the exact delta into out, which may be the reference, or adds to it."""
         self._select_isa()
-        lengths = _int64_array(segments)
         self._checked(
             int(
                 self._library.edl_delta_decode(
-                    body,
-                    body_bytes,
-                    reference,
-                    dtype,
-                    numel,
-                    lengths,
-                    len(segments),
-                    out,
-                    out_dtype,
-                    int(accumulate),
+                    body, body_bytes, reference, dtype, numel, out, out_dtype, int(accumulate)
                 )
             )
         )
@@ -532,15 +515,13 @@ def _open(path: Path) -> ctypes.CDLL:
         ],
         "edl_split_decode": [pointer, int64, int32, int64, pointer, int32, int32],
         "edl_grid_max_bytes": [int64, int64],
-        "edl_delta_max_bytes": [int64, int64, int32],
+        "edl_delta_max_bytes": [int64, int32],
         "edl_grid_encode": [
             pointer, int64, int32, pointer, int64, int64, float32, pointer, int64, pointer,
         ],
-        "edl_delta_encode": [pointer, pointer, int64, int32, pointer, int64, pointer, int64, pointer],
+        "edl_delta_encode": [pointer, pointer, int64, int32, pointer, int64, pointer],
         "edl_grid_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
-        "edl_delta_decode": [
-            pointer, int64, pointer, int32, int64, pointer, int64, pointer, int32, int32,
-        ],
+        "edl_delta_decode": [pointer, int64, pointer, int32, int64, pointer, int32, int32],
         "edl_block_decode": [pointer, int64, int32, int64, pointer, int64, pointer, int32, int32],
         "edl_blockwise_encode": [
             int32, pointer, int64, int32, pointer, int64, int64, pointer, int64, pointer,

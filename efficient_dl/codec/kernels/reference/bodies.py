@@ -180,14 +180,14 @@ class ReferenceDelta:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored, all values escaped, two planes; or the exact codec's largest body."""
-        own = contexts.max_bytes(numel, num_segments, max(dtype.itemsize, 2))
+        own = contexts.max_bytes(numel, 1, max(dtype.itemsize, 2))
         planes = delta.MAX_PLANES[dtype.itemsize] * numel + 3
         return 4 + max(own + planes, ReferenceSplit().max_bytes(numel, dtype, num_segments))
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
         reference = checked_reference(self._reference, x.dtype, x)
-        data = delta.encode(x, reference, BlockGrid(segments, x.device), stats)
+        data = delta.encode(x, reference, stats)
         body[: data.numel()].copy_(data)
         return data.numel()
 
@@ -196,7 +196,7 @@ class ReferenceDelta:
     ) -> None:
         """See `BodyKernel.decode`."""
         reference = checked_reference(self._reference, dtype, out)
-        values = delta.decode(body, reference, BlockGrid(segments, body.device))
+        values = delta.decode(body, reference)
         if accumulate or dtype != out.dtype:
             apply_values(values, out, accumulate)
         else:

@@ -12,15 +12,17 @@ from efficient_dl.codec.kernels.reference.context_classes import NONFINITE_CLASS
 from efficient_dl.codec.kernels.reference.wire import Reader, pad4, to_bytes
 from efficient_dl.errors import CorruptPacket
 
+RUN_VALUES = 65536
 MAX_PLANES = {4: 2, 2: 1, 1: 0}  # by the dtype's bytes
 _INTEGERS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
 _ONE_BIT = 65536
 
 
-def encode(x: Tensor, reference: Tensor, grid: BlockGrid, stats: PacketStats | None) -> Tensor:
+def encode(x: Tensor, reference: Tensor, stats: PacketStats | None) -> Tensor:
     """Returns the body of a packet, uint8. x, reference: 1-D, of one dtype."""
     width = x.dtype.itemsize
-    distance = _wrapped(_ordinal(x) - _ordinal(reference), 8 * width)
+    grid = BlockGrid((x.numel(),), x.device)
+    distance = _wrapped(_ordinal(x) - _ordinal(reference), 8 * width)[_order(reference)]
     blocks = grid.gather(distance)
     planes = _choose_planes(blocks, grid, width)
     q = _quotient(blocks, planes)
@@ -52,7 +54,7 @@ def encode(x: Tensor, reference: Tensor, grid: BlockGrid, stats: PacketStats | N
     return body
 
 
-def decode(body: Tensor, reference: Tensor, grid: BlockGrid) -> Tensor:
+def decode(body: Tensor, reference: Tensor) -> Tensor:
     """Returns the decoded values, of the reference's dtype; raises `CorruptPacket`."""
     reader = Reader(body)
     (head,) = reader.integers(1, 4)
@@ -66,6 +68,7 @@ def decode(body: Tensor, reference: Tensor, grid: BlockGrid) -> Tensor:
             expected=f"method 0 with at most {MAX_PLANES[width]} planes, or 1",
             found=f"{head:08x}",
         )
+    grid = BlockGrid((reference.numel(),), reference.device)
     q, classes = contexts.decode(reader, grid, max(width, 2), body.device)
     if bool((classes == NONFINITE_CLASS).any()):
         raise CorruptPacket("a block of a delta is said to be not finite")
@@ -77,9 +80,19 @@ def decode(body: Tensor, reference: Tensor, grid: BlockGrid) -> Tensor:
         reader.align4()
         distance = distance + _wrapped(low, 8 * planes)
     reader.end()
-    ordinal = _wrapped(_ordinal(reference) + distance, 8 * width)
+    moved = torch.empty_like(distance)
+    moved[_order(reference)] = distance
+    ordinal = _wrapped(_ordinal(reference) + moved, 8 * width)
     bits = _reordered(ordinal, 8 * width)
     return bits.to(_INTEGERS[width]).view(reference.dtype)
+
+
+def _order(reference: Tensor) -> Tensor:
+    """Where the values to be coded first, second, ... lie: by the reference's exponent within each run."""
+    bits = _signed(reference)
+    key = {4: bits >> 23, 2: bits >> 7, 1: bits & 0x7F}[reference.dtype.itemsize] & 0xFF
+    run = torch.arange(reference.numel(), device=reference.device) // RUN_VALUES
+    return torch.sort(run << 8 | key, stable=True).indices
 
 
 def _signed(x: Tensor) -> Tensor:
