@@ -19,17 +19,13 @@ struct ContextKernels {
 
     // Bits of max |x|, NaNs included.
     uint32_t (*magnitude_bits)(const float* block);
-    // q = sign(x) min(floor(|x| inverse_step + 0.375), 32767). All three: the sum of min(|q|, 255).
+    // q = sign(x) min(floor(|x| inverse_step + 0.375), 32767). All four: the sum of min(|q|, 255).
     int (*quantize_grid)(const float* block, float inverse_step, int16_t* q);
-    // q: the distances from reference to x, divided by 2^(8 planes), clamped to 16 bits; the rest in planes[], each
-    // 256 bytes, the most significant first. 8-bit values have none.
-    int (*delta_8)(const uint8_t* x, const uint8_t* reference, int16_t* q);
-    int (*delta_16)(const uint16_t* x, const uint16_t* reference, int num_planes, int16_t* q, uint8_t* const* planes);
-    int (*delta_32)(const uint32_t* x, const uint32_t* reference, int num_planes, int16_t* q, uint8_t* const* planes);
-    // Values whose bits are all 0.
-    int (*zeros_8)(const uint8_t* x);
-    int (*zeros_16)(const uint16_t* x);
-    int (*zeros_32)(const uint32_t* x);
+    // q: distances divided by 2^(8 planes), clamped to 16 bits; the rest in planes[], each 256 bytes, the most
+    // significant first. 8-bit distances have none.
+    int (*quotients_8)(const int8_t* distances, int16_t* q);
+    int (*quotients_16)(const int16_t* distances, int num_planes, int16_t* q, uint8_t* const* planes);
+    int (*quotients_32)(const int32_t* distances, int num_planes, int16_t* q, uint8_t* const* planes);
 
     // One row of pairs: which symbols are not two zeros, and which are escapes.
     void (*pair_symbols)(const int16_t* q, uint8_t* row, uint64_t* nonzero, uint64_t* escaped);
@@ -39,12 +35,10 @@ struct ContextKernels {
     bool (*pair_values)(const uint8_t* row, int32_t* q, uint64_t* escaped);
     bool (*byte_values)(const uint8_t* rows, int32_t* q, uint64_t* escaped);
 
-    // The values at these distances from reference: the inverse of delta_*.
-    void (*apply_delta_8)(const uint8_t* reference, const int32_t* q, uint8_t* x);
-    void (*apply_delta_16)(const uint16_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
-                           uint16_t* x);
-    void (*apply_delta_32)(const uint32_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
-                           uint32_t* x);
+    // The inverse of quotients_*.
+    void (*distances_8)(const int32_t* q, int8_t* distances);
+    void (*distances_16)(const int32_t* q, int num_planes, const uint8_t* const* planes, int16_t* distances);
+    void (*distances_32)(const int32_t* q, int num_planes, const uint8_t* const* planes, int32_t* distances);
 };
 
 // Those of the same instruction set where it has its own, else the portable ones.

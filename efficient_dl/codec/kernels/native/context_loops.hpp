@@ -43,47 +43,30 @@ static int quantize_grid(const float* block, float inverse_step, int16_t* q) {
     return sum;
 }
 
-// The order of all values of a float format, as signed integers; its own inverse.
-static inline int32_t ordinal_32(uint32_t v) {
-    const int32_t s = static_cast<int32_t>(v);
-    return s ^ ((s >> 31) & 0x7fffffff);
-}
-
-static inline int16_t ordinal_16(uint16_t v) {
-    const int16_t s = static_cast<int16_t>(v);
-    return static_cast<int16_t>(s ^ ((s >> 15) & 0x7fff));
-}
-
-static inline int8_t ordinal_8(uint8_t v) {
-    const int8_t s = static_cast<int8_t>(v);
-    return static_cast<int8_t>(s ^ ((s >> 7) & 0x7f));
-}
-
 static inline int16_t clamped_16(int32_t q) {
     return static_cast<int16_t>(q < -32767 ? -32767 : q > 32767 ? 32767 : q);
 }
 
-static int delta_8(const uint8_t* x, const uint8_t* reference, int16_t* q) {
+static int quotients_8(const int8_t* distances, int16_t* q) {
     int sum = 0;
     for (int i = 0; i < kBlockValues; ++i) {
-        q[i] = static_cast<int8_t>(ordinal_8(x[i]) - ordinal_8(reference[i]));
+        q[i] = distances[i];
         sum += magnitude_of(q[i]);
     }
     return sum;
 }
 
-static int delta_16(const uint16_t* x, const uint16_t* reference, int num_planes, int16_t* q, uint8_t* const* planes) {
+static int quotients_16(const int16_t* distances, int num_planes, int16_t* q, uint8_t* const* planes) {
     int sum = 0;
     if (num_planes == 0) {
         for (int i = 0; i < kBlockValues; ++i) {
-            const int16_t d = static_cast<int16_t>(ordinal_16(x[i]) - ordinal_16(reference[i]));
-            q[i] = d;
-            sum += magnitude_of(d);
+            q[i] = distances[i];
+            sum += magnitude_of(q[i]);
         }
         return sum;
     }
     for (int i = 0; i < kBlockValues; ++i) {
-        const int16_t d = static_cast<int16_t>(ordinal_16(x[i]) - ordinal_16(reference[i]));
+        const int16_t d = distances[i];
         q[i] = static_cast<int16_t>((d >> 8) + ((d >> 7) & 1));
         planes[0][i] = static_cast<uint8_t>(d);
         sum += magnitude_of(q[i]);
@@ -91,27 +74,23 @@ static int delta_16(const uint16_t* x, const uint16_t* reference, int num_planes
     return sum;
 }
 
-static inline int32_t distance_32(uint32_t x, uint32_t reference) {
-    return static_cast<int32_t>(static_cast<uint32_t>(ordinal_32(x)) - static_cast<uint32_t>(ordinal_32(reference)));
-}
-
-static int delta_32(const uint32_t* x, const uint32_t* reference, int num_planes, int16_t* q, uint8_t* const* planes) {
+static int quotients_32(const int32_t* distances, int num_planes, int16_t* q, uint8_t* const* planes) {
     int sum = 0;
     if (num_planes == 0) {
         for (int i = 0; i < kBlockValues; ++i) {
-            q[i] = clamped_16(distance_32(x[i], reference[i]));
+            q[i] = clamped_16(distances[i]);
             sum += magnitude_of(q[i]);
         }
     } else if (num_planes == 1) {
         for (int i = 0; i < kBlockValues; ++i) {
-            const int32_t d = distance_32(x[i], reference[i]);
+            const int32_t d = distances[i];
             q[i] = clamped_16((d >> 8) + ((d >> 7) & 1));
             planes[0][i] = static_cast<uint8_t>(d);
             sum += magnitude_of(q[i]);
         }
     } else {
         for (int i = 0; i < kBlockValues; ++i) {
-            const int32_t d = distance_32(x[i], reference[i]);
+            const int32_t d = distances[i];
             q[i] = clamped_16((d >> 16) + ((d >> 15) & 1));
             planes[0][i] = static_cast<uint8_t>(d >> 8);
             planes[1][i] = static_cast<uint8_t>(d);
@@ -119,24 +98,6 @@ static int delta_32(const uint32_t* x, const uint32_t* reference, int num_planes
         }
     }
     return sum;
-}
-
-static int zeros_8(const uint8_t* x) {
-    int count = 0;
-    for (int i = 0; i < kBlockValues; ++i) count += x[i] == 0;
-    return count;
-}
-
-static int zeros_16(const uint16_t* x) {
-    uint16_t count = 0;
-    for (int i = 0; i < kBlockValues; ++i) count = static_cast<uint16_t>(count + (x[i] == 0));
-    return count;
-}
-
-static int zeros_32(const uint32_t* x) {
-    int count = 0;
-    for (int i = 0; i < kBlockValues; ++i) count += x[i] == 0;
-    return count;
 }
 
 static void collect_bits(const uint8_t* flags, int num_words, uint64_t* mask) {
@@ -199,51 +160,32 @@ static bool byte_values(const uint8_t* rows, int32_t* q, uint64_t* escaped) {
     return any != 0;
 }
 
-// x may be the reference itself: each value depends on its own place only, which the pragmas say.
-static void apply_delta_8(const uint8_t* reference, const int32_t* q, uint8_t* x) {
-#pragma GCC ivdep
+static void distances_8(const int32_t* q, int8_t* distances) {
+    for (int i = 0; i < kBlockValues; ++i) distances[i] = static_cast<int8_t>(q[i]);
+}
+
+static void distances_16(const int32_t* q, int num_planes, const uint8_t* const* planes, int16_t* distances) {
+    if (num_planes == 0) {
+        for (int i = 0; i < kBlockValues; ++i) distances[i] = static_cast<int16_t>(q[i]);
+        return;
+    }
     for (int i = 0; i < kBlockValues; ++i)
-        x[i] = static_cast<uint8_t>(ordinal_8(static_cast<uint8_t>(ordinal_8(reference[i]) + q[i])));
+        distances[i] = static_cast<int16_t>(static_cast<int16_t>(q[i]) * 256 + static_cast<int8_t>(planes[0][i]));
 }
 
-static void apply_delta_16(const uint16_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
-                           uint16_t* x) {
-    const auto moved = [&](int i, int32_t distance) {
-        const uint16_t ordinal = static_cast<uint16_t>(ordinal_16(reference[i]) + distance);
-        return static_cast<uint16_t>(ordinal_16(ordinal));
+static void distances_32(const int32_t* q, int num_planes, const uint8_t* const* planes, int32_t* distances) {
+    const auto joined = [](int32_t quotient, int shift, int32_t rest) {
+        return static_cast<int32_t>((static_cast<uint32_t>(quotient) << shift) + static_cast<uint32_t>(rest));
     };
     if (num_planes == 0) {
-#pragma GCC ivdep
-        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, q[i]);
-        return;
-    }
-    const uint8_t* low = planes[0];
-#pragma GCC ivdep
-    for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<int16_t>(q[i]) * 256 + static_cast<int8_t>(low[i]));
-}
-
-static void apply_delta_32(const uint32_t* reference, const int32_t* q, int num_planes, const uint8_t* const* planes,
-                           uint32_t* x) {
-    const auto moved = [&](int i, uint32_t distance) {
-        return static_cast<uint32_t>(ordinal_32(static_cast<uint32_t>(ordinal_32(reference[i])) + distance));
-    };
-    if (num_planes == 0) {
-#pragma GCC ivdep
-        for (int i = 0; i < kBlockValues; ++i) x[i] = moved(i, static_cast<uint32_t>(q[i]));
-        return;
-    }
-    if (num_planes == 1) {
-        const uint8_t* low = planes[0];
-#pragma GCC ivdep
-        for (int i = 0; i < kBlockValues; ++i)
-            x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 8) + static_cast<uint32_t>(int32_t{static_cast<int8_t>(low[i])}));
-        return;
-    }
-    const uint8_t *high = planes[0], *low = planes[1];
-#pragma GCC ivdep
-    for (int i = 0; i < kBlockValues; ++i) {
-        const uint16_t both = static_cast<uint16_t>(high[i] << 8 | low[i]);
-        x[i] = moved(i, (static_cast<uint32_t>(q[i]) << 16) + static_cast<uint32_t>(int32_t{static_cast<int16_t>(both)}));
+        for (int i = 0; i < kBlockValues; ++i) distances[i] = q[i];
+    } else if (num_planes == 1) {
+        for (int i = 0; i < kBlockValues; ++i) distances[i] = joined(q[i], 8, static_cast<int8_t>(planes[0][i]));
+    } else {
+        for (int i = 0; i < kBlockValues; ++i) {
+            const uint16_t both = static_cast<uint16_t>(planes[0][i] << 8 | planes[1][i]);
+            distances[i] = joined(q[i], 16, static_cast<int16_t>(both));
+        }
     }
 }
 

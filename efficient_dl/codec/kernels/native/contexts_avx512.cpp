@@ -47,9 +47,9 @@ void symbols_of_bytes(const int16_t* q, uint8_t* rows, uint64_t* escaped) {
 
 extern const ContextKernels kContextKernels;
 const ContextKernels kContextKernels = {
-    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, delta_8,     delta_16,
-    delta_32,            zeros_8,             zeros_16,       zeros_32,      symbols_of_pairs, symbols_of_bytes,
-    pair_values,         byte_values,         apply_delta_8,  apply_delta_16, apply_delta_32,
+    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, quotients_8, quotients_16,
+    quotients_32,        symbols_of_pairs, symbols_of_bytes, pair_values,   byte_values, distances_8,
+    distances_16,        distances_32,
 };
 
 }  // namespace edl::avx512

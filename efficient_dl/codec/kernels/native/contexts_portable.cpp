@@ -29,9 +29,9 @@ int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables
 }
 
 constexpr ContextKernels kPortable = {
-    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, delta_8,     delta_16,
-    delta_32,            zeros_8,             zeros_16,       zeros_32,      pair_symbols, byte_symbols,
-    pair_values,         byte_values,         apply_delta_8,  apply_delta_16, apply_delta_32,
+    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, quotients_8, quotients_16,
+    quotients_32,        pair_symbols, byte_symbols, pair_values,   byte_values, distances_8,
+    distances_16,        distances_32,
 };
 
 }  // namespace

@@ -1,6 +1,5 @@
 // The exact delta: distances to a reference in units in the last place, as integers with contexts and raw low bytes
 // (docs/format.md, codec 4).
-#include <atomic>
 #include <cstring>
 
 #include "contexts.hpp"
@@ -18,71 +17,54 @@ constexpr int64_t kHeadBytes = 4;
 int max_planes(int dtype) { return item_bytes(dtype) / 2; }
 int escape_bytes(int dtype) { return std::max(item_bytes(dtype), 2); }
 
-// A block's bytes, in place or with zeros behind its end.
-const void* whole_block(const ConstValues& x, const Block& block, void* room) {
-    if (block.size == kBlockValues) return x.at(block.offset);
-    const size_t width = static_cast<size_t>(item_bytes(x.dtype)), size = static_cast<size_t>(block.size) * width;
+// A block's distances, in place or with zeros behind its end.
+const void* whole_block(const ConstValues& distances, const Block& block, void* room) {
+    if (block.size == kBlockValues) return distances.at(block.offset);
+    const size_t width = static_cast<size_t>(item_bytes(distances.dtype));
     std::memset(room, 0, kBlockValues * width);
-    std::memcpy(room, x.at(block.offset), size);
+    std::memcpy(room, distances.at(block.offset), static_cast<size_t>(block.size) * width);
     return room;
 }
 
 struct Room {
-    alignas(64) uint32_t x[kBlockValues];
-    alignas(64) uint32_t reference[kBlockValues];
+    alignas(64) int32_t distances[kBlockValues];
     alignas(64) uint8_t planes[kMaxPlanes][kBlockValues];
 };
 
-int distances(const ContextKernels& loops, int dtype, const void* x, const void* reference, int num_planes, int16_t* q,
+int quotients(const ContextKernels& loops, int dtype, const void* distances, int num_planes, int16_t* q,
               uint8_t* const* planes) {
     switch (item_bytes(dtype)) {
-        case 4:
-            return loops.delta_32(static_cast<const uint32_t*>(x), static_cast<const uint32_t*>(reference), num_planes, q,
-                                  planes);
-        case 2:
-            return loops.delta_16(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(reference), num_planes, q,
-                                  planes);
-        default: return loops.delta_8(static_cast<const uint8_t*>(x), static_cast<const uint8_t*>(reference), q);
+        case 4: return loops.quotients_32(static_cast<const int32_t*>(distances), num_planes, q, planes);
+        case 2: return loops.quotients_16(static_cast<const int16_t*>(distances), num_planes, q, planes);
+        default: return loops.quotients_8(static_cast<const int8_t*>(distances), q);
     }
 }
 
-int count_zeros(const ContextKernels& loops, int dtype, const void* x) {
+void join(const ContextKernels& loops, int dtype, const int32_t* q, int num_planes, const uint8_t* const* planes,
+          void* distances) {
     switch (item_bytes(dtype)) {
-        case 4: return loops.zeros_32(static_cast<const uint32_t*>(x));
-        case 2: return loops.zeros_16(static_cast<const uint16_t*>(x));
-        default: return loops.zeros_8(static_cast<const uint8_t*>(x));
+        case 4: return loops.distances_32(q, num_planes, planes, static_cast<int32_t*>(distances));
+        case 2: return loops.distances_16(q, num_planes, planes, static_cast<int16_t*>(distances));
+        default: return loops.distances_8(q, static_cast<int8_t*>(distances));
     }
 }
 
-void apply_distances(const ContextKernels& loops, int dtype, const void* reference, const int32_t* q, int num_planes,
-                     const uint8_t* const* planes, void* x) {
-    switch (item_bytes(dtype)) {
-        case 4:
-            return loops.apply_delta_32(static_cast<const uint32_t*>(reference), q, num_planes, planes,
-                                        static_cast<uint32_t*>(x));
-        case 2:
-            return loops.apply_delta_16(static_cast<const uint16_t*>(reference), q, num_planes, planes,
-                                        static_cast<uint16_t*>(x));
-        default: return loops.apply_delta_8(static_cast<const uint8_t*>(reference), q, static_cast<uint8_t*>(x));
-    }
-}
-
-int choose_planes(const Kernels& kernels, const ConstValues& x, const ConstValues& reference,
-                  const Segments& segments) {
+// distances: integers as wide as the dtype's values.
+int choose_planes(const Kernels& kernels, const ConstValues& distances, const Segments& segments) {
     const ContextKernels& loops = context_kernels(kernels);
     const int64_t stride = sample_stride(count_blocks(segments));
     int best = 0;
     int64_t best_cost = 0;
-    for (int planes = 0; planes <= max_planes(x.dtype); ++planes) {
-        SampleCost cost(kernels, escape_bytes(x.dtype));
+    for (int planes = 0; planes <= max_planes(distances.dtype); ++planes) {
+        SampleCost cost(kernels, escape_bytes(distances.dtype));
         int64_t num_values = 0;
         BlockCursor cursor(segments);
         for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
             Room room;
             uint8_t* const rest[kMaxPlanes] = {room.planes[0], room.planes[1]};
             alignas(64) int16_t q[kBlockValues];
-            const int sum = distances(loops, x.dtype, whole_block(x, block, room.x),
-                                      whole_block(reference, block, room.reference), planes, q, rest);
+            const void* here = whole_block(distances, block, room.distances);
+            const int sum = quotients(loops, distances.dtype, here, planes, q, rest);
             cost.add(q, sum);
             num_values += block.size;
         }
@@ -97,26 +79,17 @@ int choose_planes(const Kernels& kernels, const ConstValues& x, const ConstValue
 
 class DeltaSource final : public IntegerSource {
 public:
-    // planes: room for num_planes * x.numel bytes.
-    DeltaSource(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, int num_planes,
-                uint8_t* planes)
-        : loops_(context_kernels(kernels)), x_(x), reference_(reference), num_planes_(num_planes), planes_(planes) {}
+    // planes: room for num_planes * distances.numel bytes.
+    DeltaSource(const Kernels& kernels, const ConstValues& distances, int num_planes, uint8_t* planes)
+        : loops_(context_kernels(kernels)), distances_(distances), num_planes_(num_planes), planes_(planes) {}
 
     int quantize(const Block& block, int16_t* q) const override {
         Room room;
-        const void* x = whole_block(x_, block, room.x);
-        const void* reference = whole_block(reference_, block, room.reference);
-        const size_t width = static_cast<size_t>(item_bytes(x_.dtype));
-        const int zeros = count_zeros(loops_, x_.dtype, x);
-        num_zeros_.fetch_add(zeros - (kBlockValues - block.size), std::memory_order_relaxed);
-        if (std::memcmp(x, reference, kBlockValues * width) == 0) {
-            for (int p = 0; p < num_planes_; ++p) std::memset(plane(p, block), 0, static_cast<size_t>(block.size));
-            return 0;
-        }
+        const void* distances = whole_block(distances_, block, room.distances);
         const bool whole = block.size == kBlockValues;
         uint8_t* targets[kMaxPlanes] = {room.planes[0], room.planes[1]};
         for (int p = 0; whole && p < num_planes_; ++p) targets[p] = plane(p, block);
-        const int sum = distances(loops_, x_.dtype, x, reference, num_planes_, q, targets);
+        const int sum = quotients(loops_, distances_.dtype, distances, num_planes_, q, targets);
         for (int p = 0; !whole && p < num_planes_; ++p)
             std::memcpy(plane(p, block), targets[p], static_cast<size_t>(block.size));
         return sum;
@@ -124,35 +97,29 @@ public:
 
     // 16 bits do not hold the distances of 32-bit values.
     int32_t exact(const Block& block, int place, int16_t q) const override {
-        if (x_.dtype != EDL_FLOAT32 || place >= block.size) return q;
-        const auto ordinal = [&](const ConstValues& values) {
-            int32_t v;
-            std::memcpy(&v, values.at(block.offset + place), sizeof v);
-            return static_cast<uint32_t>(v ^ ((v >> 31) & 0x7fffffff));
-        };
-        const int32_t d = static_cast<int32_t>(ordinal(x_) - ordinal(reference_));
+        if (distances_.dtype != EDL_FLOAT32 || place >= block.size) return q;
+        int32_t d;
+        std::memcpy(&d, distances_.at(block.offset + place), sizeof d);
         const int shift = 8 * num_planes_;
         return shift == 0 ? d : (d >> shift) + ((d >> (shift - 1)) & 1);
     }
 
-    int value_bytes() const override { return escape_bytes(x_.dtype); }
-    int64_t num_zeros() const { return num_zeros_.load(); }
+    int value_bytes() const override { return escape_bytes(distances_.dtype); }
 
 private:
-    uint8_t* plane(int p, const Block& block) const { return planes_ + p * x_.numel + block.offset; }
+    uint8_t* plane(int p, const Block& block) const { return planes_ + p * distances_.numel + block.offset; }
 
     const ContextKernels& loops_;
-    ConstValues x_, reference_;
+    ConstValues distances_;
     int num_planes_;
     uint8_t* planes_;
-    mutable std::atomic<int64_t> num_zeros_{0};
 };
 
-// Writes values of the reference's dtype, in the reference's order.
+// Writes distances.
 class DeltaSink final : public IntegerSink {
 public:
-    DeltaSink(const Kernels& kernels, const ConstValues& reference, const Output& out, int num_planes)
-        : loops_(context_kernels(kernels)), reference_(reference), out_(out), num_planes_(num_planes) {}
+    DeltaSink(const Kernels& kernels, const Output& distances, int num_planes)
+        : loops_(context_kernels(kernels)), distances_(distances), num_planes_(num_planes) {}
 
     void set_planes(const uint8_t* planes) { planes_ = planes; }
 
@@ -161,8 +128,7 @@ public:
             alignas(64) const int32_t zeros[kBlockValues] = {};
             write(block, zeros);
         } else {
-            std::memcpy(out_.at(block.offset), reference_.at(block.offset),
-                        static_cast<size_t>(block.size * item_bytes(reference_.dtype)));
+            std::memset(distances_.at(block.offset), 0, bytes_of(block));
         }
     }
 
@@ -178,29 +144,34 @@ public:
         write(block, q);
     }
 
-    int value_bytes() const override { return escape_bytes(reference_.dtype); }
+    int value_bytes() const override { return escape_bytes(distances_.dtype); }
     bool allows_nonfinite() const override { return false; }
 
 private:
+    size_t bytes_of(const Block& block) const {
+        return static_cast<size_t>(block.size) * static_cast<size_t>(item_bytes(distances_.dtype));
+    }
+
     void write(const Block& block, const int32_t* q) const {
         Room room;
         const bool whole = block.size == kBlockValues;
-        const void* reference = whole_block(reference_, block, room.reference);
         const uint8_t* planes[kMaxPlanes] = {room.planes[0], room.planes[1]};
-        for (int p = 0; p < num_planes_; ++p) {
-            const uint8_t* sent = planes_ + p * reference_.numel + block.offset;
-            if (whole) planes[p] = sent;
-            else std::memcpy(room.planes[p], sent, static_cast<size_t>(block.size));
+        for (int p = 0; p < std::min(num_planes_, kMaxPlanes); ++p) {
+            const uint8_t* sent = planes_ + p * distances_.numel + block.offset;
+            if (whole) {
+                planes[p] = sent;
+            } else {
+                std::memset(room.planes[p], 0, kBlockValues);
+                std::memcpy(room.planes[p], sent, static_cast<size_t>(block.size));
+            }
         }
-        void* target = whole ? out_.at(block.offset) : room.x;
-        apply_distances(loops_, reference_.dtype, reference, q, num_planes_, planes, target);
-        if (!whole)
-            std::memcpy(out_.at(block.offset), room.x, static_cast<size_t>(block.size * item_bytes(out_.dtype)));
+        void* target = whole ? distances_.at(block.offset) : room.distances;
+        join(loops_, distances_.dtype, q, num_planes_, planes, target);
+        if (!whole) std::memcpy(distances_.at(block.offset), room.distances, bytes_of(block));
     }
 
     const ContextKernels& loops_;
-    ConstValues reference_;
-    Output out_;
+    Output distances_;
     int num_planes_;
     const uint8_t* planes_ = nullptr;
 };
@@ -219,16 +190,14 @@ int64_t delta_max_bytes(int64_t numel, int dtype) {
 void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValues& reference, ByteWriter& body,
                   edl_stats* stats) {
     const int64_t tensor_bytes = x.numel * item_bytes(x.dtype);
-    Scratch::Lease order_lease(order_scratch, static_cast<size_t>(2 * tensor_bytes));
-    const ConstValues ordered = {order_lease.bytes(), x.numel, x.dtype};
-    const ConstValues ordered_reference = {order_lease.bytes() + tensor_bytes, x.numel, x.dtype};
-    put_in_order(reference, x, order_lease.bytes());
-    put_in_order(reference, reference, order_lease.bytes() + tensor_bytes);
+    Scratch::Lease order_lease(order_scratch, static_cast<size_t>(tensor_bytes));
+    const ConstValues distances = {order_lease.bytes(), x.numel, x.dtype};
+    const int64_t num_zeros = put_distances(reference, x, order_lease.bytes());
     const Segments whole = {&x.numel, 1};
-    const int num_planes = choose_planes(kernels, ordered, ordered_reference, whole);
+    const int num_planes = choose_planes(kernels, distances, whole);
     const int64_t planes_bytes = num_planes * x.numel, begin = body.written();
     Scratch::Lease lease(planes_scratch, static_cast<size_t>(planes_bytes));
-    const DeltaSource source(kernels, ordered, ordered_reference, num_planes, lease.bytes());
+    const DeltaSource source(kernels, distances, num_planes, lease.bytes());
     body.value(kDistances);
     body.value(static_cast<uint8_t>(num_planes));
     body.value(uint16_t{0});
@@ -243,7 +212,7 @@ void delta_encode(const Kernels& kernels, const ConstValues& x, const ConstValue
 
     // Dense deltas, and tensors of zeros, may be shorter without the reference.
     const int64_t own_bytes = body.written() - begin;
-    const bool is_sparse = 8 * own_bytes <= tensor_bytes && 2 * source.num_zeros() <= x.numel;
+    const bool is_sparse = 8 * own_bytes <= tensor_bytes && 2 * num_zeros <= x.numel;
     if (is_sparse && !is_float8(x.dtype)) return;
     const int64_t capacity = split_max_bytes(x.numel, x.dtype);
     Scratch::Lease lossless_lease(lossless_scratch, static_cast<size_t>(capacity));
@@ -267,16 +236,13 @@ void delta_decode(const Kernels& kernels, ByteReader& body, const ConstValues& r
     if (method > kLossless || reserved != 0 || num_planes > (method == kLossless ? 0 : max_planes(reference.dtype)))
         throw CodecError{EDL_BAD_PARAMETERS};
     if (method == kLossless) return split_decode(kernels, body, reference.dtype, out);
-    const int64_t tensor_bytes = reference.numel * item_bytes(reference.dtype);
-    Scratch::Lease lease(order_scratch, static_cast<size_t>(2 * tensor_bytes));
-    const Output ordered = {lease.bytes(), reference.numel, reference.dtype, false};
-    put_in_order(reference, reference, lease.bytes() + tensor_bytes);
-    DeltaSink sink(kernels, {lease.bytes() + tensor_bytes, reference.numel, reference.dtype}, ordered, num_planes);
+    Scratch::Lease lease(order_scratch, static_cast<size_t>(reference.numel * item_bytes(reference.dtype)));
+    DeltaSink sink(kernels, {lease.bytes(), reference.numel, reference.dtype, false}, num_planes);
     decode_integers(kernels, body, {&reference.numel, 1}, sink, [&](ByteReader& rest) {
         sink.set_planes(rest.take(num_planes * out.numel));
         rest.padding_after(num_planes * out.numel);
     });
-    restore_order(kernels, reference, lease.bytes(), out);
+    apply_distances(kernels, reference, lease.bytes(), out);
 }
 
 }  // namespace edl

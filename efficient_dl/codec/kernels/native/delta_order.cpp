@@ -3,7 +3,7 @@
 #include "delta_order.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
 
 #include "scratch.hpp"
 #include "threads.hpp"
@@ -15,6 +15,15 @@ constexpr int64_t kRunValues = 65536;
 constexpr int kKeys = 256;
 constexpr int kQuarters = 4;
 
+// The order of all values of a float format, as integers modulo 2^bits; its own inverse.
+template <typename T>
+inline T ordinal(T v) {
+    constexpr int kBits = 8 * sizeof(T);
+    const T sign = static_cast<T>(0 - (v >> (kBits - 1)));
+    constexpr T kMagnitude = static_cast<T>(static_cast<T>(~T{0}) >> 1);
+    return static_cast<T>(v ^ (sign & kMagnitude));
+}
+
 inline uint8_t key_of(uint8_t v) { return v & 0x7f; }
 inline uint8_t key_of(uint16_t v) { return static_cast<uint8_t>(v >> 7); }
 inline uint8_t key_of(uint32_t v) { return static_cast<uint8_t>(v >> 23); }
@@ -25,8 +34,11 @@ void for_each_place(const T* reference, int64_t count, Move&& move) {
     const int64_t quarter = (count + kQuarters - 1) / kQuarters;
     const auto end_of = [&](int q) { return std::min(count, (q + 1) * quarter); };
     uint32_t places[kQuarters][kKeys] = {};
-    for (int q = 0; q < kQuarters; ++q)
-        for (int64_t i = q * quarter; i < end_of(q); ++i) ++places[q][key_of(reference[i])];
+    const int64_t together = std::max<int64_t>(0, count - (kQuarters - 1) * quarter);  // what the last quarter has
+    for (int64_t i = 0; i < together; ++i)
+        for (int q = 0; q < kQuarters; ++q) ++places[q][key_of(reference[q * quarter + i])];
+    for (int q = 0; q < kQuarters - 1; ++q)
+        for (int64_t i = q * quarter + together; i < end_of(q); ++i) ++places[q][key_of(reference[i])];
     uint32_t next = 0;
     for (int key = 0; key < kKeys; ++key) {
         for (int q = 0; q < kQuarters; ++q) {
@@ -35,7 +47,6 @@ void for_each_place(const T* reference, int64_t count, Move&& move) {
             next += here;
         }
     }
-    const int64_t together = std::max<int64_t>(0, count - (kQuarters - 1) * quarter);  // what the last quarter has
     for (int64_t i = 0; i < together; ++i)
         for (int q = 0; q < kQuarters; ++q) {
             const int64_t from = q * quarter + i;
@@ -57,33 +68,35 @@ void for_each_run(const ConstValues& reference, Work&& work) {
 }
 
 template <typename T>
-void put_in_order_as(const ConstValues& reference, const ConstValues& values, void* ordered) {
-    for_each_run<T>(reference, [&](const T* keys, int64_t first, int64_t count) {
-        const T* from = static_cast<const T*>(values.data) + first;
-        T* to = static_cast<T*>(ordered) + first;
-        for_each_place(keys, count, [&](int64_t i, uint32_t place) { to[place] = from[i]; });
+int64_t put_distances_as(const ConstValues& reference, const ConstValues& x, void* distances) {
+    std::atomic<int64_t> num_zeros{0};
+    for_each_run<T>(reference, [&](const T* from, int64_t first, int64_t count) {
+        const T* values = static_cast<const T*>(x.data) + first;
+        T* to = static_cast<T*>(distances) + first;
+        int64_t zeros = 0;
+        for (int64_t i = 0; i < count; ++i) zeros += values[i] == 0;
+        num_zeros.fetch_add(zeros, std::memory_order_relaxed);
+        for_each_place(from, count, [&](int64_t i, uint32_t place) { to[place] = static_cast<T>(ordinal(values[i]) - ordinal(from[i])); });
     });
+    return num_zeros.load();
 }
 
 thread_local Scratch run_scratch;
 
 template <typename T>
-void restore_order_as(const Kernels& kernels, const ConstValues& reference, const void* ordered, const Output& out) {
+void apply_distances_as(const Kernels& kernels, const ConstValues& reference, const void* distances, const Output& out) {
     const bool direct = out.dtype == reference.dtype && !out.accumulate;
-    for_each_run<T>(reference, [&](const T* keys, int64_t first, int64_t count) {
-        const T* from = static_cast<const T*>(ordered) + first;
-        if (direct) {
-            T* to = static_cast<T*>(out.data) + first;
-            for_each_place(keys, count, [&](int64_t i, uint32_t place) { to[i] = from[place]; });
-            return;
-        }
-        const Scratch::Lease lease(run_scratch, kRunValues * sizeof(T));
-        T* exact = reinterpret_cast<T*>(lease.bytes());
-        for_each_place(keys, count, [&](int64_t i, uint32_t place) { exact[i] = from[place]; });
+    for_each_run<T>(reference, [&](const T* from, int64_t first, int64_t count) {
+        const T* moved = static_cast<const T*>(distances) + first;
+        const Scratch::Lease lease(run_scratch, direct ? 0 : kRunValues * sizeof(T));
+        T* to = direct ? static_cast<T*>(out.data) + first : reinterpret_cast<T*>(lease.bytes());
+        for_each_place(from, count,
+                       [&](int64_t i, uint32_t place) { to[i] = ordinal(static_cast<T>(ordinal(from[i]) + moved[place])); });
+        if (direct) return;
         alignas(64) float floats[kBlockValues];
         for (int64_t done = 0; done < count; done += kBlockValues) {
             const int64_t here = std::min<int64_t>(kBlockValues, count - done);
-            kernels.load(exact + done, reference.dtype, here, floats);
+            kernels.load(to + done, reference.dtype, here, floats);
             kernels.store(floats, out.dtype, here, out.at(first + done), out.accumulate);
         }
     });
@@ -91,19 +104,19 @@ void restore_order_as(const Kernels& kernels, const ConstValues& reference, cons
 
 }  // namespace
 
-void put_in_order(const ConstValues& reference, const ConstValues& values, void* ordered) {
+int64_t put_distances(const ConstValues& reference, const ConstValues& x, void* distances) {
     switch (item_bytes(reference.dtype)) {
-        case 4: return put_in_order_as<uint32_t>(reference, values, ordered);
-        case 2: return put_in_order_as<uint16_t>(reference, values, ordered);
-        default: return put_in_order_as<uint8_t>(reference, values, ordered);
+        case 4: return put_distances_as<uint32_t>(reference, x, distances);
+        case 2: return put_distances_as<uint16_t>(reference, x, distances);
+        default: return put_distances_as<uint8_t>(reference, x, distances);
     }
 }
 
-void restore_order(const Kernels& kernels, const ConstValues& reference, const void* ordered, const Output& out) {
+void apply_distances(const Kernels& kernels, const ConstValues& reference, const void* distances, const Output& out) {
     switch (item_bytes(reference.dtype)) {
-        case 4: return restore_order_as<uint32_t>(kernels, reference, ordered, out);
-        case 2: return restore_order_as<uint16_t>(kernels, reference, ordered, out);
-        default: return restore_order_as<uint8_t>(kernels, reference, ordered, out);
+        case 4: return apply_distances_as<uint32_t>(kernels, reference, distances, out);
+        case 2: return apply_distances_as<uint16_t>(kernels, reference, distances, out);
+        default: return apply_distances_as<uint8_t>(kernels, reference, distances, out);
     }
 }
 

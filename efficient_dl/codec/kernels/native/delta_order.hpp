@@ -10,10 +10,11 @@
 
 namespace edl {
 
-// Writes values (of the reference's dtype and numel) in the order of the reference; values may be the reference itself.
-void put_in_order(const ConstValues& reference, const ConstValues& values, void* ordered);
+// Writes the distances from reference to x, integers as wide as the values, in that order. Returns how many of x's
+// values are 0 (all their bits).
+int64_t put_distances(const ConstValues& reference, const ConstValues& x, void* distances);
 
-// The inverse, into out, or added to it. out may be the reference's memory.
-void restore_order(const Kernels& kernels, const ConstValues& reference, const void* ordered, const Output& out);
+// Writes the values at these distances from reference, or adds them to out, which may be the reference's memory.
+void apply_distances(const Kernels& kernels, const ConstValues& reference, const void* distances, const Output& out);
 
 }  // namespace edl
