@@ -13,12 +13,7 @@
 namespace edl {
 namespace {
 
-constexpr int kFirstStep = -192;
-constexpr int kEmptyCode = 0;
-constexpr int kNonFiniteCode = 255;
 constexpr int kMaxCode = 254;
-constexpr int kMinBase = 3;
-constexpr int kCarriedRows = 2;  // whose symbols travel in the lanes' initial states
 constexpr int64_t kParameterBytes = 28;
 constexpr int64_t kMaxTableBytes = 32 + 384;
 

@@ -8,8 +8,6 @@
 namespace edl {
 namespace {
 
-constexpr int kFirstStep = -192;
-constexpr int kLastStep = 128;
 constexpr int64_t kSampleBlocks = 64;
 constexpr int64_t kMaxSampleBlocks = 2 * kSampleBlocks;  // stride = num_blocks div 64 leaves up to 127
 constexpr int64_t kMinSampleBlocks = 8;   // fewer say too little
