@@ -75,8 +75,8 @@ int choose_step(const Kernels& kernels, const Summed& source, const Segments& se
     const int64_t stride = std::max<int64_t>(1, num_blocks / kSampleBlocks);
     int64_t sampled = 0, sample_values = 0;
     BlockCursor cursor(segments);
-    for (Block block; cursor.next(block);) {
-        if (block.index % stride != 0 || block.size < kMinSampleValues) continue;
+    for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
+        if (block.size < kMinSampleValues) continue;
         SampleBlock& chosen = sample[sampled];
         const float* values = block_floats(kernels, source, block, chosen.values);
         if (values != chosen.values) std::memcpy(chosen.values, values, sizeof chosen.values);

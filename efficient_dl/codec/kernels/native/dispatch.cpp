@@ -34,7 +34,8 @@ const Kernels* avx512_kernels() {
 
 const Kernels* avx2_kernels() {
     static const bool is_supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && converts_float16();
+                                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+                                     converts_float16();
     return is_supported ? &avx2::kKernels : nullptr;
 }
 

@@ -97,8 +97,8 @@ EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int64_t num_segments, int 
 EDL_EXPORT int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments,
                                          int64_t bits_q16);
 
-/* Encoders return the bytes written. x: numel contiguous values. stats may be NULL. After an error the contents of body
- * and residual are unspecified. */
+/* Encoders return the bytes written. x: numel contiguous values, aligned to their dtype. stats may be NULL. After an
+ * error the contents of body and residual are unspecified. */
 EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
                                     edl_stats* stats);
 /* residual: NULL, or numel floats that are added to x and replaced by the sum minus what decoding gives (0 in

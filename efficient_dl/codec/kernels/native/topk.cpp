@@ -26,7 +26,7 @@ constexpr Bits kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
 template <typename Bits>
 constexpr int kBinShift = std::max(static_cast<int>(8 * sizeof(Bits)) - 12, 0);
 
-using Histogram = std::vector<uint32_t>;
+using BinCounts = std::vector<uint32_t>;
 
 template <typename Bits>
 void count_bins(const Bits* values, int64_t numel, uint32_t* bins) {
@@ -60,7 +60,7 @@ void collect(const Bits* values, int64_t first, int64_t end, Bits lowest, uint32
 template <typename Bits>
 std::vector<uint32_t> largest(const Bits* values, int64_t numel, int64_t count) {
     const int64_t parts = num_parts(numel);
-    Histogram bins(static_cast<size_t>(parts) * kNumBins);
+    BinCounts bins(static_cast<size_t>(parts) * kNumBins);
     parallel_for(parts, [&](int64_t part) {
         const int64_t first = part * kPartValues;
         count_bins(values + first, std::min(kPartValues, numel - first), bins.data() + part * kNumBins);
