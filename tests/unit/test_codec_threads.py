@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from efficient_dl.codec import PacketStats
+from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock
 from efficient_dl.codec.kernels.native.library import num_threads, set_num_threads
 from efficient_dl.errors import ConfigError, CorruptPacket
 
+HERE = Path(__file__).resolve().parent
+NATIVE = Path(library.__file__).resolve().parent
 THREADS = (1, 2, 3, 8)
 TILE_VALUES = 512 * 256  # of pair mode
 
@@ -151,6 +157,18 @@ def test_a_forked_child_encodes() -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert torch.equal(encoded(kernel, x, (x.numel(),))[0], expected)
+
+
+@pytest.mark.slow
+def test_the_work_is_done_where_no_thread_can_be_started(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip("this machine lacks a C++ compiler")
+    program = tmp_path / "no_threads"
+    sources = [HERE / "native/no_threads.cpp", NATIVE / "threads.cpp"]
+    subprocess.run([compiler, "-std=c++20", "-O1", "-w", "-pthread", *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 @pytest.mark.parametrize("count", [0, -1, 257])

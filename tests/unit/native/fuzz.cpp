@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <vector>
@@ -152,6 +153,30 @@ Codec block_codec(const Input& in) {
             }};
 }
 
+// With a limit between the least and no limit at all, and a residual; each encoding begins with the same one.
+Codec bounded_block_codec(const Input& in) {
+    const int64_t bits_q16 = 6554 + below(7 * 65536);
+    const int64_t fixed =
+        edl_block_fixed_bytes(in.numel, in.segments.data(), static_cast<int64_t>(in.segments.size()), bits_q16);
+    const int64_t limit = below(8) == 0 ? INT64_MAX : fixed + below(in.numel + 1);
+    std::vector<float> start(static_cast<size_t>(in.numel));
+    std::normal_distribution<float> normal;
+    for (float& value : start) value = 1e-3f * normal(random_bits);
+    return {edl_block_max_bytes(in.numel, in.num_segments(), bits_q16), false,
+            [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
+                std::vector<float> residual = start;
+                const int64_t size = edl_block_encode(in.x, in.numel, in.dtype, residual.data(), in.segments.data(),
+                                                      in.num_segments(), bits_q16, in.steps, limit, body, capacity,
+                                                      stats);
+                if (size > limit) fail("a packet is longer than its limit");
+                return size;
+            },
+            [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
+                return edl_block_decode(body, size, in.dtype, in.numel, in.segments.data(), in.num_segments(), out,
+                                        out_dtype, accumulate);
+            }};
+}
+
 Codec grid_codec(const Input& in) {
     const int64_t bits_q16 = 6554 + below(7 * 65536);
     const float step = below(2) == 0 ? 0.0f : std::exp2(static_cast<float>(below(20) - 10));
@@ -226,15 +251,16 @@ Codec cast_codec(const Input& in) {
 }
 
 void round_trip(const float* steps, Outcomes& outcomes) {
-    Codec (*const makers[])(const Input&) = {split_codec,     block_codec, grid_codec, delta_codec,
-                                              blockwise_codec, topk_codec,  cast_codec};
+    Codec (*const makers[])(const Input&) = {
+        split_codec,     block_codec, bounded_block_codec, grid_codec, delta_codec,
+        blockwise_codec, topk_codec,  cast_codec};
     const int dtype = static_cast<int>(below(5));
     if (edl_set_num_threads(1 + below(3)) != 0) fail("a number of threads was refused");
     const int64_t numel = random_numel();
     const std::vector<uint8_t> tensor = random_tensor(numel, dtype);
     const std::vector<int64_t> segments = random_segments(numel);
     const auto x = exact(tensor.data(), static_cast<int64_t>(tensor.size()));
-    const Codec codec = makers[below(5)]({x.get(), numel, dtype, segments, steps});
+    const Codec codec = makers[below(std::ssize(makers))]({x.get(), numel, dtype, segments, steps});
     const bool exact_codec = codec.is_exact;
     const int64_t capacity = codec.capacity;
     const Encode& encode = codec.encode;

@@ -237,11 +237,6 @@ void decode_block(const BlockLoops& loops, int codec, const Format& format, cons
 
 }  // namespace
 
-int64_t value_bytes(int dtype) {
-    constexpr int64_t kBytes[] = {4, 2, 2, 1, 1};  // by the packet's dtype codes
-    return kBytes[dtype];
-}
-
 int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x, const Segments& segments,
                          int64_t block_values, ByteWriter& body, edl_stats* stats) {
     const Format format = format_of(codec);
@@ -299,9 +294,9 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
 }
 
 int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype, ByteWriter& body) {
-    uint8_t* target = body.reserve(x.numel * value_bytes(wire_dtype));
+    uint8_t* target = body.reserve(x.numel * item_bytes(wire_dtype));
     if (x.dtype == wire_dtype) {
-        std::memcpy(target, x.data, static_cast<size_t>(x.numel * value_bytes(wire_dtype)));
+        std::memcpy(target, x.data, static_cast<size_t>(x.numel * item_bytes(wire_dtype)));
         return body.written();
     }
     parallel_for((x.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
@@ -314,15 +309,15 @@ int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype
             block_loops(kernels).make_nans_alike(buffer, count);
             // By way of a buffer: the body may lie at any address.
             kernels.store(buffer, wire_dtype, count, rounded, false);
-            std::memcpy(target + first * value_bytes(wire_dtype), rounded,
-                        static_cast<size_t>(count * value_bytes(wire_dtype)));
+            std::memcpy(target + first * item_bytes(wire_dtype), rounded,
+                        static_cast<size_t>(count * item_bytes(wire_dtype)));
         }
     });
     return body.written();
 }
 
 void cast_decode(const Kernels& kernels, ByteReader& body, int wire_dtype, const Output& out) {
-    const int64_t width = value_bytes(wire_dtype);
+    const int64_t width = item_bytes(wire_dtype);
     const uint8_t* source = body.take(out.numel * width);
     if (body.remaining() != 0) throw CodecError{EDL_TRAILING_BYTES};
     if (out.dtype == wire_dtype && !out.accumulate) {

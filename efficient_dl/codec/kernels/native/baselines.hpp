@@ -9,8 +9,6 @@
 
 namespace edl {
 
-int64_t value_bytes(int dtype);
-
 // codec: EDL_INT8, EDL_INT4 or EDL_SIGN. Blocks of at most block_values values.
 int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x, const Segments& segments,
                          int64_t block_values, ByteWriter& body, edl_stats* stats);

@@ -12,13 +12,6 @@
 namespace edl {
 namespace {
 
-constexpr int kFirstStep = -192;
-constexpr int kLastStep = 128;
-constexpr int kEmptyCode = 0;
-constexpr int kNonFiniteCode = 255;
-constexpr int kMinBase = 3;
-constexpr int kCarriedRows = 2;
-
 bool is_coded(int code) { return code != kEmptyCode && code != kNonFiniteCode; }
 
 struct Parameters {

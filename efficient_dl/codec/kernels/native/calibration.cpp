@@ -8,8 +8,6 @@
 namespace edl {
 namespace {
 
-constexpr int kFirstStep = -192;
-constexpr int kLastStep = 128;
 constexpr int64_t kSampleBlocks = 64;
 constexpr int64_t kMaxSampleBlocks = 2 * kSampleBlocks;  // stride = num_blocks div 64 leaves up to 127
 constexpr int64_t kMinSampleBlocks = 8;   // fewer say too little
@@ -77,8 +75,8 @@ int choose_step(const Kernels& kernels, const Summed& source, const Segments& se
     const int64_t stride = std::max<int64_t>(1, num_blocks / kSampleBlocks);
     int64_t sampled = 0, sample_values = 0;
     BlockCursor cursor(segments);
-    for (Block block; cursor.next(block);) {
-        if (block.index % stride != 0 || block.size < kMinSampleValues) continue;
+    for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
+        if (block.size < kMinSampleValues) continue;
         SampleBlock& chosen = sample[sampled];
         const float* values = block_floats(kernels, source, block, chosen.values);
         if (values != chosen.values) std::memcpy(chosen.values, values, sizeof chosen.values);

@@ -1,7 +1,7 @@
 // Classes and their tables: which classes share one, how large a tile is, the stream of the classes.
 #include <algorithm>
-#include <memory>
 #include <cstring>
+#include <memory>
 
 #include "contexts.hpp"
 #include "tile.hpp"
@@ -26,10 +26,9 @@ uint64_t total_of(const ClassCounts& counts) {
     return total;
 }
 
-int64_t table_bits(const uint64_t* counts, int alphabet) {
-    int64_t present = 0;
-    for (int s = 0; s < alphabet; ++s) present += counts[s] > 0;
-    return 8 * padded((alphabet + 7) / 8 + (present * kFrequencyBits + 7) / 8);
+// Bits of a table of its own for these counts.
+int64_t sent_table_bits(const uint64_t* counts, int alphabet) {
+    return 8 * serialized_bytes(alphabet, std::count_if(counts, counts + alphabet, [](uint64_t c) { return c > 0; }));
 }
 
 // The rows of a tile of classes; zeros behind the last block.
@@ -94,7 +93,7 @@ ContextTables choose_tables(const ClassCounts& counts) {
             uint64_t joined[kMaxAlphabet];
             for (int s = 0; s < alphabet; ++s) joined[s] = group_scaled[s] + scaled[c][s];
             const int64_t joined_cost = entropy_q16(joined, alphabet);
-            if (joined_cost <= group_cost + own_cost + table_bits(counts[c], alphabet) * kOneBit) {
+            if (joined_cost <= group_cost + own_cost + sent_table_bits(counts[c], alphabet) * kOneBit) {
                 for (int s = 0; s < alphabet; ++s) group[s] += counts[c][s];
                 std::copy(joined, joined + alphabet, group_scaled);
                 group_cost = joined_cost;

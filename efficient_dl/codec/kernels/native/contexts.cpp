@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t kChunkBlocks = 256;  // the smallest tile: every tile is whole chunks
 constexpr int64_t kSpanChunks = 16;    // chunks that a thread takes at a time
-constexpr int64_t kSpanBlocks = kSpanChunks * kChunkBlocks;
 constexpr int64_t kHeadBytes = 20 + kNumContexts;
 constexpr int64_t kMaxTablesBytes = 11 * 200 + 4 * 416;
 constexpr int kOrder0Values = 2 * kByteRadius + 1;
@@ -189,7 +188,7 @@ void encode_tile(const ContextKernels& kernels, const Symbols& symbols, const st
                  const uint8_t* table_of_class, int value_bytes, Tile& tile) {
     const int64_t escape_bytes = padded(tile.num_escapes * value_bytes);
     if (tile.rows == 0) return;
-    std::fill(std::begin(tile.states), std::end(tile.states), 1u << 16);
+    std::fill(std::begin(tile.states), std::end(tile.states), kLowestState);
     for (int64_t i = tile.end_chunk - 1; i >= tile.first_chunk; --i) {
         uint8_t row_tables[2 * kChunkBlocks];
         int64_t rows = 0;
@@ -204,7 +203,7 @@ void encode_tile(const ContextKernels& kernels, const Symbols& symbols, const st
     tile.num_bytes = (tile.coded ? coded_bytes : padded(tile.stored_bytes)) + escape_bytes;
 }
 
-// Calls visit(c, row, lanes, index of the row in its block) for all rows of a tile, in order.
+// Calls visit(c, row, lanes that hold values) for all rows of a tile, in order.
 template <typename Visit>
 void for_each_row(const Symbols& symbols, const std::vector<BlockCursor>& cursors, const Tile& tile, Visit&& visit) {
     for (int64_t i = tile.first_chunk; i < tile.end_chunk; ++i) {

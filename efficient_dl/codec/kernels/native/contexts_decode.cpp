@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMaxContextTileBlocks = int64_t{1} << 20;
 constexpr int64_t kBatchRows = 64;  // that are decoded before they go to the sink: a quarter of the nearest cache
-constexpr uint32_t kLowestState = 1u << 16;
 
 struct Tables {
     uint8_t table_of_class[kNumContexts];
@@ -38,7 +37,7 @@ Tables read_tables(const uint8_t* map, ByteReader data, const uint8_t* classes, 
             const uint8_t* bitmap = ahead.take((alphabet + 7) / 8);
             int64_t present = 0;
             for (int64_t i = 0; i < (alphabet + 7) / 8; ++i) present += std::popcount(bitmap[i]);
-            const int64_t num_bytes = padded((alphabet + 7) / 8 + (present * kFrequencyBits + 7) / 8);
+            const int64_t num_bytes = serialized_bytes(alphabet, present);
             result.tables.emplace_back(parse_table(data.take(num_bytes), num_bytes, alphabet));
             last_alphabet = alphabet;
         } else if (size_t{map[c]} + 1 != result.tables.size() || last_alphabet != alphabet) {

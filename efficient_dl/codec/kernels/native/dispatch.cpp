@@ -1,6 +1,10 @@
 // Which kernels this processor can run; compiled without their flags.
 #include "kernels.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace edl {
 
 #if defined(__x86_64__)
@@ -11,6 +15,12 @@ extern const Kernels kKernels;
 
 namespace avx2 {
 extern const Kernels kKernels;
+}
+
+// Older Clangs do not know the name "f16c". Asked only where AVX2, whose registers the system saves, is there.
+static bool converts_float16() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 
 // __builtin_cpu_supports is also false where the operating system does not save the registers.
@@ -25,7 +35,7 @@ const Kernels* avx512_kernels() {
 const Kernels* avx2_kernels() {
     static const bool is_supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-                                     __builtin_cpu_supports("f16c");
+                                     converts_float16();
     return is_supported ? &avx2::kKernels : nullptr;
 }
 

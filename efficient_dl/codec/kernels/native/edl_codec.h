@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define EDL_ABI_VERSION 2
+#define EDL_ABI_VERSION 3
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
 enum edl_dtype {
@@ -60,14 +60,14 @@ enum edl_error {
 
 /* What an encode call measured. Bits are totals over the tensor. */
 typedef struct {
-    double order0_bits;  /* empirical entropy of the quantized values (block) or of symbols + raw bits (split) */
+    double order0_bits;  /* empirical entropy of the quantized values (block, grid, delta) or of symbols + raw bits (split) */
     double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
     double scale_bits;   /* blocks' codes: 8 bits a block */
     int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
     int64_t escapes;
     int64_t empty_blocks;
     int64_t nonfinite_blocks;
-    int32_t step_index;  /* j of the chosen relative step; 0 for split */
+    int32_t step_index;  /* j of the chosen relative step; 0 for all but block */
     int32_t coded_tiles;
     int64_t dropped_blocks; /* that did not fit the limit */
 } edl_stats;
@@ -80,8 +80,6 @@ EDL_EXPORT const char* edl_error_name(int64_t code);
 /* The instruction set this thread uses: "avx512", "avx2" or "portable". */
 EDL_EXPORT const char* edl_isa(void);
 
-EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
-EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int dtype);
 /* Chooses it for the calling thread: "auto" (the best), "avx512", "avx2" or "portable". Returns 0 or EDL_UNSUPPORTED_ISA. */
 EDL_EXPORT int64_t edl_set_isa(const char* name);
 
@@ -91,20 +89,16 @@ EDL_EXPORT int64_t edl_num_threads(void);
 EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
 /* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. */
-/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. */
-EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
-                                   int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
-                                   int64_t capacity, edl_stats* stats);
-/* reference: numel values of the same dtype. */
-EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, uint8_t* body,
-                                    int64_t capacity, edl_stats* stats);
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
+EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
+EDL_EXPORT int64_t edl_delta_max_bytes(int64_t numel, int dtype);
 /* The smallest limit that edl_block_encode takes for such a tensor. */
 EDL_EXPORT int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments,
                                          int64_t bits_q16);
 
-/* Encoders return the bytes written. x: numel contiguous values. stats may be NULL. */
+/* Encoders return the bytes written. x: numel contiguous values, aligned to their dtype. stats may be NULL. After an
+ * error the contents of body and residual are unspecified. */
 EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uint8_t* body, int64_t capacity,
                                     edl_stats* stats);
 /* residual: NULL, or numel floats that are added to x and replaced by the sum minus what decoding gives (0 in
@@ -114,6 +108,13 @@ EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uin
 EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
                                     int64_t num_segments, int64_t bits_q16, const float* steps, int64_t limit,
                                     uint8_t* body, int64_t capacity, edl_stats* stats);
+/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. */
+EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
+                                   int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
+                                   int64_t capacity, edl_stats* stats);
+/* reference: numel values of the same dtype. */
+EDL_EXPORT int64_t edl_delta_encode(const void* x, const void* reference, int64_t numel, int dtype, uint8_t* body,
+                                    int64_t capacity, edl_stats* stats);
 
 /* Decoders return 0. dtype is the packet's; out_dtype the same or EDL_FLOAT32. accumulate != 0 adds to out.
  * Any bytes are safe to pass; after an error the contents of out are unspecified. */

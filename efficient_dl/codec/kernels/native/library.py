@@ -12,7 +12,7 @@ from typing import Final
 
 from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 LIBRARY_NAME: Final = "libedl_codec.so"
 NUM_STEPS: Final = 321
 MAX_THREADS: Final = 256

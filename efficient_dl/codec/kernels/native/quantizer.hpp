@@ -22,7 +22,7 @@ struct SymbolMode {
     int64_t table_room;  // the largest table's bytes
 
     int escape_bytes() const { return 2 * values_per_escape; }
-        // Lanes of a block's row that hold values, for a block of `size` values.
+    // Lanes of a block's row that hold values, for a block of `size` values.
     int lanes(int size, int row) const { return std::clamp(size - kLanes * row, 0, kLanes); }
 };
 
@@ -30,6 +30,7 @@ struct SymbolMode {
 inline constexpr SymbolMode kPairMode = {0, kPairEscape + 1, 1, 512, 2, 216};
 inline constexpr SymbolMode kByteMode = {1, kByteEscape + 1, 2, 256, 1, 416};
 inline constexpr int64_t kMaxPairBitsQ16 = 163840;  // 2.5 bits
+inline constexpr int kCarriedRows = 2;  // whose symbols travel in the lanes' initial states
 inline constexpr int64_t kMinTileBlocks = 64, kMaxTileBlocks = 65536;
 
 // The mode for a rate: at low rates tiles are larger, so that the lanes' states stay about 1 % of them.
@@ -102,16 +103,18 @@ struct TileRange {
 std::vector<TileRange> share_tiles(const Segments& segments, int64_t num_blocks, const SymbolMode& mode);
 
 // The absolute scale code: the step's float has the bits level << 21, so 4 levels an octave.
+inline constexpr int kEmptyCode = 0, kNonFiniteCode = 255;  // others say how far the level is above the packet's base
+inline constexpr int kMinBase = 3;
 inline constexpr int kMinLevel = 4;
 inline constexpr int kMaxLevel = 1007;
 
 inline float step_of(int level) { return std::bit_cast<float>(static_cast<uint32_t>(level) << 21); }
 
-// measure must have a scale. relative_step: k.
 // A scale of its own is most of what a tiny block is: with a coarse step its few values would round to zero, always.
 constexpr int kTinyBlock = 16;
 constexpr float kTinyStep = 0.0625f;
 
+// measure must have a scale. relative_step: k.
 inline int level_of(const BlockMeasure& measure, int size, float relative_step) {
     const float mean = measure.sum_of_squares / static_cast<float>(size);
     const float t = std::sqrt(mean) * (size <= kTinyBlock ? std::min(relative_step, kTinyStep) : relative_step);
@@ -143,6 +146,8 @@ inline bool quantize_block(const Kernels& kernels, const SymbolMode& mode, const
     return mode.code == kPairMode.code ? kernels.quantize_pairs(block, inverse_step, rows, escape_mask)
                                        : kernels.quantize_bytes(block, inverse_step, rows, escape_mask);
 }
+
+inline constexpr int kFirstStep = -192, kLastStep = kFirstStep + EDL_NUM_STEPS - 1;  // j
 
 // The index j of the relative step that a sample of the blocks asks for.
 int choose_step(const Kernels& kernels, const Summed& source, const Segments& segments, int64_t num_blocks,

@@ -104,22 +104,31 @@ int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64
 
 // slots[indices[i]] for 4 or 16 indices, one load after the other: on Zen 4 gather instructions take longer.
 inline __m128i load_4(const uint32_t* slots, uint64_t indices) {
-    __m128i entries = _mm_cvtsi32_si128(static_cast<int>(slots[indices & 0xffff]));
-    entries = _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 16 & 0xffff]), 1);
-    entries = _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 32 & 0xffff]), 2);
-    return _mm_insert_epi32(entries, static_cast<int>(slots[indices >> 48]), 3);
+    const uint32_t low = static_cast<uint32_t>(indices), high = static_cast<uint32_t>(indices >> 32);
+    __m128i entries = _mm_cvtsi32_si128(static_cast<int>(slots[low & 0xffff]));
+    entries = _mm_insert_epi32(entries, static_cast<int>(slots[low >> 16]), 1);
+    entries = _mm_insert_epi32(entries, static_cast<int>(slots[high & 0xffff]), 2);
+    return _mm_insert_epi32(entries, static_cast<int>(slots[high >> 16]), 3);
 }
 
 inline __m512i load_16(const uint32_t* slots, const uint16_t* indices) {
     uint64_t four[4];
     memcpy(four, indices, sizeof four);
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load_4(slots, four[0])), load_4(slots, four[1]), 1);
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_4(slots, four[2])), load_4(slots, four[3]), 1);
+    const __m256i low = _mm256_set_m128i(load_4(slots, four[1]), load_4(slots, four[0]));
+    const __m256i high = _mm256_set_m128i(load_4(slots, four[3]), load_4(slots, four[2]));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-// Decodes one row and returns where its words end; may read kLanes words from `words` on.
-inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words, __m512i* x, uint8_t* symbols) {
+// The slots of 32 states, for load_16.
+inline void store_slots(__m512i low, __m512i high, uint16_t* slots) {
+    const __m512i low_words = _mm512_permutex2var_epi16(low, _mm512_load_si512(kLowWords), high);
+    _mm512_store_si512(slots, _mm512_and_si512(low_words, _mm512_set1_epi16(kFrequencyTotal - 1)));
+}
+
+// Decodes one row and returns where its words end; may read kLanes words from `words` on. slots: the states', replaced
+// by those of the new states: stored as early as that, they are in memory when the next row loads entries by them.
+inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words, __m512i* x, uint16_t* slots,
+                                 uint8_t* symbols) {
     // Low bytes of 32 dwords in two registers, in the lower half of the result.
     alignas(64) static const uint8_t kLowBytes[64] = {0,  4,  8,  12, 16, 20, 24, 28,  32,  36,  40,
                                                       44, 48, 52, 56, 60, 64, 68, 72,  76,  80,  84,
@@ -132,12 +141,6 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
     const __m512i last_words = _mm512_add_epi16(first_words, _mm512_set1_epi16(16));
     const __m512i slot_mask = _mm512_set1_epi32(kFrequencyTotal - 1);
     const __m512i lowest = _mm512_set1_epi32(1 << 16);
-    alignas(64) uint16_t indices[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRegisters; ++i)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(indices + 16 * i),
-                           _mm512_cvtepi32_epi16(_mm512_and_si512(x[i], slot_mask)));
-
 #pragma GCC unroll 4
     for (int pair = 0; pair < kRegisters / 2; ++pair) {
         __m512i entry[2];
@@ -145,7 +148,7 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
             __m512i& state = x[2 * pair + k];
-            entry[k] = load_16(table.slot, indices + 32 * pair + 16 * k);
+            entry[k] = load_16(table.slot, slots + 32 * pair + 16 * k);
             const __m512i high = _mm512_srli_epi32(state, kFrequencyBits);
             const __m512i offset = _mm512_and_si512(_mm512_srli_epi32(entry[k], 8), slot_mask);
             const __m512i product = _mm512_mullo_epi32(_mm512_srli_epi32(entry[k], 20), high);
@@ -159,6 +162,7 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
         const __m512i last = _mm512_permutexvar_epi16(last_words, next);
         x[2 * pair] = _mm512_mask_shldi_epi32(x[2 * pair], due[0], x[2 * pair], first, 16);
         x[2 * pair + 1] = _mm512_mask_shldi_epi32(x[2 * pair + 1], due[1], x[2 * pair + 1], last, 16);
+        store_slots(x[2 * pair], x[2 * pair + 1], slots + 32 * pair);
         const __m512i symbol = _mm512_permutex2var_epi8(entry[0], low_bytes, entry[1]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols + 32 * pair), _mm512_castsi512_si256(symbol));
     }
@@ -173,11 +177,14 @@ inline int64_t decode_rows_with(const TableOfRow& table_of, const uint8_t* words
     __m512i x[kRegisters];
     for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
 
+    alignas(64) uint16_t slots[kLanes];
+    for (int i = 0; i < kRegisters; i += 2) store_slots(x[i], x[i + 1], slots + 16 * i);
+
     const uint8_t* position = words;
     const uint8_t* end = words + 2 * num_words;
     int64_t row = 0;
     for (; row < rows && end - position >= kRowReach; ++row)
-        position = decode_row(table_of(row), position, x, symbols + row * kLanes);
+        position = decode_row(table_of(row), position, x, slots, symbols + row * kLanes);
     int64_t used = (position - words) / 2;
     if (row < rows) {
         // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
@@ -186,7 +193,7 @@ inline int64_t decode_rows_with(const TableOfRow& table_of, const uint8_t* words
         memcpy(tail, position, static_cast<size_t>(tail_bytes));
         const uint8_t* tail_position = tail;
         for (; row < rows && tail_position <= tail + tail_bytes; ++row)
-            tail_position = decode_row(table_of(row), tail_position, x, symbols + row * kLanes);
+            tail_position = decode_row(table_of(row), tail_position, x, slots, symbols + row * kLanes);
         used += (tail_position - tail) / 2;
     }
     for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <mutex>
 
 #include "codecs.hpp"
 #include "exponents.hpp"
@@ -14,8 +13,6 @@
 
 namespace edl {
 namespace {
-
-constexpr uint32_t kLowestState = 1u << 16;
 
 // A tile before it is put together. Sizes: every value kept, and every value escaped.
 struct TileScratch {

@@ -80,7 +80,7 @@ FrequencyTable normalize(const uint64_t* counts, int alphabet) {
 
 static int64_t bitmap_bytes(int alphabet) { return (alphabet + 7) / 8; }
 
-static int64_t serialized_bytes(int alphabet, int64_t num_present) {
+int64_t serialized_bytes(int alphabet, int64_t num_present) {
     return padded(bitmap_bytes(alphabet) + (num_present * kFrequencyBits + 7) / 8);
 }
 

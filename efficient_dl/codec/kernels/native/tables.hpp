@@ -37,6 +37,7 @@ private:
 FrequencyTable normalize(const uint64_t* counts, int alphabet);
 
 int64_t serialized_bytes(const FrequencyTable& table);
+int64_t serialized_bytes(int alphabet, int64_t num_present);
 void serialize(const FrequencyTable& table, uint8_t* bytes);
 // Throws EDL_BAD_TABLE unless bytes are exactly what serialize writes for some table.
 FrequencyTable parse_table(const uint8_t* bytes, int64_t num_bytes, int alphabet);

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "ieee.hpp"
@@ -64,9 +65,7 @@ public:
     void run(Job& job, int num_helpers) {
         {
             const std::lock_guard lock(mutex_);
-            while (num_workers_ < num_helpers) {
-                std::thread([this, index = num_workers_] { serve(index); }).detach();
-                ++num_workers_;
+            while (num_workers_ < num_helpers && add_worker()) {
             }
             job_ = &job;
             wanted_ = num_helpers;
@@ -83,6 +82,17 @@ public:
     std::mutex busy;
 
 private:
+    // Where the system gives no more threads, a limit of its own perhaps, those that are there do the work.
+    bool add_worker() {
+        try {
+            std::thread([this, index = num_workers_] { serve(index); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        }
+        ++num_workers_;
+        return true;
+    }
+
     void serve(int index) {
         IeeeArithmetic ieee;
         uint64_t seen = 0;

@@ -6,8 +6,6 @@
 namespace edl {
 namespace {
 
-constexpr uint32_t kLowestState = 1u << 16;
-
 // The raw bits that the lanes' first states, which decoding ends with, carried.
 void take_carry(const uint32_t* states, uint8_t* carry_low, uint8_t* carry_high) {
     uint32_t out_of_range = 0;

@@ -10,6 +10,7 @@
 namespace edl {
 
 inline constexpr int64_t kStateBytes = kLanes * 4;
+inline constexpr uint32_t kLowestState = 1u << 16;
 
 class TileEncoder {
 public:

@@ -26,7 +26,7 @@ constexpr Bits kMagnitude = static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1);
 template <typename Bits>
 constexpr int kBinShift = std::max(static_cast<int>(8 * sizeof(Bits)) - 12, 0);
 
-using Histogram = std::vector<uint32_t>;
+using BinCounts = std::vector<uint32_t>;
 
 template <typename Bits>
 void count_bins(const Bits* values, int64_t numel, uint32_t* bins) {
@@ -60,7 +60,7 @@ void collect(const Bits* values, int64_t first, int64_t end, Bits lowest, uint32
 template <typename Bits>
 std::vector<uint32_t> largest(const Bits* values, int64_t numel, int64_t count) {
     const int64_t parts = num_parts(numel);
-    Histogram bins(static_cast<size_t>(parts) * kNumBins);
+    BinCounts bins(static_cast<size_t>(parts) * kNumBins);
     parallel_for(parts, [&](int64_t part) {
         const int64_t first = part * kPartValues;
         count_bins(values + first, std::min(kPartValues, numel - first), bins.data() + part * kNumBins);
@@ -182,7 +182,7 @@ void scatter(const uint8_t* gathered, const uint32_t* positions, int64_t count, 
 // Calls work with an unsigned integer of a value's width.
 template <typename Work>
 auto with_bits(int dtype, Work&& work) {
-    switch (value_bytes(dtype)) {
+    switch (item_bytes(dtype)) {
         case 4: return work(uint32_t{});
         case 2: return work(uint16_t{});
         default: return work(uint8_t{});
@@ -210,11 +210,11 @@ int64_t topk_encode(const ConstValues& x, int64_t count, ByteWriter& body, edl_s
         for (const uint32_t position : positions) bytes[position / 8] |= static_cast<uint8_t>(1u << (position % 8));
     }
     body.padding_after(sizes[mode]);
-    uint8_t* values = body.reserve(count * value_bytes(x.dtype));
+    uint8_t* values = body.reserve(count * item_bytes(x.dtype));
     with_bits(x.dtype, [&]<typename Bits>(Bits) { gather<Bits>(x.data, positions.data(), count, values); });
     if (stats != nullptr) {
         stats->header_bits = 96;
-        stats->model_bits = 8.0 * static_cast<double>(sizes[mode] + count * value_bytes(x.dtype));
+        stats->model_bits = 8.0 * static_cast<double>(sizes[mode] + count * item_bytes(x.dtype));
         stats->order0_bits = stats->model_bits;
     }
     return body.written();
@@ -226,7 +226,7 @@ void topk_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, int
     const int64_t position_bytes = body.value<uint32_t>();
     const uint8_t* bytes = body.take(position_bytes);
     body.padding_after(position_bytes);
-    const int64_t width = value_bytes(packet_dtype);
+    const int64_t width = item_bytes(packet_dtype);
     const uint8_t* values = body.take(count * width);
     if (body.remaining() != 0) throw CodecError{EDL_TRAILING_BYTES};
     std::vector<uint32_t> positions(static_cast<size_t>(count));
@@ -235,7 +235,7 @@ void topk_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, int
     else if (mode == kBitmap) read_bitmap(bytes, position_bytes, out.numel, positions);
     else throw CodecError{EDL_BAD_PARAMETERS};
 
-    const int64_t out_width = value_bytes(out.dtype);
+    const int64_t out_width = item_bytes(out.dtype);
     if (!out.accumulate) std::memset(out.data, 0, static_cast<size_t>(out.numel * out_width));
     with_bits(out.dtype, [&]<typename Bits>(Bits) {
         if (!out.accumulate && out.dtype == packet_dtype)
