@@ -17,23 +17,47 @@ LOW = tl.constexpr(1 << 16)
 
 
 @triton.jit
+def divide(state, frequency, reciprocal):
+    """floor(state / frequency) without a division; uint32, state < 2^20 * frequency, frequency from 1 to 4096.
+
+    reciprocal: min(floor(2^32 / frequency), 2^32 - 1), that is (2^32 - e) / f with 0 <= e < f, or e = 1 if f is 1. The
+    product's upper half is floor(x / f - x * e / (f * 2^32)). As x < 2^20 * f and e <= f, what is taken away is less
+    than f / 2^12 <= 1, so that the estimate is the quotient or one less, which the remainder tells apart.
+    """
+    quotient = tl.umulhi(state, reciprocal)
+    return quotient + (state - quotient * frequency >= frequency).to(tl.uint32)
+
+
+@triton.jit
+def by_thread(row):
+    """A row (128,) as (4, 32), lane i at [i % 4, i // 4]: a store takes the threads along the last dimension.
+
+    A store with computed addresses would take lanes 32 apart into a thread, and move the row there through shared
+    memory. As columns, a thread's four lanes stay with it.
+    """
+    return tl.trans(tl.reshape(row, [32, 4]))
+
+
+@triton.jit
 def encode_row(state, entry, words_ptr, cursor):
     """Codes one row and writes its words in front of the tile's words; rows are visited from the last to the first.
 
-    state: uint32 (128,). entry: uint32 (128,), frequency | start << 16 of the lanes' symbols. words_ptr: uint16, the
-    tile's slot; cursor: int32 scalar, the slot's index of the first word there is. Words in front of the slot are not
-    stored: a cursor below 0 says that the tile did not fit. Returns (state, cursor).
+    state: uint32 (128,). entry: uint64 (128,), of the lanes' symbols in the table of `tables.build_kernel`. words_ptr:
+    uint16, the tile's slot; cursor: int32 scalar, the slot's index of the first word there is. Words in front of the
+    slot are not stored: a cursor below 0 says that the tile did not fit. Returns (state, cursor).
     """
-    frequency = entry & 0xFFFF
+    packed = entry.to(tl.uint32)
+    frequency = packed & 0xFFFF
     emits = (state >> 20) >= frequency
     emitted = emits.to(tl.int32)
     cursor -= tl.sum(emitted, 0)
     index = cursor + tl.cumsum(emitted, 0) - emitted
-    tl.store(words_ptr + index, (state & 0xFFFF).to(tl.uint16), mask=emits & (index >= 0))
+    word = (state & 0xFFFF).to(tl.uint16)
+    tl.store(words_ptr + by_thread(index), by_thread(word), mask=by_thread(emits & (index >= 0)))
     state = tl.where(emits, state >> 16, state)
-    quotient = state // frequency
-    state = (quotient << 12) + (state - quotient * frequency) + (entry >> 16)
-    return state, cursor
+    # The same as (quotient << 12) + remainder + start.
+    quotient = divide(state, frequency, (entry >> 32).to(tl.uint32))
+    return state + quotient * (4096 - frequency) + (packed >> 16), cursor
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
     zeros = torch.zeros(256 + _TABLE_WORDS + 4, dtype=torch.int32, device=device)
     counts, table = zeros[:256], zeros[256 : 256 + _TABLE_WORDS]
     sample, saved = zeros[-4:-2], zeros[-2:].view(torch.int64)
-    entries = torch.empty(256, dtype=torch.uint32, device=device)
+    entries = torch.empty(256, dtype=torch.uint64, device=device)
     table_bytes = torch.empty(1, dtype=torch.int32, device=device)
     records = torch.empty(num_blocks, dtype=torch.int32, device=device)
     starts = torch.empty(num_fields * num_blocks, dtype=torch.int32, device=device)
