@@ -68,12 +68,37 @@ def decode_row(state, slots_ptr, words_ptr, position, end):
     words; position: int32 scalar, how many of them have been read. Words from `end` on are taken as 0 and counted all
     the same: a position beyond `end` says that the tile is corrupt. Returns (state, symbol: int32 (128,), position).
     """
-    slot = tl.load(slots_ptr + (state & 4095).to(tl.int32))
-    symbol = (slot & 255).to(tl.int32)
-    state = (((slot >> 8) & 4095) + 1) * (state >> 12) + (slot >> 20)
-    needs = state < LOW
+    state, symbol, needs = step_back(state, slots_ptr)
     needed = needs.to(tl.int32)
     index = position + tl.cumsum(needed, 0) - needed
-    word = tl.load(words_ptr + index, mask=needs & (index < end), other=0).to(tl.uint32)
-    state = tl.where(needs, (state << 16) | word, state)
+    state = refill(state, needs, words_ptr, index, end)
     return state, symbol, position + tl.sum(needed, 0)
+
+
+@triton.jit
+def decode_ranked_row(state, slots_ptr, words_ptr, position, end):
+    """As `decode_row`, and ranks the symbols other than 0, in the same prefix sum as the words.
+
+    Returns (state, symbol, position, rank: int32 (128,), how many are in front of each, count: int32 scalar of them).
+    """
+    state, symbol, needs = step_back(state, slots_ptr)
+    both = needs.to(tl.int32) | ((symbol != 0).to(tl.int32) << 16)
+    rank = tl.cumsum(both, 0) - both
+    state = refill(state, needs, words_ptr, position + (rank & 0xFFFF), end)
+    total = tl.sum(both, 0)
+    return state, symbol, position + (total & 0xFFFF), rank >> 16, total >> 16
+
+
+@triton.jit
+def step_back(state, slots_ptr):
+    """Takes a symbol out of each state; returns (state, symbol, needs: whether the state lacks a word)."""
+    slot = tl.load(slots_ptr + (state & 4095).to(tl.int32))
+    state = (((slot >> 8) & 4095) + 1) * (state >> 12) + (slot >> 20)
+    return state, (slot & 255).to(tl.int32), state < LOW
+
+
+@triton.jit
+def refill(state, needs, words_ptr, index, end):
+    """Appends the words at `index` to the states that need one; words from `end` on are 0."""
+    word = tl.load(words_ptr + index, mask=needs & (index < end), other=0).to(tl.uint32)
+    return tl.where(needs, (state << 16) | word, state)
