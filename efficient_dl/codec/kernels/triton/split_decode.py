@@ -2,6 +2,8 @@
 
 Whatever the bytes say, nothing is read or written out of bounds: sizes are checked before they are used, a tile that is
 not what its directory entry says is left out, and every fault is noted in the status, which the host reads at the end.
+
+Tiles of 16-bit values without escapes need no merging: their values are put together as their symbols are decoded.
 """
 
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
