@@ -31,7 +31,7 @@ def fill_stats(stats: PacketStats, work: Workspace, body: Tensor) -> None:
     is_coded[kept:] = False
     in_coded = is_coded[tile].repeat_interleave(mode.rows_per_block)
     counts = torch.bincount(rows[in_coded].view(-1), minlength=256)
-    frequency = work.entries.view(torch.int32).cpu() & 0xFFFF
+    frequency = work.entries.view(torch.int64).cpu() & 0xFFFF
     stored = int(work.tile_values.cpu()[:kept][~is_coded[:kept]].sum())
     num_escapes = int(escapes.sum())
     stats.order0_bits = order0_bits(torch.bincount(q.clamp(-_MAX_Q, _MAX_Q).view(-1) + _MAX_Q))

@@ -52,7 +52,7 @@ class Workspace:
         self.tile_blocks, self.tile_values, self.tile_escapes, self.cursors, self.sizes, self.infos = tiles
         self.index, self.table_bytes, self.interval = cut(room(4, torch.int32), 1, 1, 2)
         self.plan, self.offsets = cut(room(3 + num_tiles, torch.int64), 3, num_tiles)
-        self.entries = room(_ALPHABET, torch.uint32)
+        self.entries = room(_ALPHABET, torch.uint64)
         self.states = room(num_tiles * LANES, torch.uint32)
         self.codes = room(num_blocks, torch.int16)
         self.symbols = room(num_blocks * rows * LANES, torch.uint8)

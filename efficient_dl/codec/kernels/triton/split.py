@@ -77,7 +77,7 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
     zeros = torch.zeros(256 + _TABLE_WORDS + 4, dtype=torch.int32, device=device)
     counts, table = zeros[:256], zeros[256 : 256 + _TABLE_WORDS]
     sample, saved = zeros[-4:-2], zeros[-2:].view(torch.int64)
-    entries = torch.empty(256, dtype=torch.uint32, device=device)
+    entries = torch.empty(256, dtype=torch.uint64, device=device)
     table_bytes = torch.empty(1, dtype=torch.int32, device=device)
     records = torch.empty(num_blocks, dtype=torch.int32, device=device)
     starts = torch.empty(num_fields * num_blocks, dtype=torch.int32, device=device)
@@ -123,6 +123,7 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
 def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, status: Tensor) -> None:
     width, numel, device = dtype.itemsize, out.numel(), out.device
     num_blocks, num_tiles = _cdiv(numel, _BLOCK_VALUES), _cdiv(numel, _TILE_VALUES)
+    values = out.view(_INTEGERS[out.dtype.itemsize])
 
     entries = torch.empty(256, dtype=torch.uint32, device=device)
     slots = torch.empty(4096, dtype=torch.uint32, device=device)
@@ -141,12 +142,13 @@ def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, s
     _launch(tables.expand_kernel, (16, 1), entries, slots, BLOCK=256, num_warps=_WARPS)
     _launch(
         split_decode.decode_kernel, (num_tiles,),
-        packet, slots, offsets, place, symbols, carried, starts, counts, kinds, status, numel, num_blocks, num_tiles,
-        WIDTH=width, num_warps=_CODING_WARPS,
+        packet, values, slots, offsets, place, symbols, carried, starts, counts, kinds, status,
+        numel, num_blocks, num_tiles,
+        WIDTH=width, FUSED=width == 2 and out.dtype == dtype and not accumulate, num_warps=_CODING_WARPS,
     )  # fmt: skip
     _launch(
         split_decode.merge_kernel, (num_tiles, _PARTS),
-        packet, out.view(_INTEGERS[out.dtype.itemsize]), offsets, place, symbols, carried, starts, counts, kinds,
+        packet, values, offsets, place, symbols, carried, starts, counts, kinds,
         status, numel, num_blocks, WIDTH=width, DTYPE=DTYPE_CODES[dtype], OUT_DTYPE=DTYPE_CODES[out.dtype],
         ACCUMULATE=accumulate, PARTS=_PARTS, GROUP=_GROUP, num_warps=_WARPS,
     )  # fmt: skip

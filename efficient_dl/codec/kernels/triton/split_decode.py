@@ -2,6 +2,8 @@
 
 Whatever the bytes say, nothing is read or written out of bounds: sizes are checked before they are used, a tile that is
 not what its directory entry says is left out, and every fault is noted in the status, which the host reads at the end.
+
+Tiles of 16-bit values without escapes need no merging: their values are put together as their symbols are decoded.
 """
 
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.header import WRONG_BODY as _WRONG_BODY
-from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, decode_row
+from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, decode_ranked_row, decode_row
 from efficient_dl.codec.kernels.triton.split_values import (
     BLOCK_VALUES,
     ESCAPE,
@@ -38,6 +40,7 @@ ZEROS = tl.constexpr(0)
 STORED = tl.constexpr(1)
 CODED = tl.constexpr(2)
 REFUSED = tl.constexpr(3)
+WRITTEN = tl.constexpr(4)  # coded, and its values are in the output
 
 HEADER_BYTES = tl.constexpr(32)
 CODES_AT = tl.constexpr(40)
@@ -95,15 +98,16 @@ def open_kernel(
 
 @triton.jit
 def decode_kernel(
-    packet_ptr, slots_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, kinds_ptr,
-    status_ptr, numel, num_blocks, num_tiles, WIDTH: tl.constexpr,
+    packet_ptr, out_ptr, slots_ptr, offsets_ptr, place_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, kinds_ptr,
+    status_ptr, numel, num_blocks, num_tiles, WIDTH: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile's symbols and finds out where its other bytes are; one program a tile.
 
     symbols_ptr: uint8, 256 a block. carried_ptr: uint8, 256 a tile: plane 0 of its last block with rows. starts_ptr:
     int32, for each plane and for the escapes num_blocks: where the block's bytes begin in the tile, -1 if there are
     none. counts_ptr: int32, for each block: values with bytes in the planes | escapes << 16. kinds_ptr: int32, one a
-    tile.
+    tile. FUSED, for 16-bit values that are decoded to their own dtype: tiles without escapes, which are most, are
+    written to out_ptr, int16, at once; the other pointers' room is then not touched.
     """
     tile = tl.program_id(0)
     tiles_at = tl.load(place_ptr)
@@ -131,7 +135,14 @@ def decode_kernel(
             sound = ((info & unknown) == 0) & (rows > 0) & (num_words >= 0) & (num_words <= rows * LANES)
             sound = sound & ((modes & 3) != 3) & (((modes >> 2) & 3) != 3)
             sound = sound & (tile_bytes >= STATE_BYTES + (num_words + 1) // 2 * 4)
-            if sound:
+            if FUSED:
+                kind = tl.where((info >> ESCAPES_SHIFT) == 0, WRITTEN, CODED)
+                if sound & (kind == WRITTEN):
+                    sound = _decode_values(
+                        tile_ptr, tile_bytes, num_words, codes_ptr, tl.max(tl.where(present > 0, member, -1), 0),
+                        slots_ptr, out_ptr + tile.to(tl.int64) * TILE_VALUES, remaining,
+                    )  # fmt: skip
+            if sound & (kind == CODED):
                 sound = _decode_tile(
                     tile_ptr, tile_bytes, num_words, info, codes_ptr, present, inside, slots_ptr,
                     symbols_ptr + first.to(tl.int64) * BLOCK_VALUES, carried_ptr + tile * BLOCK_VALUES,
@@ -223,6 +234,78 @@ def _decode_tile(
 
 
 @triton.jit
+def _decode_values(tile_ptr, tile_bytes, num_words, codes_ptr, last, slots_ptr, out_ptr, remaining):
+    """Writes a tile of 16-bit values that has no escapes; returns whether it was sound.
+
+    last: the tile's last block with rows, whose bytes of plane 0 travel in the states. A value's byte is found by its
+    rank among the values other than zero, counted from the tile's beginning.
+    """
+    lane = tl.arange(0, LANES)
+    used = STATE_BYTES + (num_words + 1) // 2 * 4
+    state = tl.load(tile_ptr.to(tl.pointer_type(tl.uint32)) + lane)
+    words_ptr = (tile_ptr + STATE_BYTES).to(tl.pointer_type(tl.uint16))
+    position = tl.zeros([], tl.int32)
+    plane_at = used
+    largest = tl.zeros([LANES], tl.int32)
+    faults = tl.zeros([LANES], tl.int32)
+    next_code = tl.load(codes_ptr).to(tl.int32)
+    for block in range(0, last):
+        code = next_code
+        next_code = tl.load(codes_ptr + block + 1).to(tl.int32)
+        for half in tl.static_range(2):
+            bits = tl.zeros([LANES], tl.int32)
+            if code > 0:
+                state, symbol, position, rank, count = decode_ranked_row(
+                    state, slots_ptr, words_ptr, position, num_words
+                )
+                byte_at = plane_at + rank
+                top = tl.load(tile_ptr + byte_at, mask=byte_at < tile_bytes, other=0).to(tl.int32)
+                bits = join(symbol, code, top, 0, 2)
+                largest = tl.maximum(largest, symbol)
+                plane_at += count
+            at = lane + block * BLOCK_VALUES + half * LANES
+            faults |= _store_row(out_ptr, at, bits, remaining)
+
+    state, front, position = decode_row(state, slots_ptr, words_ptr, position, num_words)
+    state, back, position = decode_row(state, slots_ptr, words_ptr, position, num_words)
+    carry = state - LOW
+    faults |= (carry >> 16).to(tl.int32)
+    carry = carry.to(tl.int32)
+    low = carry & 255
+    high = (carry >> 8) & 255
+    # No escape was announced, and a zero has no byte in the states.
+    largest = tl.maximum(largest, tl.maximum(front, back))
+    faults |= (largest == ESCAPE).to(tl.int32) | tl.where(front == 0, low, 0) | tl.where(back == 0, high, 0)
+    at = lane + last * BLOCK_VALUES
+    faults |= _store_row(out_ptr, at, join(front, next_code, low, 0, 2), remaining)
+    faults |= _store_row(out_ptr, at + LANES, join(back, next_code, high, 0, 2), remaining)
+    for row in range(2 * (last + 1), (remaining + LANES - 1) // LANES):
+        _store_row(out_ptr, lane + row * LANES, tl.zeros([LANES], tl.int32), remaining)
+
+    sound = (position == num_words) & (tl.max((faults != 0).to(tl.int32), 0) == 0)
+    sound = sound & _is_zero(tile_ptr, STATE_BYTES + 2 * num_words, used)
+    sound = sound & ((plane_at + 3) // 4 * 4 == tile_bytes)
+    if sound:
+        sound = _is_zero(tile_ptr, plane_at, tile_bytes)
+    return sound
+
+
+@triton.jit
+def _store_row(out_ptr, at, bits, remaining):
+    """Stores the bits of a row of 16-bit values; returns those that lie behind the tensor's end, int32 (128,).
+
+    Without a mask a thread stores its values with one instruction.
+    """
+    if remaining == TILE_VALUES:
+        tl.store(out_ptr + at, bits.to(tl.int16))
+        behind = tl.zeros_like(bits)
+    else:
+        tl.store(out_ptr + at, bits.to(tl.int16), mask=at < remaining)
+        behind = tl.where(at < remaining, 0, bits)
+    return behind
+
+
+@triton.jit
 def _is_zero(bytes_ptr, first, end):
     """Whether the bytes from first up to end, at most 4, are zero."""
     at = first + tl.arange(0, 4)
@@ -248,7 +331,7 @@ def merge_kernel(
     tiles_at = tl.load(place_ptr)
     if tiles_at >= 0:
         kind = tl.load(kinds_ptr + tile)
-        if kind != REFUSED:
+        if (kind != REFUSED) & (kind != WRITTEN):
             tile_ptr = packet_ptr + tiles_at + tl.load(offsets_ptr + tile)
             out_ptr += tile.to(tl.int64) * TILE_VALUES
             remaining = tl.minimum(numel - tile.to(tl.int64) * TILE_VALUES, TILE_VALUES).to(tl.int32)

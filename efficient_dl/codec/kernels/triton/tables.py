@@ -49,16 +49,23 @@ def normalize(count):
 
 
 @triton.jit
+def reciprocals(frequency):
+    """min(floor(2^32 / frequency), 2^32 - 1), uint64; of frequency 0, which nothing divides by, that of 1."""
+    quotient = (1 << 32) // tl.maximum(frequency, 1).to(tl.int64)
+    return tl.minimum(quotient, (1 << 32) - 1).to(tl.uint64)
+
+
+@triton.jit
 def build_table(count, entries_ptr, table_ptr, ALPHABET: tl.constexpr):
     """Normalizes counts and writes what an encoder needs of the table; returns its serialized bytes, 0 without counts.
 
-    count: int64 (256,). entries_ptr: uint32 (256,), becomes frequency | start << 16. table_ptr: int32 (104,), must be
-    zero, becomes the serialized table.
+    count: int64 (256,). entries_ptr: uint64 (256,), becomes frequency | start << 16 | reciprocal << 32, the latter as
+    `rans.divide` wants it. table_ptr: int32 (104,), must be zero, becomes the serialized table.
     """
     symbol = tl.arange(0, MAX_ALPHABET)
     frequency = normalize(count).to(tl.int32)
     entry = frequency | ((tl.cumsum(frequency, 0) - frequency) << 16)
-    tl.store(entries_ptr + symbol, entry.to(tl.uint32))
+    tl.store(entries_ptr + symbol, entry.to(tl.uint64) | (reciprocals(frequency) << 32))
     present = frequency > 0
     rank = tl.cumsum(present.to(tl.int32), 0) - 1
     # All fields have bits of their own, so that adding is putting together.
