@@ -135,7 +135,9 @@ class Codec(Protocol):
         ...
 
     def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
-        """The smallest capacity, in bytes, that `encode_into` takes for such a tensor; ValueError for others than "bits:RATE"."""
+        """The smallest capacity, in bytes, that `encode_into` takes for such a tensor. Raises ValueError unless the
+        codec is "bits:RATE".
+        """
         ...
 
     def encode_into(

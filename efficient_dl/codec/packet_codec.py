@@ -317,7 +317,9 @@ class PacketCodec:
         if self._exact:
             raise ValueError(f"codec {self._name!r} is exact: it takes no residual and no capacity")
         if not isinstance(kernel, LossyBodyKernel):
-            raise ValueError(f'codec {self._name!r} takes no residual and no capacity; "bits:RATE" takes them')
+            raise ValueError(
+                f'codec {self._name!r} takes no residual and no capacity; "bits:RATE" takes them'
+            )
         return kernel
 
     def _kernel(self, device: torch.device, side: Side | None = None) -> BodyKernel | DeviceBodyKernel:
