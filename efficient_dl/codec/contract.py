@@ -173,7 +173,8 @@ class Codec(Protocol):
         is filled with NaN, and the checksum of a packet from a CPU is not verified. So is, in a graph, a float32 output
         of a "lossless" packet of another dtype.
 
-        out: contiguous, as many values as were encoded, of the encoded dtype or float32. With accumulate, sums
+        out: contiguous, as many values as were encoded, of the encoded dtype or float32, not in the packet's memory
+        (ValueError). With accumulate, sums
         are formed in float32 and rounded to out's dtype. Raises `CorruptPacket` (`SideMismatch` for another side)
         for bytes that are no such packet; out's content is then undefined, memory outside of it untouched.
         """

@@ -229,6 +229,7 @@ class PacketCodec:
     def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
         """See `Codec.decode`."""
         check_packet(packet, out, side)
+        _check_apart(packet=packet, out=out)
         kernel = self._kernel(out.device, side)
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
         if isinstance(kernel, DeviceBodyKernel):
@@ -349,7 +350,7 @@ def _check_apart(**tensors: Tensor | None) -> None:
     ]
     for (_, end, name), (start, _, other) in itertools.pairwise(sorted(ends)):
         if start < end:
-            raise ValueError(f"{name} and {other} share memory; give encode_into() tensors of their own")
+            raise ValueError(f"{name} and {other} share memory; each needs memory of its own")
 
 
 def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bool:

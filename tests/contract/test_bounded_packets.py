@@ -215,6 +215,10 @@ def test_tensors_that_share_memory_are_refused() -> None:
         codec.encode_into(x, memory.view(torch.uint8)[3996:])
     with pytest.raises(ValueError, match="share memory"):
         codec.encode_into(x, room, residual=room[5000:9000].view(torch.float32))
+    packet = codec.encode(x)
+    bytes_of_out = torch.cat([packet, packet.new_zeros(8000)])
+    with pytest.raises(ValueError, match="share memory"):
+        codec.decode(bytes_of_out[: packet.numel()], bytes_of_out[:4000].view(torch.float32))
     codec.encode_into(x, memory[2000:].view(torch.uint8), residual=memory[1000:2000])  # neighbours
 
 

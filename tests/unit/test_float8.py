@@ -22,7 +22,7 @@ NATIVE = Path(library.__file__).resolve().parent
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 VECTOR_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi2 -mpopcnt",
-    "avx2": "-mavx2 -mbmi2 -mpopcnt -mf16c",
+    "avx2": "-mavx2 -mbmi -mbmi2 -mpopcnt -mf16c",
 }
 
 
