@@ -129,7 +129,11 @@ def directory_of(packet: torch.Tensor, numel: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("dtype", "case"),
-    [(dtype, case) for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) for case in CASES]
+    [
+        pytest.param(dtype, case, marks=[pytest.mark.slow] if case == "several tiles" else [])
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2)
+        for case in CASES
+    ]
     + [(dtype, case) for dtype in (torch.float16, torch.float8_e4m3fn) for case in ("gradient", "spread")],
     ids=str,
 )
@@ -174,7 +178,7 @@ def test_accumulating_rounds_the_float32_sum(device: str, dtype: torch.dtype) ->
         check_equal_numbers(out, expected)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, *FLOAT8), ids=str)
+@pytest.mark.parametrize("dtype", (pytest.param(torch.float16, marks=pytest.mark.slow), *FLOAT8), ids=str)
 def test_every_value_decodes_to_float32(device: str, dtype: torch.dtype) -> None:
     count = 1 << 8 * dtype.itemsize
     x = torch.arange(count, dtype=torch.int32).to(INTEGERS[dtype.itemsize]).view(dtype)
