@@ -36,7 +36,8 @@ class Side:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if self.step_size is not None and not 2.0**-126 <= self.step_size < 2.0**100:
+        # The range is that of the rounded step: a number just below 2^100 becomes 2^100.
+        if self.step_size is not None and not 2.0**-126 <= _as_float32(self.step_size) < 2.0**100:
             raise ValueError(
                 f"Side.step_size must be a positive normal float32 below 2^100, not {self.step_size}"
             )
@@ -70,6 +71,10 @@ class Side:
             code, digest = DTYPE_CODES[self.reference.dtype], xxhash.xxh3_64_intdigest(values.data)
             content += b"reference" + struct.pack("<BqQ", code, self.reference.numel(), digest)
         return xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF if content else 0
+
+
+def _as_float32(number: float) -> float:
+    return float(torch.tensor(number, dtype=torch.float32))
 
 
 @dataclass
@@ -130,7 +135,9 @@ class Codec(Protocol):
         ...
 
     def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
-        """The smallest capacity, in bytes, that `encode_into` takes for such a tensor; ValueError for exact codecs."""
+        """The smallest capacity, in bytes, that `encode_into` takes for such a tensor. Raises ValueError unless the
+        codec is "bits:RATE".
+        """
         ...
 
     def encode_into(
@@ -149,10 +156,11 @@ class Codec(Protocol):
         the same dtype, numel and side it can be captured in a CUDA graph. Such packets carry no checksum.
 
         out: uint8 with room for max_bytes(x.numel(), x.dtype, side), or for capacity; less raises ValueError.
-        residual: lossy codecs only (ValueError for others): float32, contiguous, x.numel() values on x.device. The
+            Like residual, it shares no memory with the other tensors (ValueError).
+        residual: "bits:RATE" only (ValueError for others): float32, contiguous, x.numel() values on x.device. The
             packet is that of float32(x) + residual, and the residual is replaced by that sum minus what decoding
             gives in float32; by 0 in blocks that decode to NaN.
-        capacity: lossy codecs only: the packet has at most this many bytes, its header included: the step is chosen
+        capacity: "bits:RATE" only: the packet has at most this many bytes, its header included: the step is chosen
             for that, and tiles that do not fit all the same decode to zeros. Less than fixed_bytes() raises ValueError.
         """
         ...
@@ -162,9 +170,11 @@ class Codec(Protocol):
 
         A packet written for a capacity may be followed by unused bytes. On a GPU with Triton the host waits once, at
         the end, to see whether the packet was sound; in a CUDA graph it cannot: there the output of a corrupt packet
-        is filled with NaN, and the checksum of a packet from a CPU is not verified.
+        is filled with NaN, and the checksum of a packet from a CPU is not verified. So is, in a graph, a float32 output
+        of a "lossless" packet of another dtype.
 
-        out: contiguous, as many values as were encoded, of the encoded dtype or float32. With accumulate, sums
+        out: contiguous, as many values as were encoded, of the encoded dtype or float32, not in the packet's memory
+        (ValueError). With accumulate, sums
         are formed in float32 and rounded to out's dtype. Raises `CorruptPacket` (`SideMismatch` for another side)
         for bytes that are no such packet; out's content is then undefined, memory outside of it untouched.
         """

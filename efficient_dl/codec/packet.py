@@ -38,6 +38,11 @@ def check_tensor(x: Tensor) -> int:
             found=f"shape {tuple(x.shape)}, layout {x.layout}, contiguous: {x.is_contiguous()}",
             fix="pass x.contiguous()",
         )
+    if x.is_neg():
+        raise UnsupportedTensor(
+            "a codec reads memory, and this tensor is the negative of what its memory holds",
+            fix="pass x.resolve_neg()",
+        )
     if x.numel() > MAX_NUMEL:
         raise UnsupportedTensor(
             "the tensor is too large for one packet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, cast, runtime_checkable
@@ -164,13 +165,16 @@ class PacketCodec:
         """See `Codec.max_bytes`."""
         if dtype not in DTYPE_CODES:
             raise UnsupportedTensor(f"a codec cannot take a tensor of {dtype}")
+        check_side(side, numel)
         if numel == 0:
             return HEADER_BYTES
         return HEADER_BYTES + self._cpu.max_bytes(numel, dtype, len(_segments(side, numel)))
 
     def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
         """See `Codec.fixed_bytes`."""
-        return self._lossy(self._cpu).fixed_bytes(_segments(side, numel)) if numel else HEADER_BYTES
+        check_side(side, numel)
+        lossy = self._lossy(self._cpu)
+        return lossy.fixed_bytes(_segments(side, numel)) if numel else HEADER_BYTES
 
     def encode(self, x: Tensor, side: Side | None = None, stats: PacketStats | None = None) -> Tensor:
         """See `Codec.encode`."""
@@ -192,10 +196,11 @@ class PacketCodec:
         dtype = check_tensor(x)
         check_side(side, x.numel())
         _check_residual(residual, x)
-        self._check_room(x, out, side, capacity)
+        needed = self._check_room(x, out, side, capacity)
+        _check_apart(x=x, residual=residual, out=out)
         kernel = self._kernel(x.device, side)
         waits = not _launches(kernel, x.device)
-        room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out)
+        room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out[:needed])
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
         with _current(x.device):
@@ -215,7 +220,7 @@ class PacketCodec:
             else:
                 count = self._write_header_on_device(room, body_bytes, dtype, x.numel(), side, capacity)
         if room is not out:
-            out.copy_(room)
+            out[:needed].copy_(room)
         if stats is not None:
             stats.numel, stats.packet_bytes, stats.kernel = x.numel(), int(count), kernel.name
             stats.header_bits += 8.0 * HEADER_BYTES
@@ -223,6 +228,8 @@ class PacketCodec:
 
     def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
         """See `Codec.decode`."""
+        check_packet(packet, out, side)
+        _check_apart(packet=packet, out=out)
         kernel = self._kernel(out.device, side)
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
         if isinstance(kernel, DeviceBodyKernel):
@@ -244,7 +251,6 @@ class PacketCodec:
     ) -> None:
         from efficient_dl.codec.kernels.triton import header
 
-        check_packet(packet, out, side)
         aligned = packet if packet.data_ptr() % 4 == 0 else packet.clone()
         fingerprint = 0 if side is None else side.fingerprint
         any_dtype = kernel.reads_any_dtype and out.dtype == torch.float32
@@ -288,7 +294,8 @@ class PacketCodec:
             out, body_bytes, FORMAT_VERSION, self._codec_id, dtype, flags, numel, fingerprint
         )
 
-    def _check_room(self, x: Tensor, out: Tensor, side: Side | None, capacity: int | None) -> None:
+    def _check_room(self, x: Tensor, out: Tensor, side: Side | None, capacity: int | None) -> int:
+        """Returns how many bytes of out may be written."""
         if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous():
             raise ValueError(
                 f"out must be a contiguous 1-D uint8 tensor, not {out.dtype}, {tuple(out.shape)}"
@@ -299,18 +306,20 @@ class PacketCodec:
         if capacity is not None:
             fixed = self.fixed_bytes(x.numel(), side)
             if capacity < fixed:
-                raise ValueError(f"a capacity of {capacity} bytes is too small, fixed_bytes() is {fixed}")
+                raise ValueError(
+                    f"a capacity of {capacity} bytes is too small for {x.numel()} values; fixed_bytes() is {fixed}"
+                )
             needed = min(needed, capacity)
         if out.numel() < needed:
             raise ValueError(f"out has {out.numel()} bytes, max_bytes() or the capacity asks for {needed}")
+        return needed
 
     def _lossy(self, kernel: BodyKernel | DeviceBodyKernel) -> LossyBodyKernel:
         if self._exact:
             raise ValueError(f"codec {self._name!r} is exact: it takes no residual and no capacity")
         if not isinstance(kernel, LossyBodyKernel):
-            raise UnsupportedTensor(
-                f"kernel {kernel.name!r} takes no residual and no capacity",
-                fix='"bits:RATE" takes them, on the CPU and on a GPU',
+            raise ValueError(
+                f'codec {self._name!r} takes no residual and no capacity; "bits:RATE" takes them'
             )
         return kernel
 
@@ -330,6 +339,18 @@ def _check_residual(residual: Tensor | None, x: Tensor) -> None:
         )
     if residual.device != x.device:
         raise UnsupportedTensor(f"the tensor is on {x.device}, its residual on {residual.device}")
+
+
+def _check_apart(**tensors: Tensor | None) -> None:
+    """Raises ValueError if two of the tensors share memory: kernels write one while they read the other."""
+    ends = [
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), name)
+        for name, x in tensors.items()
+        if x is not None and x.numel()
+    ]
+    for (_, end, name), (start, _, other) in itertools.pairwise(sorted(ends)):
+        if start < end:
+            raise ValueError(f"{name} and {other} share memory; each needs memory of its own")
 
 
 def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bool:

@@ -21,8 +21,8 @@ HERE = Path(__file__).resolve().parent
 NATIVE = Path(library.__file__).resolve().parent
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 VECTOR_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi2 -mpopcnt",
-    "avx2": "-mavx2 -mbmi2 -mpopcnt -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt",
+    "avx2": "-mavx2 -mbmi -mbmi2 -mpopcnt -mf16c",
 }
 
 
@@ -59,7 +59,9 @@ def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-O2", "-std=c++20", "-pthread", "-ffp-contract=off", "-w"]
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects: list[Path] = []
-    kernels = [NATIVE / "kernels_portable.cpp", NATIVE / "dispatch.cpp", *sorted(NATIVE.glob("*_avx*.cpp"))]
+    groups = ("kernels", "fields", "quantizer", "rans")
+    kernels = [NATIVE / "dispatch.cpp", NATIVE / "tables.cpp"]
+    kernels += [path for group in groups for path in sorted(NATIVE.glob(f"{group}_*.cpp"))]
     for source in [*kernels, HERE / "native/float8.cpp"]:
         vector = VECTOR_FLAGS.get(source.stem.rpartition("_")[2], "").split() if is_x86 else []
         objects.append(folder / f"{source.stem}.o")

@@ -205,7 +205,7 @@ class ReferenceDelta:
 
 def largest_block_body(numel: int, num_segments: int, mode: Mode, bits_q16: int) -> int:
     """Bytes of a block-quantized body with all tiles stored and all values escaped."""
-    num_blocks = numel // BLOCK_VALUES + num_segments
+    num_blocks = min(numel, numel // BLOCK_VALUES + num_segments)
     num_tiles = num_blocks // mode.tile_blocks(bits_q16) + 1
     symbols = min(numel, LANES * num_blocks) if mode is PAIRS else numel
     content = (1 + mode.escape_bytes) * symbols + num_tiles * (8 + 8)

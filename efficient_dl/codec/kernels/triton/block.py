@@ -196,5 +196,7 @@ class TritonBlock:
 
 
 def _kernel_view(x: Tensor) -> Tensor:
-    """bfloat16 as its bits: the kernels convert it themselves."""
+    """bfloat16 and float8 as their bits: the kernels convert them themselves."""
+    if x.dtype.itemsize == 1:
+        return x.view(torch.uint8)
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x

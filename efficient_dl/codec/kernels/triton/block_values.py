@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.block_layout import block_start
+from efficient_dl.codec.kernels.triton.split_values import from_float, to_float
 
 LANES = tl.constexpr(128)
 PAIRS = tl.constexpr(0)
@@ -29,9 +30,12 @@ MAX_Q = tl.constexpr(32767.0)
 
 @triton.jit
 def load_values(x_ptr, residual_ptr, place, mask, DTYPE: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Values as float32, 0 where the mask is not set. bfloat16 comes as int16."""
+    """Values as float32, 0 where the mask is not set. bfloat16 comes as int16, float8 as uint8."""
     if DTYPE == BFLOAT16:
         value = (tl.load(x_ptr + place, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE > FLOAT16:
+        # In integers: not every GPU converts float8.
+        value = to_float(tl.load(x_ptr + place, mask=mask, other=0).to(tl.int32), DTYPE)
     else:
         value = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -56,6 +60,9 @@ def store_values(out_ptr, place, value, mask, DTYPE: tl.constexpr, ACCUMULATE: t
         bits = value.to(tl.float16).to(tl.int16, bitcast=True)
         bits = tl.where(value == value, bits, 0x7E00)
         tl.store(out_ptr + place, bits.to(tl.float16, bitcast=True), mask=mask)
+    if DTYPE > FLOAT16:
+        bits = tl.where(value == value, from_float(value, DTYPE), 0x7F)
+        tl.store(out_ptr + place, bits.to(tl.uint8), mask=mask)
 
 
 @triton.jit
