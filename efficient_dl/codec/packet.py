@@ -21,6 +21,7 @@ _MAGIC: Final = b"EDLP"
 _LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
 CHECKSUM_FLAG: Final = 1
 BOUNDED_FLAG: Final = 2
+BOUNDED_CODEC: Final = 2  # the only one that has bounded packets
 
 
 def check_tensor(x: Tensor) -> int:
@@ -135,12 +136,14 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
         DTYPE_CODES[out.dtype],
         dtype,
     )
-    _require(flags & ~(CHECKSUM_FLAG | BOUNDED_FLAG) == 0, "flags", "0 to 3", flags)
+    known_flags = CHECKSUM_FLAG | (BOUNDED_FLAG if codec == BOUNDED_CODEC else 0)
+    _require(flags & ~known_flags == 0, "flags", f"some of {known_flags:#b}", f"{flags:#b}")
     if flags & BOUNDED_FLAG:
         _require(HEADER_BYTES <= total <= packet.numel(), "packet bytes", f"32 to {packet.numel()}", total)
     else:
         _require(total == packet.numel(), "packet bytes", packet.numel(), total)
     _require(numel == out.numel(), "numel", out.numel(), numel)
+    _require(numel > 0 or total == HEADER_BYTES, "packet bytes for an empty tensor", HEADER_BYTES, total)
     expected_fingerprint = side.fingerprint if side is not None else 0
     if fingerprint != expected_fingerprint:
         raise SideMismatch(

@@ -46,6 +46,8 @@ def check_kernel(packet_ptr, status_ptr, packet_bytes, kinds, dtype_mask, numel,
     sound = sound & (tl.load(packet_ptr + 2) == numel) & (tl.load(packet_ptr + 3) == fingerprint)
     bounded = (flags & 2) != 0
     sound = sound & (total >= 32) & (total <= packet_bytes) & (bounded | (total == packet_bytes))
+    # Only the block quantizer, codec 2, has bounded packets; an empty tensor has no body.
+    sound = sound & ((flags < 2) | ((kinds >> 8) == 2)) & ((numel != 0) | (total == 32))
     digest = tl.load(packet_ptr + 6) | tl.load(packet_ptr + 7)
     sound = sound & (((flags & 1) != 0) | (digest == 0))
     known = ((dtype_mask >> tl.minimum(dtype, 31)) & 1) != 0
