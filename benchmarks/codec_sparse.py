@@ -69,7 +69,7 @@ class Zstd8:
 def sparse(run: Run) -> None:
     """Gradients quantized so that a given share of the values is not zero."""
     table = speed_table("fp32, one global step, one core", "non-zero", "bits/value", "error", "its / ours")
-    tensors = [run.trained.gradient("gpt", "end"), run.trained.gradient("cnn", "end")]
+    tensors = [run.trained.gradient(model, moment) for model in ("gpt", "cnn") for moment in run.moments]
     work = [(tensor, share) for tensor in tensors for share in SHARES]
     with typer.progressbar(work, label="sparse") as bar:
         for tensor, share in bar:
