@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import Side, make_codec
-from efficient_dl.codec.packet import DTYPE_CODES, HEADER_BYTES
+from efficient_dl.codec.dtypes import DTYPE_CODES
+from efficient_dl.codec.packet import HEADER_BYTES
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 DECODERS = {  # by their places in decode_fuzzer.cpp

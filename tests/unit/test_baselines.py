@@ -14,7 +14,8 @@ import zstandard
 from torch import Tensor
 
 from efficient_dl.codec import Codec, PacketStats, Side, codec_names, make_codec
-from efficient_dl.codec.kernels.native.library import NativeLibrary, load_library
+from efficient_dl.codec.kernels.native.interface import NativeLibrary
+from efficient_dl.codec.kernels.native.library import load_library
 from efficient_dl.errors import ConfigError, CorruptPacket, PackageMissing
 
 KERNELS = ("reference", "portable", "native")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import make_codec
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.library import available_isas
-from efficient_dl.codec.packet import DTYPE_CODES
 
 HERE = Path(__file__).resolve().parent
 NATIVE = Path(library.__file__).resolve().parent

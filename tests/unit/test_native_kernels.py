@@ -17,7 +17,8 @@ from torch import Tensor
 from efficient_dl.codec import PacketStats, make_codec
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
-from efficient_dl.codec.kernels.native.library import NativeLibrary, available_isas, load_library
+from efficient_dl.codec.kernels.native.interface import NativeLibrary
+from efficient_dl.codec.kernels.native.library import available_isas, load_library
 from efficient_dl.codec.kernels.reference.bodies import ReferenceBlock, ReferenceSplit
 from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 

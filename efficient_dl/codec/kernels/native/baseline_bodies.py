@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.baselines import max_blockwise_bytes, max_topk_bytes, topk_count
 from efficient_dl.codec.kernels.native.bodies import report
-from efficient_dl.codec.kernels.native.library import NativeStats, load_library
-from efficient_dl.codec.packet import DTYPE_CODES
+from efficient_dl.codec.kernels.native.interface import NativeStats
+from efficient_dl.codec.kernels.native.library import load_library
 
 
 class NativeBlockwise:

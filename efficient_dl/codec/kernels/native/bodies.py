@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
-from efficient_dl.codec.kernels.native.library import NativeStats, float_array, load_library
-from efficient_dl.codec.packet import DTYPE_CODES, HEADER_BYTES
+from efficient_dl.codec.dtypes import DTYPE_CODES
+from efficient_dl.codec.kernels.native.interface import NativeStats, float_array
+from efficient_dl.codec.kernels.native.library import load_library
+from efficient_dl.codec.packet import HEADER_BYTES
 from efficient_dl.codec.steps import FIRST_STEP_INDEX, STEPS
 
 _STEPS = float_array(STEPS)

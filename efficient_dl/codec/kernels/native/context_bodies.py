@@ -8,7 +8,8 @@ from torch import Tensor
 from efficient_dl.codec.contract import PacketStats, Side
 from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.native.bodies import report
-from efficient_dl.codec.kernels.native.library import NativeStats, load_library
+from efficient_dl.codec.kernels.native.interface import NativeStats
+from efficient_dl.codec.kernels.native.library import load_library
 from efficient_dl.codec.packet import checked_reference
 
 

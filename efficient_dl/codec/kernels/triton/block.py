@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.reference.block import bounded_bits_q16, fixed_bytes
 from efficient_dl.codec.kernels.reference.block_grid import count_blocks
 from efficient_dl.codec.kernels.reference.bodies import largest_block_body
@@ -25,7 +26,6 @@ from efficient_dl.codec.kernels.triton.block_layout import block_starts, to_devi
 from efficient_dl.codec.kernels.triton.block_stats import fill_stats
 from efficient_dl.codec.kernels.triton.block_workspace import Workspace, cut
 from efficient_dl.codec.kernels.triton.header import is_interpreted
-from efficient_dl.codec.packet import DTYPE_CODES
 from efficient_dl.codec.steps import STEPS, index_without_sample
 
 # A tile is one warp's work, as in `rans`. So is a group of two blocks when it is quantized: without barriers it takes

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
+from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.reference import split as reference
 from efficient_dl.codec.kernels.triton import split_decode, split_encode, tables
-from efficient_dl.codec.packet import DTYPE_CODES
 
 _BLOCK_VALUES: Final = 256
 _TILE_VALUES: Final = 32768
