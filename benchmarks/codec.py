@@ -41,7 +41,13 @@ QUICK = Recipe(gpt_size="micro", gpt_steps=20, cnn_steps=20)
 def main(
     out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
     case: Annotated[str, typer.Option(help=f"some of {','.join(CASES)}; empty: all that can run")] = "",
-    rounds: Annotated[int, typer.Option(help="timed repetitions; best and median are kept", min=3)] = 15,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="timed repetitions; slow systems have 3 or more",
+            min=3,
+        ),
+    ] = 15,
     size_mib: Annotated[float, typer.Option(help="tensors are timed at this size", min=0.25)] = 25,
     big: Annotated[bool, typer.Option(help="lossless: also Gaussian weights of 256 MiB")] = False,
     cache: Annotated[Path, typer.Option(help="keeps the trained tensors")] = Path("runs/codec_tensors.pt"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.codec_peers import INSTALL, byte_view, load
-from benchmarks.codec_run import MIB, OURS, SPEED_COLUMNS, Run, speed_table
+from benchmarks.codec_run import MIB, OURS, SPEED_COLUMNS, Run, our_codec, speed_table
 from benchmarks.codec_tensors import Delta
 from benchmarks.codec_timing import Ours, System, check_exact, measure
-from efficient_dl.codec import Side, make_codec
+from efficient_dl.codec import Side
 
 DENSITIES = (0.001, 0.01, 0.024, 0.1, 1.0)
 GAP_BITS, VALUE_BITS = 16, 16
@@ -58,6 +57,27 @@ class XorZstd:
         return torch.from_numpy(self._room.view(np.uint8).copy()).view(torch.bfloat16)
 
 
+class OurDelta(Ours):
+    """Our codec with a new Side for each call, as after each step: the reference's fingerprint is part of the times."""
+
+    def __init__(self, pair: Delta) -> None:
+        super().__init__(OURS, our_codec("delta"), pair.after)
+        self._pair = pair
+
+    def encode(self) -> None:
+        """See System."""
+        self._side = self._new_side()
+        super().encode()
+
+    def decode(self) -> None:
+        """See System."""
+        self._side = self._new_side()
+        super().decode()
+
+    def _new_side(self) -> Side:
+        return Side(segments=self._pair.segments, reference=self._pair.before)
+
+
 def delta(run: Run) -> None:
     """One optimizer step of the two models, then updates of given densities."""
     numel = MIB if run.quick else 16 * MIB
@@ -93,7 +113,7 @@ def _measure(run: Run, pair: Delta, table: Table) -> None:
     case = f"delta, {pair.name}"
     num_changed, numel = int(pair.changed.sum()), pair.after.numel()
     run.row(case, "the weights themselves", "changed", num_changed / numel, "share of the values", False)
-    dense = make_codec("lossless", checksum=False).encode(pair.after, Side(segments=pair.segments)).numel()
+    dense = our_codec("lossless").encode(pair.after, Side(segments=pair.segments)).numel()
     systems = _systems(run, pair)
     for system in systems:
         check_exact(system, pair.after)
@@ -117,11 +137,7 @@ def _measure(run: Run, pair: Delta, table: Table) -> None:
 
 
 def _systems(run: Run, pair: Delta) -> list[System]:
-    systems = list[System]()
-    codec = run.codec("delta")
-    if codec is not None:
-        known: dict[str, Any] = {"segments": pair.segments, "reference": pair.before}
-        systems.append(Ours(OURS, codec, pair.after, Side(**known)))
+    systems: list[System] = [OurDelta(pair)]
     try:
         systems += [XorZstd(pair, level) for level in (1, 3)]
     except ImportError as error:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.codec_run import MIB, OURS, Run
+from benchmarks.codec_run import MIB, OURS, Run, our_codec
 from benchmarks.codec_tensors import NamedTensor, gaussian_weights
 from benchmarks.codec_timing import Timing
 
@@ -48,7 +48,7 @@ def gpu(run: Run) -> None:
     """Lossless bfloat16 at 25 and 256 MiB, and two bits from float32; speeds count the uncompressed tensor."""
     device = torch.device("cuda")
     sizes = SIZES_MIB[:1] if run.quick else SIZES_MIB
-    gradient = run.trained.gradient("gpt", "end" if run.quick else "stream")
+    gradient = run.trained.gradient("gpt", "stream")
     weight = run.trained.weight("gpt", "end")
     work: list[tuple[str, NamedTensor, bool]] = []
     for mib in sizes:
@@ -102,9 +102,7 @@ def gpu_timing(call: Callable[[], object], rounds: int) -> Timing:
 
 
 def _ours(run: Run, spec: str, tensor: NamedTensor, x: Tensor, accumulate: bool) -> list[Result]:
-    codec = run.codec(spec)
-    if codec is None:
-        return []
+    codec = our_codec(spec)
     kernel = codec.kernel_for(x.device)
     if kernel == "reference" and x.nbytes > SIZES_MIB[0] * MIB:
         run.say(f"{spec} has no fused kernel for this GPU, the reference is timed at {SIZES_MIB[0]} MiB only")

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.codec_run import OURS, Run
+from benchmarks.codec_run import OURS, Run, our_codec
 from benchmarks.codec_tensors import NamedTensor
 from efficient_dl.codec import Codec, PacketStats
 
@@ -67,9 +67,7 @@ def loss(run: Run) -> None:
 def _packets_of(run: Run, tensor: NamedTensor, table: Table) -> None:
     too_short = list[str]()
     for spec in SPECS:
-        codec = run.codec(spec)
-        if codec is None:
-            continue
+        codec = our_codec(spec)
         whole = PacketStats()
         codec.encode(tensor.values, tensor.side, whole)
         for kib in PACKET_KIB:
@@ -97,9 +95,7 @@ def _packets_of(run: Run, tensor: NamedTensor, table: Table) -> None:
 
 def _small(run: Run, name: str, tensors: list[Tensor], table: Table) -> None:
     for spec in SPECS:
-        codec = run.codec(spec)
-        if codec is None:
-            continue
+        codec = our_codec(spec)
         growths = [_growth(codec, tensor) for tensor in tensors]
         mean, grown = sum(growths) / len(growths), sum(g > 0 for g in growths) / len(growths)
         case = f"loss, {name}, {spec}, tensors of {SMALL_BYTES} bytes"

@@ -6,9 +6,11 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.codec_run import OURS, Run, native_kernels, speed_table
+from benchmarks.codec_loss import Loss
+from benchmarks.codec_run import OURS, Run, our_codec, speed_table
 from benchmarks.codec_tensors import GAUSSIAN_STD, NamedTensor
 from benchmarks.codec_timing import Copy, Ours, System, measure
+from efficient_dl.codec.kernels.native.library import available_isas
 
 RATE = "bits:2.0"
 BASELINES = ("int8", "int4", "topk:0.01", "sign", "fp16")
@@ -77,31 +79,27 @@ def lossy(run: Run) -> None:
     )
 
 
-def _systems(run: Run, tensor: NamedTensor) -> list[System]:
+def _systems(tensor: NamedTensor) -> list[System]:
+    """Ours for each instruction set of this processor, the best first; then the others."""
     x, side = tensor.values, tensor.side
-    systems: dict[str, System] = {}
-    for kernel in native_kernels():
-        codec = run.codec(RATE, kernel)
-        if codec is not None:
-            name = f"{OURS} {codec.kernel_for(x.device)}"
-            if name not in systems:  # "native" is the best of the others
-                systems[name] = Ours(name, codec, x, side, accumulate=True)
-    for spec in BASELINES:
-        codec = run.codec(spec)
-        if codec is not None:
-            systems[spec] = Ours(f"baseline {spec}", codec, x, side, accumulate=True)
-    return [*systems.values(), TorchInt8(x), Copy(x)]
+    named = [(f"{OURS} native-{isa}", our_codec(RATE, isa)) for isa in available_isas()]
+    named += [(f"baseline {spec}", our_codec(spec)) for spec in BASELINES]
+    return [
+        *(Ours(name, codec, x, side, accumulate=True) for name, codec in named),
+        TorchInt8(x),
+        Copy(x),
+    ]
 
 
 def _measure(run: Run, tensor: NamedTensor) -> list[list[str]]:
     case = f"{RATE}, {tensor.name}"
     sizes: dict[str, list[str]] = {}
-    for system in _systems(run, tensor):
+    for system in _systems(tensor):
         system.encode()
         system.decode()
         sizes[system.name] = _sizes(run, case, system, tensor.values)
     timed = tensor.tiled(run.timing_bytes)
-    systems = _systems(run, timed)
+    systems = _systems(timed)
     cells = run.speeds(case, timed.values.nbytes, measure(systems, run.rounds), systems, ours=systems[0].name)
     return [
         [tensor.name if i == 0 else "", one.name, *sizes[one.name], *cells[one.name]]
@@ -118,11 +116,9 @@ def _sizes(run: Run, case: str, system: System, x: Tensor) -> list[str]:
     run.row(case, system.name, "squared_error", error, "of the tensor's energy", False)
     cells = [f"{bits:.3f}", f"{error:.4f}", "", ""]
     if isinstance(system, Ours) and system.name.startswith(OURS):
-        stats = system.stats()
-        total = 8.0 * stats.packet_bytes
-        for i, ideal in enumerate((stats.model_bits, stats.order0_bits)):
-            loss = total / (ideal + stats.scale_bits) - 1
-            metric = ("loss_over_model", "loss_over_order0")[i]
-            run.row(case, system.name, metric, loss, "fraction of the ideal bits, scales included", False)
-            cells[2 + i] = f"{100 * loss:.2f} %"
+        found = Loss.of(system.stats())
+        unit = "fraction of the ideal bits, scales included"
+        run.row(case, system.name, "loss_over_model", found.over_model, unit, False)
+        run.row(case, system.name, "loss_over_order0", found.over_order0, unit, False)
+        cells[2:] = [f"{100 * found.over_model:.2f} %", f"{100 * found.over_order0:.2f} %"]
     return cells

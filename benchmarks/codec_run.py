@@ -12,8 +12,6 @@ from benchmarks.codec_tensors import MOMENTS, Trained
 from benchmarks.codec_timing import System, Timing
 from benchmarks.rows import Row, RowFile
 from efficient_dl.codec import Codec, make_codec
-from efficient_dl.codec.registry import KERNELS
-from efficient_dl.errors import EdlError
 
 BENCH = "codec"
 OURS = "efficient_dl"
@@ -26,7 +24,8 @@ SPEED_COLUMNS = ("encode GB/s", "median", "decode GB/s", "median", "encode ×", 
 class Run:
     """One run of the benchmark.
 
-    rounds: turns of each system. timing_bytes: tensors are timed at this size (25 MiB is the size of DDP's buckets).
+    rounds: turns of each system (`measure` says when there are fewer or more).
+    timing_bytes: tensors are timed at this size (25 MiB is the size of DDP's buckets).
     moments: of the trainings. big: also the 256 MiB tensor on a CPU.
     """
 
@@ -43,15 +42,6 @@ class Run:
     def row(self, case: str, system: str, metric: str, value: float, unit: str, higher: bool) -> None:
         """Appends one measurement."""
         self.file.add(Row(BENCH, case, system, metric, value, unit, higher))
-
-    def codec(self, spec: str, kernel: str = "auto") -> Codec | None:
-        """The codec without checksum, as the peers have none; or None and a printed reason."""
-        try:
-            return make_codec(spec, checksum=False, kernel=kernel)
-        except (EdlError, ValueError, ImportError) as error:
-            reason = error.problem if isinstance(error, EdlError) else str(error)
-            self.say(f"not available: {spec}, kernel {kernel}: {reason}")
-        return None
 
     def say(self, sentence: str) -> None:
         """Prints what is left out and why, once."""
@@ -90,12 +80,9 @@ class Run:
         return cells
 
 
-def native_kernels() -> tuple[str, ...]:
-    """The compiled kernels by the names that make_codec takes; which of them exist here shows when one is made.
-
-    Not the reference in torch: it is about a hundred times slower, and nobody compresses with it.
-    """
-    return tuple(kernel for kernel in KERNELS if kernel not in ("auto", "reference"))
+def our_codec(spec: str, kernel: str = "auto") -> Codec:
+    """The codec without checksum, as the peers have none."""
+    return make_codec(spec, checksum=False, kernel=kernel)
 
 
 def speed_table(title: str, *columns: str) -> Table:

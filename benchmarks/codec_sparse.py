@@ -9,10 +9,9 @@ import typer
 from torch import Tensor
 
 from benchmarks.codec_peers import INSTALL, load
-from benchmarks.codec_run import OURS, Run, speed_table
+from benchmarks.codec_run import OURS, Run, our_codec, speed_table
 from benchmarks.codec_timing import Ours, System, measure
 from efficient_dl.codec import Codec
-from efficient_dl.errors import ConfigError
 
 SHARES = (0.1, 0.03, 0.01)
 RATES = (0.02, 4.0)  # bits a value between which the rate is looked for
@@ -74,7 +73,7 @@ def sparse(run: Run) -> None:
     with typer.progressbar(work, label="sparse") as bar:
         for tensor, share in bar:
             x = tensor.values
-            codec, step = _codec_at(run, x, share)
+            codec, step = codec_at(x, share)
             systems, timed = _systems(run, x, codec, step), tensor.tiled(run.timing_bytes).values
             sizes = dict[str, int]()
             for system in systems:
@@ -88,11 +87,11 @@ def sparse(run: Run) -> None:
                 error = float((decoded - x).square().sum() / x.square().sum())
                 filled = float((decoded != 0).float().mean())
                 bits = 8 * sizes[system.name] / x.numel()
-                relative = sizes[system.name] / sizes[OURS] if OURS in sizes else float("nan")
+                relative = sizes[system.name] / sizes[OURS]
                 run.row(case, system.name, "nonzero", filled, "share of the values", False)
                 run.row(case, system.name, "bits_per_value", bits, "bits", False)
                 run.row(case, system.name, "squared_error", error, "of the tensor's energy", False)
-                if OURS in sizes and system.name != OURS:
+                if system.name != OURS:
                     run.row(case, OURS, f"bytes of {system.name} over ours", relative, "×", True)
                 columns = (f"{100 * filled:.2f} %", f"{bits:.4f}", f"{error:.4f}", f"{relative:.3f}")
                 name = tensor.name if i == 0 else ""
@@ -105,16 +104,8 @@ def sparse(run: Run) -> None:
     )
 
 
-def step_for_share(x: Tensor, share: float) -> float:
-    """The step at which the quantizer leaves that share of x's values not zero, from a quantile of |x|."""
-    rank = max(1, round((1 - share) * x.numel()))
-    return float(x.abs().kthvalue(rank).values) / (1 - ROUNDING)
-
-
-def _systems(run: Run, x: Tensor, codec: Codec | None, step: float) -> list[System]:
-    systems = list[System]()
-    if codec is not None:
-        systems.append(Ours(OURS, codec, x))
+def _systems(run: Run, x: Tensor, codec: Codec, step: float) -> list[System]:
+    systems: list[System] = [Ours(OURS, codec, x)]
     try:
         systems += [Zstd8(x, step, quantize=True), Zstd8(x, step, quantize=False)]
     except ImportError as error:
@@ -122,26 +113,18 @@ def _systems(run: Run, x: Tensor, codec: Codec | None, step: float) -> list[Syst
     return systems
 
 
-def _codec_at(run: Run, x: Tensor, share: float) -> tuple[Codec | None, float]:
-    """Our codec at the rate that leaves about this share not zero, and its step; alone the step if there is no codec.
-
-    The step is read off the decoded values, all of which are multiples of it.
-    """
+def codec_at(x: Tensor, share: float) -> tuple[Codec, float]:
+    """Our codec at the rate that leaves about this share of x not zero, and its step, read off the decoded values."""
     low, high = RATES
-    codec, step = run.codec(f"grid:{high}"), step_for_share(x, share)
-    if codec is None:
-        return None, step
-    best, closest = codec, float("inf")
     out = torch.empty_like(x)
+    found: list[tuple[float, Codec, float]] = []
     for _ in range(RATE_SEARCH_STEPS):
         middle = (low * high) ** 0.5
-        codec = run.codec(f"grid:{middle:.4f}")
-        if codec is None:
-            raise ConfigError("the codec grid: is not available at all rates", found=f"{middle:.4f} bits")
+        codec = our_codec(f"grid:{middle:.4f}")
         codec.decode(codec.encode(x), out)
         filled = float((out != 0).float().mean())
-        if filled and abs(filled - share) < closest:
-            best, closest = codec, abs(filled - share)
-            step = float(out[out != 0].abs().min())
+        if filled:
+            found.append((abs(filled - share), codec, float(out[out != 0].abs().min())))
         low, high = (middle, high) if filled < share else (low, middle)
+    _, best, step = min(found, key=lambda one: one[0])
     return best, step

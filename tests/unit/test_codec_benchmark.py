@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.codec_delta import coo_bits
 from benchmarks.codec_run import OURS, Run
-from benchmarks.codec_sparse import step_for_share
+from benchmarks.codec_sparse import Zstd8, codec_at
 from benchmarks.codec_tensors import NamedTensor, Recipe, Trained, trained_tensors
 from benchmarks.codec_timing import Ours, Timing, check_exact, measure
 from benchmarks.rows import RowFile
@@ -74,10 +74,15 @@ def test_coo_pays_for_gaps_that_do_not_fit_16_bits() -> None:
     assert coo_bits(torch.zeros(5, dtype=torch.bool)) == 0
 
 
-def test_the_step_leaves_the_asked_share() -> None:
+def test_zstd_codes_the_integers_that_our_packet_holds() -> None:
+    pytest.importorskip("zstandard")
     x = torch.randn(50_000, generator=torch.Generator().manual_seed(1))
-    step = step_for_share(x, 0.03)
-    assert ((x.abs() / step + 0.375) >= 1).float().mean() == pytest.approx(0.03, abs=1e-4)
+    codec, step = codec_at(x, 0.03)
+    ours, peer = Ours(OURS, codec, x), Zstd8(x, step, quantize=True)
+    ours.encode()
+    peer.encode()
+    assert (ours.decoded() != 0).float().mean() == pytest.approx(0.03, rel=0.1)
+    assert torch.equal(peer.decoded(), ours.decoded())
 
 
 def test_a_lossy_system_does_not_pass_as_exact() -> None:
