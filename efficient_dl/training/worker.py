@@ -236,7 +236,8 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
         return 128 + number
     if isinstance(error, PeerFailed):
         if worker is not None:
-            _publish(worker, ("", error.exit_code, True))
+            # Not gone at once: rank 0 may host the store, and the rank with the error may still read from it.
+            _others_view(worker, "", error.exit_code, consequence=True)
         return error.exit_code
     known = error if isinstance(error, EdlError) else _as_transport_error(error)
     text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))

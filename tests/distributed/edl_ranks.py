@@ -37,7 +37,7 @@ class EdlRanks:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ranks: list[BaseProcess] = []
-        port = _free_port()
+        port = free_port()
         for rank, words in enumerate(arguments):
             environment = {
                 "RANK": str(rank),
@@ -114,7 +114,8 @@ def _edl(
     main()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
