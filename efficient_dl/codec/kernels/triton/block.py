@@ -175,7 +175,7 @@ class TritonBlock:
         has_starts, target = starts is not None, _kernel_view(out)
         kinds: dict[str, Any] = {"DTYPE": DTYPE_CODES[out.dtype], "ACCUMULATE": accumulate}
         block_decode.open_kernel[(1,)](packet, status, entries, offsets, plan, num_blocks, CHUNK=_SCAN_CHUNK)
-        tables.expand_kernel[(4096 // _SLOTS_BLOCK, 1)](entries, slots, BLOCK=_SLOTS_BLOCK)
+        tables.expand_kernel[(4096 // _SLOTS_BLOCK,)](entries, slots, BLOCK=_SLOTS_BLOCK)
         block_decode.list_kernel[(most_tiles,)](
             packet, status, plan, place, row_starts, row_shapes, tile_blocks, tile_values, out.numel(),
             num_blocks, HAS_STARTS=has_starts, CHUNK=_LISTED_BLOCKS,

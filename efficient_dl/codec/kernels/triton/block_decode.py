@@ -17,7 +17,6 @@ from efficient_dl.codec.kernels.triton.block_encode import pad4
 from efficient_dl.codec.kernels.triton.block_values import (
     BYTE_ESCAPE,
     BYTE_RADIUS,
-    LANES,
     PAIR_ESCAPE,
     PAIR_RADIUS,
     PAIRS,
@@ -25,11 +24,12 @@ from efficient_dl.codec.kernels.triton.block_values import (
     step_of,
     store_values,
 )
-from efficient_dl.codec.kernels.triton.rans import LOW, STATE_BYTES, decode_row
+from efficient_dl.codec.kernels.triton.header import WRONG_BODY as _WRONG_BODY
+from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, decode_row
 from efficient_dl.codec.kernels.triton.tables import parse_table
 
 HEAD = tl.constexpr(60)  # bytes in front of the codes: the packet's header and the body's fields
-WRONG_BODY = tl.constexpr(4)
+WRONG_BODY = tl.constexpr(_WRONG_BODY)
 PLAN = 6  # mode, T, tiles, base, where the directory and where the tiles begin
 
 

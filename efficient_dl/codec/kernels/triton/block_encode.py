@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.block_quantize import return_block
-from efficient_dl.codec.kernels.triton.block_values import LANES, PAIRS, block_places
+from efficient_dl.codec.kernels.triton.block_values import PAIRS, block_places
 from efficient_dl.codec.kernels.triton.compact import copy_integers, copy_words, scan_tiles
-from efficient_dl.codec.kernels.triton.rans import LOW, STATE_BYTES, encode_row
+from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, encode_row
 
 HEADER = tl.constexpr(32)
 HEAD = tl.constexpr(28)  # bytes of the body in front of the codes

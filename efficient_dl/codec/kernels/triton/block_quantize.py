@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.block_values import (
-    LANES,
     PAIRS,
     block_places,
     byte_symbols,
@@ -19,6 +18,7 @@ from efficient_dl.codec.kernels.triton.block_values import (
     read_integers,
     step_of,
 )
+from efficient_dl.codec.kernels.triton.rans import LANES
 
 # What quantize_kernel writes for blocks without an absolute code, which is at least 4.
 EMPTY = tl.constexpr(0)

@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.block_values import (
-    LANES,
     PAIRS,
     block_places,
     byte_symbols,
     pair_symbols,
     quantize_blocks,
 )
+from efficient_dl.codec.kernels.triton.rans import LANES
 
 FIRST_INDEX = tl.constexpr(-192)
 LAST_INDEX = tl.constexpr(128)

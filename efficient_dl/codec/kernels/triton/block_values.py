@@ -12,17 +12,14 @@ import triton
 import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.block_layout import block_start
-from efficient_dl.codec.kernels.triton.split_values import from_float, to_float
+from efficient_dl.codec.kernels.triton.rans import LANES
+from efficient_dl.codec.kernels.triton.split_values import BFLOAT16, FLOAT16, FLOAT32, from_float, to_float
 
-LANES = tl.constexpr(128)
 PAIRS = tl.constexpr(0)
 PAIR_ESCAPE = tl.constexpr(121)
 PAIR_RADIUS = tl.constexpr(5)
 BYTE_ESCAPE = tl.constexpr(255)
 BYTE_RADIUS = tl.constexpr(127)
-FLOAT32 = tl.constexpr(0)
-BFLOAT16 = tl.constexpr(1)
-FLOAT16 = tl.constexpr(2)
 # Added and taken away again, it rounds to an integer, half to even: 1.5 * 2^23.
 ROUNDING = tl.constexpr(12582912.0)
 MAX_Q = tl.constexpr(32767.0)

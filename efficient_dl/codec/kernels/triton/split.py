@@ -139,7 +139,7 @@ def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, s
         split_decode.open_kernel, (1,), packet, status, entries, offsets, place, num_blocks, num_tiles,
         CHUNK=_SCAN_CHUNK, num_warps=_WARPS,
     )  # fmt: skip
-    _launch(tables.expand_kernel, (16, 1), entries, slots, BLOCK=256, num_warps=_WARPS)
+    _launch(tables.expand_kernel, (16,), entries, slots, BLOCK=256, num_warps=_WARPS)
     _launch(
         split_decode.decode_kernel, (num_tiles,),
         packet, values, slots, offsets, place, symbols, carried, starts, counts, kinds, status,

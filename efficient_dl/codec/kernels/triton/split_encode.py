@@ -43,7 +43,6 @@ NUM_WORDS = tl.constexpr(0)
 INFO = tl.constexpr(1)
 USED_BYTES = tl.constexpr(2)  # of a coded tile, without the padding
 BITMAPS = tl.constexpr(3)  # and 4: where the bitmaps of planes 1 and 2 begin in the tile, -1 if there is none
-TILE_FIELDS = tl.constexpr(5)
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 
 

@@ -10,7 +10,6 @@ import triton.language as tl
 
 MAX_ALPHABET = tl.constexpr(256)
 TABLE_WORDS = tl.constexpr(104)  # 416 bytes: the bitmap and the fields of 256 symbols
-SLOTS = tl.constexpr(4096)
 
 
 @triton.jit
@@ -56,13 +55,16 @@ def reciprocals(frequency):
 
 
 @triton.jit
-def build_table(count, entries_ptr, table_ptr, ALPHABET: tl.constexpr):
-    """Normalizes counts and writes what an encoder needs of the table; returns its serialized bytes, 0 without counts.
+def build_kernel(counts_ptr, entries_ptr, table_ptr, bytes_ptr, ALPHABET: tl.constexpr):
+    """Normalizes counts, int32 (256,), and writes what an encoder needs of the table. One program.
 
-    count: int64 (256,). entries_ptr: uint64 (256,), becomes frequency | start << 16 | reciprocal << 32, the latter as
-    `rans.divide` wants it. table_ptr: int32 (104,), must be zero, becomes the serialized table.
+    entries_ptr: uint64 (256,), becomes frequency | start << 16 | reciprocal << 32, the latter as `rans.divide` wants
+    it. table_ptr: int32 (104,), must be zero, becomes the serialized table. bytes_ptr: int32, its bytes, 0 without
+    counts.
     """
     symbol = tl.arange(0, MAX_ALPHABET)
+    # Unsigned: all 2^31 values of a tensor and the padding behind its end may be one symbol.
+    count = tl.load(counts_ptr + symbol).to(tl.uint32, bitcast=True).to(tl.int64)
     frequency = normalize(count).to(tl.int32)
     entry = frequency | ((tl.cumsum(frequency, 0) - frequency) << 16)
     tl.store(entries_ptr + symbol, entry.to(tl.uint64) | (reciprocals(frequency) << 32))
@@ -81,24 +83,12 @@ def build_table(count, entries_ptr, table_ptr, ALPHABET: tl.constexpr):
     tl.atomic_add(table_ptr + (position >> 5) + 1, high, mask=present & (shift > 20))
     num_present = tl.sum(present.to(tl.int32), 0)
     table_bytes = ((ALPHABET + 7) // 8 + (12 * num_present + 7) // 8 + 3) // 4 * 4
-    return tl.where(num_present > 0, table_bytes, 0)
-
-
-@triton.jit
-def build_kernel(counts_ptr, entries_ptr, tables_ptr, bytes_ptr, ALPHABET: tl.constexpr):
-    """One program a table: counts, int32 (256,), to what `build_table` says and the serialized bytes, int32."""
-    table = tl.program_id(0)
-    symbol = tl.arange(0, MAX_ALPHABET)
-    # Unsigned: all 2^31 values of a tensor and the padding behind its end may be one symbol.
-    count = tl.load(counts_ptr + table * MAX_ALPHABET + symbol).to(tl.uint32, bitcast=True).to(tl.int64)
-    entries_ptr += table * MAX_ALPHABET
-    table_bytes = build_table(count, entries_ptr, tables_ptr + table * TABLE_WORDS, ALPHABET)
-    tl.store(bytes_ptr + table, table_bytes)
+    tl.store(bytes_ptr, tl.where(num_present > 0, table_bytes, 0))
 
 
 @triton.jit
 def parse_table(table_ptr, table_bytes, entries_ptr, ALPHABET: tl.constexpr):
-    """Reads a serialized table of `table_bytes` bytes; returns whether it is one that `build_table` could write.
+    """Reads a serialized table of `table_bytes` bytes; returns whether it is one that `build_kernel` could write.
 
     table_ptr: uint8; nothing behind table_bytes is read. entries_ptr: uint32 (256,), becomes frequency | start << 16
     (all 0 if the table is not valid, so that every slot of `expand_kernel` is harmless).
@@ -135,10 +125,9 @@ def parse_table(table_ptr, table_bytes, entries_ptr, ALPHABET: tl.constexpr):
 def expand_kernel(entries_ptr, slots_ptr, BLOCK: tl.constexpr):
     """Entries uint32 (256,) to the decoder's slots uint32 (4096,): symbol | frequency - 1 << 8 | (slot - start) << 20.
 
-    Grid: (4096 / BLOCK, tables). Looks for the first symbol that ends behind the slot, in eight halvings.
+    Grid: (4096 / BLOCK,). Looks for the first symbol that ends behind the slot, in eight halvings.
     """
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    entries_ptr += tl.program_id(1) * MAX_ALPHABET
     symbol = tl.zeros([BLOCK], tl.int32)
     for level in tl.static_range(8):
         middle = symbol + (127 >> level)
@@ -147,4 +136,4 @@ def expand_kernel(entries_ptr, slots_ptr, BLOCK: tl.constexpr):
     entry = tl.load(entries_ptr + symbol).to(tl.int32)
     offset = (slot - (entry >> 16)) & 4095
     value = symbol | ((((entry & 0xFFFF) - 1) & 4095) << 8)
-    tl.store(slots_ptr + tl.program_id(1) * SLOTS + slot, value.to(tl.uint32) | (offset.to(tl.uint32) << 20))
+    tl.store(slots_ptr + slot, value.to(tl.uint32) | (offset.to(tl.uint32) << 20))
