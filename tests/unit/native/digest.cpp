@@ -1,4 +1,4 @@
-// Encodes and decodes tensors made of integers only and prints a digest of every packet and every decoded value: the
+// Encodes and decodes tensors made of integers only and prints digests of the packets and values of codecs 1 to 4: the
 // same on all processors. Compiled by test_aarch64.py. Usage: digest ISA.
 #include <cstdint>
 #include <cstdio>
@@ -48,6 +48,74 @@ std::vector<uint8_t> tensor(int64_t numel, int dtype, bool any_bits) {
     return bytes;
 }
 
+// A copy in which one byte of 20 differs by little: a reference for deltas.
+std::vector<uint8_t> changed(std::vector<uint8_t> bytes) {
+    for (uint8_t& byte : bytes)
+        if (random_word() % 20 == 0) byte = static_cast<uint8_t>(byte + random_word() % 5);
+    return bytes;
+}
+
+struct Call {
+    const uint8_t *x, *reference;
+    int64_t numel;
+    int dtype;
+    int64_t bits_q16;
+    const float* steps;
+};
+
+struct Codec {
+    const char* name;
+    int64_t bits_q16;
+    int64_t (*max_bytes)(const Call&);
+    int64_t (*encode)(const Call&, std::vector<uint8_t>&);
+    int64_t (*decode)(const Call&, const std::vector<uint8_t>&, void*);
+};
+
+int64_t length(const std::vector<uint8_t>& bytes) { return static_cast<int64_t>(bytes.size()); }
+
+int64_t split_bytes(const Call& c) { return edl_split_max_bytes(c.numel, c.dtype); }
+int64_t encode_split(const Call& c, std::vector<uint8_t>& body) {
+    return edl_split_encode(c.x, c.numel, c.dtype, body.data(), length(body), nullptr);
+}
+int64_t decode_split(const Call& c, const std::vector<uint8_t>& body, void* out) {
+    return edl_split_decode(body.data(), length(body), c.dtype, c.numel, out, c.dtype, 0);
+}
+
+int64_t block_bytes(const Call& c) { return edl_block_max_bytes(c.numel, 1, c.bits_q16); }
+int64_t encode_block(const Call& c, std::vector<uint8_t>& body) {
+    return edl_block_encode(c.x, c.numel, c.dtype, nullptr, nullptr, 0, c.bits_q16, c.steps, -1, body.data(),
+                            length(body), nullptr);
+}
+int64_t decode_block(const Call& c, const std::vector<uint8_t>& body, void* out) {
+    return edl_block_decode(body.data(), length(body), c.dtype, c.numel, nullptr, 0, out, c.dtype, 0);
+}
+
+int64_t grid_bytes(const Call& c) { return edl_grid_max_bytes(c.numel, 1); }
+int64_t encode_grid(const Call& c, std::vector<uint8_t>& body) {
+    return edl_grid_encode(c.x, c.numel, c.dtype, &c.numel, 1, c.bits_q16, 0.0f, body.data(), length(body), nullptr);
+}
+int64_t decode_grid(const Call& c, const std::vector<uint8_t>& body, void* out) {
+    return edl_grid_decode(body.data(), length(body), c.dtype, c.numel, &c.numel, 1, out, c.dtype, 0);
+}
+
+int64_t delta_bytes(const Call& c) { return edl_delta_max_bytes(c.numel, c.dtype); }
+int64_t encode_delta(const Call& c, std::vector<uint8_t>& body) {
+    return edl_delta_encode(c.x, c.reference, c.numel, c.dtype, body.data(), length(body), nullptr);
+}
+int64_t decode_delta(const Call& c, const std::vector<uint8_t>& body, void* out) {
+    return edl_delta_decode(body.data(), length(body), c.reference, c.dtype, c.numel, out, c.dtype, 0);
+}
+
+constexpr Codec kCodecs[] = {
+    {"lossless", 0, split_bytes, encode_split, decode_split},
+    {"bits:0.5", 32768, block_bytes, encode_block, decode_block},
+    {"bits:2", 131072, block_bytes, encode_block, decode_block},
+    {"bits:5", 327680, block_bytes, encode_block, decode_block},
+    {"grid:0.2", 13107, grid_bytes, encode_grid, decode_grid},
+    {"grid:3", 196608, grid_bytes, encode_grid, decode_grid},
+    {"delta", 0, delta_bytes, encode_delta, decode_delta},
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -58,31 +126,22 @@ int main(int argc, char** argv) {
         for (int octave = 0; octave < j / 32; ++octave) steps[j] *= 2.0f;
     }
     for (int dtype = EDL_FLOAT32; dtype <= EDL_FLOAT8_E5M2; ++dtype) {
-        for (const int64_t bits_q16 : {0, 32768, 131072, 327680}) {  // 0: the exact codec
+        for (const Codec& codec : kCodecs) {
             Digest digest;
             for (const int64_t numel : {1, 300, 5000, 140001}) {
                 for (const bool any_bits : {false, true}) {
-                    const std::vector<uint8_t> x = tensor(numel, dtype, any_bits);
-                    const int64_t capacity =
-                        bits_q16 == 0 ? edl_split_max_bytes(numel, dtype) : edl_block_max_bytes(numel, 1, bits_q16);
-                    std::vector<uint8_t> body(static_cast<size_t>(capacity)), out(x.size());
-                    const int64_t size = bits_q16 == 0
-                                             ? edl_split_encode(x.data(), numel, dtype, body.data(), capacity, nullptr)
-                                             : edl_block_encode(x.data(), numel, dtype, nullptr, nullptr, 0, bits_q16,
-                                                                steps, -1, body.data(), capacity, nullptr);
+                    const std::vector<uint8_t> x = tensor(numel, dtype, any_bits), near = changed(x);
+                    const Call call = {x.data(), near.data(), numel, dtype, codec.bits_q16, steps};
+                    std::vector<uint8_t> body(static_cast<size_t>(codec.max_bytes(call))), out(x.size());
+                    const int64_t size = codec.encode(call, body);
                     if (size < 0) return 1;
                     body.resize(static_cast<size_t>(size));
-                    const int64_t result =
-                        bits_q16 == 0
-                            ? edl_split_decode(body.data(), size, dtype, numel, out.data(), dtype, 0)
-                            : edl_block_decode(body.data(), size, dtype, numel, nullptr, 0, out.data(), dtype, 0);
-                    if (result != 0) return 1;
+                    if (codec.decode(call, body, out.data()) != 0) return 1;
                     digest.add(body);
                     digest.add(out);
                 }
             }
-            std::printf("dtype %d bits %lld: %016llx\n", dtype, static_cast<long long>(bits_q16),
-                        static_cast<unsigned long long>(digest.value()));
+            std::printf("dtype %d %s: %016llx\n", dtype, codec.name, static_cast<unsigned long long>(digest.value()));
         }
     }
     return 0;
