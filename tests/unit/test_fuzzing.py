@@ -58,6 +58,7 @@ def test_libfuzzer_finds_nothing_in_a_short_search(tmp_path: Path) -> None:
     )
     if run(clang, "-fsanitize=fuzzer,address", probe, "-o", tmp_path / "probe").returncode:
         pytest.skip("this clang lacks libFuzzer (apt-get install libclang-rt-14-dev)")
-    done = run("bash", FUZZ / "fuzz.sh", "20", "-seed=1", f"-artifact_prefix={tmp_path}/")
+    options = ("20", "-seed=1", f"-artifact_prefix={tmp_path}/")
+    done = run("bash", FUZZ / "fuzz.sh", *options, FOUND=str(tmp_path / "found"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "number_of_executed_units" in done.stderr
