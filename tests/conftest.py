@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 
 import pytest
 
 # Several ranks share few cores: one thread each, in this process and in those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    """For tests that change how many threads the compiled codecs use."""
+    from efficient_dl.codec.kernels.native.library import num_threads, set_num_threads
+
+    before = num_threads()
+    yield
+    set_num_threads(before)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

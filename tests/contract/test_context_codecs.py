@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficient_dl.codec import PacketStats, Side, make_codec
-from efficient_dl.codec.kernels.native.library import load_library
+from efficient_dl.codec.kernels.native.library import set_num_threads
 from efficient_dl.errors import ConfigError, CorruptPacket, SideMismatch
 
 KERNELS = ("reference", "portable", "native")
@@ -115,22 +115,18 @@ def test_contexts_beat_the_order0_entropy_of_clustered_values() -> None:
     assert 8 * packet.numel() < 0.85 * stats.order0_bits
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("spec", ["grid:0.15", "grid:3.0", "delta"])
 def test_threads_do_not_change_the_bytes(spec: str) -> None:
-    library = load_library()
     x = sparse(1_500_000, 9)
     side = Side(segments=(400_000, 77, 1_099_923), reference=changed(x, 0.1, 10))
-    before = library.num_threads()
     packets: list[torch.Tensor] = []
-    try:
-        for threads in (1, 3):
-            library.set_num_threads(threads)
-            packets.append(make_codec(spec).encode(x, side))
-            out = torch.empty_like(x)
-            make_codec(spec).decode(packets[0], out, side=side)
-            assert spec != "delta" or torch.equal(out, x)
-    finally:
-        library.set_num_threads(before)
+    for threads in (1, 3):
+        set_num_threads(threads)
+        packets.append(make_codec(spec).encode(x, side))
+        out = torch.empty_like(x)
+        make_codec(spec).decode(packets[0], out, side=side)
+        assert spec != "delta" or torch.equal(out, x)
     assert torch.equal(*packets)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +108,30 @@ def test_a_step_that_both_ends_know(step: float) -> None:
     )
     with pytest.raises(SideMismatch):
         by_document(packet, x, Side(step_size=2 * step))
+
+
+def outcome(decode: Callable[[], bytes]) -> bytes | None:
+    """What decoding gives, None if the packet is refused."""
+    try:
+        return decode()
+    except CorruptPacket:
+        return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_document_judges_damaged_bodies_as_the_codecs_do(spec: str, dtype: torch.dtype) -> None:
+    x = tensor("heavy", 1000, dtype)
+    side = side_for(spec, x, cut=False)
+    packet = make_codec(spec, checksum=False).encode(x, side)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(60):
+        damaged = packet.clone()
+        at = int(torch.randint(32, packet.numel(), (), generator=generator))
+        damaged[at] ^= int(torch.randint(1, 256, (), generator=generator))
+        document = outcome(lambda damaged=damaged: by_document(damaged, x, side))
+        codec = outcome(lambda damaged=damaged: by_codec(spec, damaged, x, side))
+        assert document == codec, at
 
 
 @pytest.mark.parametrize("spec", SPECS)

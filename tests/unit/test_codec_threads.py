@@ -24,12 +24,7 @@ NATIVE = Path(library.__file__).resolve().parent
 THREADS = (1, 2, 3, 8)
 TILE_VALUES = 512 * 256  # of pair mode
 
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    before = num_threads()
-    yield
-    set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("restored_threads")
 
 
 def laplace_like(numel: int, seed: int = 0) -> Tensor:

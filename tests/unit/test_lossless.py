@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import PacketStats, make_codec
-from efficient_dl.codec.kernels.native.library import num_threads, set_num_threads
+from efficient_dl.codec.kernels.native.library import set_num_threads
 from efficient_dl.codec.kernels.reference import exponents, split, tables
 from efficient_dl.errors import CorruptPacket
 
@@ -230,22 +230,19 @@ def test_a_table_is_sent_only_where_it_pays() -> None:
     assert sizes[0] == 0 and sizes[-1] > 0
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_number_of_threads_changes_no_byte(dtype: torch.dtype) -> None:
     x = torch.cat([normal(20 * TILE_VALUES), torch.zeros(3 * TILE_VALUES), normal(700_001, 2) * 1e-3]).to(
         dtype
     )
-    before = num_threads()
-    try:
-        set_num_threads(1)
-        expected = encoded(x)
-        for count in (1, 2, 3, 8):
-            set_num_threads(count)
-            for _ in range(3):
-                assert torch.equal(encoded(x), expected), count
-                assert torch.equal(bytes_of(decoded(expected, x)), bytes_of(x)), count
-    finally:
-        set_num_threads(before)
+    set_num_threads(1)
+    expected = encoded(x)
+    for count in (1, 2, 3, 8):
+        set_num_threads(count)
+        for _ in range(3):
+            assert torch.equal(encoded(x), expected), count
+            assert torch.equal(bytes_of(decoded(expected, x)), bytes_of(x)), count
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
