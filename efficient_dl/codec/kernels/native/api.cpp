@@ -316,6 +316,7 @@ int64_t edl_cast_encode(const void* x, int64_t numel, int dtype, int wire_dtype,
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
         require(is_dtype(wire_dtype));
+        if (numel == 0) return 0;
         ByteWriter writer(body, capacity);
         return edl::cast_encode(*thread_kernels, {x, numel, dtype}, wire_dtype, writer);
     });
@@ -327,6 +328,7 @@ int64_t edl_cast_decode(const uint8_t* body, int64_t body_bytes, int wire_dtype,
         check_tensor(out, numel, out_dtype);
         check_body(body, body_bytes);
         require(is_dtype(wire_dtype));
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);
         edl::cast_decode(*thread_kernels, reader, wire_dtype, {out, numel, out_dtype, accumulate != 0});
         return 0;
