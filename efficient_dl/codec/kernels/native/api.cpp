@@ -45,6 +45,9 @@ void require(bool condition) {
 constexpr int64_t kMaxNumel = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
 
+// The block quantizer's target rate.
+bool is_block_rate(int64_t bits_q16) { return bits_q16 >= edl::kMinBitsQ16 && bits_q16 <= kMaxBitsQ16; }
+
 bool is_dtype(int dtype) { return dtype >= EDL_FLOAT32 && dtype <= EDL_FLOAT8_E5M2; }
 
 void check_tensor(const void* data, int64_t numel, int dtype) {
@@ -145,14 +148,14 @@ int64_t edl_split_max_bytes(int64_t numel, int dtype) {
 
 int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && is_block_rate(bits_q16));
         return numel == 0 ? 0 : edl::block_max_bytes(numel, num_segments < 1 ? 1 : num_segments, bits_q16);
     });
 }
 
 int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments, int64_t bits_q16) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(numel >= 0 && numel <= kMaxNumel && is_block_rate(bits_q16));
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         return numel == 0 ? 0 : edl::block_fixed_bytes(grid, bits_q16);
     });
@@ -190,7 +193,7 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residua
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
-        require(steps != nullptr && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(steps != nullptr && is_block_rate(bits_q16));
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;

@@ -38,6 +38,8 @@ int64_t split_max_bytes(int64_t numel, int dtype);
 int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats);
 void split_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, const Output& out);
 
+// The smallest target rate, 0.1 bits a value: mode_for would give far lower ones tiles that decoders refuse.
+inline constexpr int64_t kMinBitsQ16 = 6554;
 int64_t block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 // The smallest limit that block_encode takes.
 int64_t block_fixed_bytes(const Segments& segments, int64_t bits_q16);

@@ -90,7 +90,8 @@ EDL_EXPORT int64_t edl_set_isa(const char* name);
 EDL_EXPORT int64_t edl_num_threads(void);
 EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
-/* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. */
+/* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. The block
+ * functions take 6554 (0.1 bits) to 2097152 (32 bits), edl_grid_encode 1 to 2097152; others are EDL_BAD_ARGUMENT. */
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);
