@@ -255,6 +255,15 @@ def test_rates_outside_of_the_block_quantizers_range_are_refused(isa: str) -> No
         native.block_decode(room.data_ptr(), body_bytes, 0, 5000, (5000,), x.data_ptr(), 0, False)
 
 
+def test_an_empty_cast_has_an_empty_body() -> None:
+    native = load_library()
+    assert native.cast_encode(0, 0, 0, 1, 0, 0) == 0
+    native.cast_decode(0, 0, 1, 0, 0, 0, False)
+    rest = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(CorruptPacket, match="left over"):
+        native.cast_decode(rest.data_ptr(), 4, 1, 0, 0, 0, False)
+
+
 def test_the_instruction_sets_are_those_of_this_processor() -> None:
     flags = Path("/proc/cpuinfo").read_text() if IS_X86 else ""
     assert ISAS[-1] == "portable"
