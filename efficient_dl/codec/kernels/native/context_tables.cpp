@@ -50,24 +50,6 @@ int class_of(int sum) {
     return static_cast<int>(std::upper_bound(std::begin(kThresholds), std::end(kThresholds), sum) - kThresholds);
 }
 
-int64_t entropy_q16(const uint64_t* counts, int alphabet) {
-    uint32_t numbers[kMaxAlphabet + 1], logarithms[kMaxAlphabet + 1];  // of the symbols that occur, and their total
-    int present = 0;
-    uint64_t total = 0;
-    for (int s = 0; s < alphabet; ++s) {
-        if (counts[s] == 0) continue;
-        numbers[present++] = static_cast<uint32_t>(counts[s]);
-        total += counts[s];
-    }
-    if (present < 2) return 0;
-    numbers[present] = static_cast<uint32_t>(total);
-    integer_log2(numbers, present + 1, logarithms);
-    int64_t cost = 0;
-    for (int i = 0; i < present; ++i)
-        cost += int64_t{numbers[i]} * (int64_t{logarithms[present]} - int64_t{logarithms[i]});
-    return cost;
-}
-
 ContextTables choose_tables(const ClassCounts& counts) {
     ClassCounts scaled;
     std::memcpy(scaled, counts, sizeof scaled);

@@ -37,8 +37,6 @@ struct ContextTables {
 };
 
 ContextTables choose_tables(const ClassCounts& counts);
-// The entropy of counts whose sum is below 2^31, in units of 2^-16 bit.
-int64_t entropy_q16(const uint64_t* counts, int alphabet);
 // Blocks a tile, for symbols that cost cost_q16.
 int64_t choose_tile_blocks(int64_t num_blocks, int64_t cost_q16);
 
