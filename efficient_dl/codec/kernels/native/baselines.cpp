@@ -257,8 +257,9 @@ int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x
     body.value(static_cast<uint32_t>(block_values));
     uint8_t* scales = body.reserve(kScaleBytes * grid.num_blocks);
     uint8_t* payload = body.reserve(grid.payload_bytes);
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
-        BlockCoder coder{kernels, block_loops(kernels), codec, format, x, {}};
+        BlockCoder coder{kernels, loops, codec, format, x, {}};
         for_each_block(segments, block_values, format, grid.parts[static_cast<size_t>(index)],
                        [&](int64_t first, int64_t numel, int64_t block, int64_t offset) {
                            const uint16_t scale = coder.encode_block(first, numel, payload + offset);
@@ -292,6 +293,7 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
     const uint8_t* scales = body.take(kScaleBytes * grid.num_blocks);
     const uint8_t* payload = body.take(grid.payload_bytes);
     if (body.remaining() != 0) throw CodecError{EDL_TRAILING_BYTES};
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
         const Part& part = grid.parts[static_cast<size_t>(index)];
         OutputBuffer buffer(kernels, out, part.first_value);
@@ -300,7 +302,7 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
                            uint16_t scale;
                            std::memcpy(&scale, scales + kScaleBytes * block, sizeof scale);
                            if (!is_scale(scale, format)) throw CodecError{EDL_BAD_CODES};
-                           decode_block(block_loops(kernels), codec, format, payload + offset, numel, scale, buffer);
+                           decode_block(loops, codec, format, payload + offset, numel, scale, buffer);
                        });
         buffer.flush();
     });
@@ -312,6 +314,7 @@ int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype
         std::memcpy(target, x.data, static_cast<size_t>(x.numel * item_bytes(wire_dtype)));
         return body.written();
     }
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for((x.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
         alignas(64) float buffer[kChunkValues];
         alignas(64) uint8_t rounded[kChunkValues * sizeof(float)];
@@ -319,7 +322,7 @@ int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype
         for (int64_t first = part * kPartValues; first < end; first += kChunkValues) {
             const int64_t count = std::min<int64_t>(kChunkValues, end - first);
             kernels.load(x.at(first), x.dtype, count, buffer);
-            block_loops(kernels).make_nans_alike(buffer, count);
+            loops.make_nans_alike(buffer, count);
             // By way of a buffer: the body may lie at any address.
             kernels.store(buffer, wire_dtype, count, rounded, false);
             std::memcpy(target + first * item_bytes(wire_dtype), rounded,
@@ -337,6 +340,7 @@ void cast_decode(const Kernels& kernels, ByteReader& body, int wire_dtype, const
         std::memcpy(out.data, source, static_cast<size_t>(out.numel * width));
         return;
     }
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for((out.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
         alignas(64) float buffer[kChunkValues];
         alignas(64) uint8_t aligned[kChunkValues * sizeof(float)];
@@ -345,7 +349,7 @@ void cast_decode(const Kernels& kernels, ByteReader& body, int wire_dtype, const
             const int64_t count = std::min<int64_t>(kChunkValues, end - first);
             std::memcpy(aligned, source + first * width, static_cast<size_t>(count * width));
             kernels.load(aligned, wire_dtype, count, buffer);
-            if (!out.accumulate) block_loops(kernels).make_nans_alike(buffer, count);
+            if (!out.accumulate) loops.make_nans_alike(buffer, count);
             kernels.store(buffer, out.dtype, count, out.at(first), out.accumulate);
         }
     });
