@@ -96,7 +96,7 @@ private:
         uint8_t* symbols = scratch_.symbols;
         for (int64_t b = 0; b < range.blocks; ++b) {
             if (codes[b] == 0) continue;
-            const SplitWholeBlock block(x_, range.first_block + b);
+            const WholeBlock block(x_, range.first_block + b);
             std::memcpy(symbols, block.data, kBlockValues);
             symbols += kBlockValues;
         }
@@ -114,7 +114,7 @@ private:
         split_blocks(x_.at(range.start), last, codes, cursor);
         const uint8_t* last_symbols = cursor.symbols;
         const uint8_t* const carried_begin = cursor.planes[0];
-        const SplitWholeBlock block(x_, range.first_block + last);
+        const WholeBlock block(x_, range.first_block + last);
         split_blocks(block.data, 1, codes + last, cursor);
         const uint8_t* carried = carried_begin;
         for (int i = 0; i < kBlockValues; ++i) {
