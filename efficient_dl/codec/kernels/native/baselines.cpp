@@ -340,18 +340,9 @@ void cast_decode(const Kernels& kernels, ByteReader& body, int wire_dtype, const
         std::memcpy(out.data, source, static_cast<size_t>(out.numel * width));
         return;
     }
-    const BlockLoops& loops = block_loops(kernels);
     parallel_for((out.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
-        alignas(64) float buffer[kChunkValues];
-        alignas(64) uint8_t aligned[kChunkValues * sizeof(float)];
-        const int64_t end = std::min(out.numel, (part + 1) * kPartValues);
-        for (int64_t first = part * kPartValues; first < end; first += kChunkValues) {
-            const int64_t count = std::min<int64_t>(kChunkValues, end - first);
-            std::memcpy(aligned, source + first * width, static_cast<size_t>(count * width));
-            kernels.load(aligned, wire_dtype, count, buffer);
-            if (!out.accumulate) loops.make_nans_alike(buffer, count);
-            kernels.store(buffer, out.dtype, count, out.at(first), out.accumulate);
-        }
+        const int64_t first = part * kPartValues, count = std::min(kPartValues, out.numel - first);
+        store_values(kernels, source + first * width, wire_dtype, count, out, first, !out.accumulate);
     });
 }
 

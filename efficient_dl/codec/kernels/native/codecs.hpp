@@ -29,6 +29,11 @@ struct Output {
     void* at(int64_t index) const { return static_cast<uint8_t*>(data) + index * item_bytes(dtype); }
 };
 
+// Converts `count` values of a dtype, at any address, to out's dtype from its value `first` on, or adds them.
+// nans_alike: then every NaN gets the bits 0x7fc00000 before it is converted.
+void store_values(const Kernels& kernels, const void* values, int dtype, int64_t count, const Output& out,
+                  int64_t first, bool nans_alike = false);
+
 struct Segments {
     const int64_t* lengths;
     int64_t count;
