@@ -105,7 +105,7 @@ const char* edl_error_name(int64_t code) {
         case EDL_BAD_CODES: return "a block's scale is out of range";
         case EDL_BAD_TILE_SIZE: return "a tile's size does not match its content";
         case EDL_BAD_STREAM: return "a tile's entropy-coded words do not end where its directory says";
-        case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet, behind the end of a short block or in one without a scale";
+        case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet or its block, or in a block without a scale";
         case EDL_BAD_ESCAPES: return "a tile's escapes do not match its directory entry";
         case EDL_BAD_PADDING: return "padding is not zero";
         case EDL_BAD_POSITIONS: return "the kept values' positions do not fit their tensor";

@@ -133,7 +133,7 @@ ClassBits encode_classes(const Kernels& kernels, const uint8_t* classes, int64_t
     counts[0] += static_cast<uint64_t>((kLanes - num_blocks % kLanes) % kLanes);
     const FrequencyTable frequencies = normalize(counts, kNumClasses);
 
-    // Coded into memory of its own, with room for less than the stored classes: whether that is enough shows at the end.
+    // Coded into memory of its own, with less room than the stored classes take: whether it is enough shows at the end.
     const int64_t coded_room = kCountBytes + padded(num_blocks) - 1;
     std::vector<uint8_t> room(static_cast<size_t>(coded_room));
     ByteWriter coded(room.data(), coded_room);
