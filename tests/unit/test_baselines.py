@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficient_dl.codec import Codec, PacketStats, Side, codec_names, make_codec
 from efficient_dl.codec.kernels.native.interface import NativeLibrary
-from efficient_dl.codec.kernels.native.library import load_library
+from efficient_dl.codec.kernels.native.library import available_isas, load_library
 from efficient_dl.errors import ConfigError, CorruptPacket, PackageMissing
 
 KERNELS = ("reference", "portable", "native")
@@ -248,6 +248,27 @@ def test_bytes_that_no_encoder_writes_are_refused(spec: str, kernel: str) -> Non
     for body in damaged_bodies(spec):
         with pytest.raises(CorruptPacket):
             codec.decode(with_body(packet, body), torch.empty(301))
+
+
+@pytest.mark.parametrize("kernel", ["reference", *available_isas()])
+@pytest.mark.parametrize(("spec", "other"), [("int8", 0x01), ("int4", 0x89), ("sign", 0x01)])
+def test_values_in_a_block_without_a_scale_are_refused(spec: str, other: int, kernel: str) -> None:
+    codec = make_codec(spec, kernel=kernel, checksum=False)
+    # An empty block between two others, and a short non-finite one.
+    x = torch.cat([torch.randn(256, generator=seeded(10)), torch.zeros(256), torch.full((45,), 2.0)])
+    x[520] = float("inf")
+    packet = codec.encode(x)
+    body = body_of(packet)
+    assert struct.unpack_from("<3H", body, 4)[1:] == (0, 0x7FC0)
+    out = decoded(codec, with_body(packet, body), x)
+    assert (out[256:512] == 0).all() and out[512:].isnan().all()
+    values_per_byte = {"int8": 1, "int4": 2, "sign": 8}[spec]
+    for position in range(10 + 256 // values_per_byte, len(body)):
+        damaged = bytearray(body)
+        assert damaged[position] == (0x88 if spec == "int4" else 0)
+        damaged[position] = other
+        with pytest.raises(CorruptPacket):
+            codec.decode(with_body(packet, damaged), torch.empty_like(x))
 
 
 def piece(content: bytes) -> bytes:

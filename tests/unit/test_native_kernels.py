@@ -17,9 +17,10 @@ from torch import Tensor
 from efficient_dl.codec import PacketStats, make_codec
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
-from efficient_dl.codec.kernels.native.interface import NativeLibrary
+from efficient_dl.codec.kernels.native.interface import NativeLibrary, float_array
 from efficient_dl.codec.kernels.native.library import available_isas, load_library
 from efficient_dl.codec.kernels.reference.bodies import ReferenceBlock, ReferenceSplit
+from efficient_dl.codec.steps import STEPS
 from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 
 HERE = Path(__file__).resolve().parent
@@ -228,6 +229,39 @@ def test_wrong_arguments_are_refused() -> None:
         native.block_decode(room.data_ptr(), 100, 0, 5000, (4000, 999), x.data_ptr(), 0, False)
     with pytest.raises(ConfigError, match=f"instruction set 'sse9'(.|\n)*kernels up to '{ISAS[0]}'"):
         load_library("sse9")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rates_outside_of_the_block_quantizers_range_are_refused(isa: str) -> None:
+    native, steps = load_library(isa), float_array(STEPS)
+    x, room = laplace_like(5000), torch.zeros(60_000, dtype=torch.uint8)
+
+    def encode(bits_q16: int) -> int:
+        return native.block_encode(
+            x.data_ptr(), 5000, 0, None, (5000,), bits_q16, steps, None, room.data_ptr(), 60_000
+        )
+
+    for bits_q16 in (-1, 0, 16, 6553, 2**21 + 1):
+        with pytest.raises(ValueError, match="argument"):
+            native.block_max_bytes(5000, 1, bits_q16)
+        with pytest.raises(ValueError, match="argument"):
+            native.block_fixed_bytes(5000, (5000,), bits_q16)
+        with pytest.raises(ValueError, match="argument"):
+            encode(bits_q16)
+    for bits_q16 in (6554, 2**21):
+        body_bytes = encode(bits_q16)
+        assert native.block_fixed_bytes(5000, (5000,), bits_q16) <= native.block_max_bytes(5000, 1, bits_q16)
+        assert body_bytes <= native.block_max_bytes(5000, 1, bits_q16)
+        native.block_decode(room.data_ptr(), body_bytes, 0, 5000, (5000,), x.data_ptr(), 0, False)
+
+
+def test_an_empty_cast_has_an_empty_body() -> None:
+    native = load_library()
+    assert native.cast_encode(0, 0, 0, 1, 0, 0) == 0
+    native.cast_decode(0, 0, 1, 0, 0, 0, False)
+    rest = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(CorruptPacket, match="left over"):
+        native.cast_decode(rest.data_ptr(), 4, 1, 0, 0, 0, False)
 
 
 def test_the_instruction_sets_are_those_of_this_processor() -> None:

@@ -45,6 +45,9 @@ void require(bool condition) {
 constexpr int64_t kMaxNumel = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxBitsQ16 = int64_t{32} << 16;
 
+// The block quantizer's target rate.
+bool is_block_rate(int64_t bits_q16) { return bits_q16 >= edl::kMinBitsQ16 && bits_q16 <= kMaxBitsQ16; }
+
 bool is_dtype(int dtype) { return dtype >= EDL_FLOAT32 && dtype <= EDL_FLOAT8_E5M2; }
 
 void check_tensor(const void* data, int64_t numel, int dtype) {
@@ -102,7 +105,7 @@ const char* edl_error_name(int64_t code) {
         case EDL_BAD_CODES: return "a block's scale is out of range";
         case EDL_BAD_TILE_SIZE: return "a tile's size does not match its content";
         case EDL_BAD_STREAM: return "a tile's entropy-coded words do not end where its directory says";
-        case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet, or behind the end of a short block";
+        case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet or its block, or in a block without a scale";
         case EDL_BAD_ESCAPES: return "a tile's escapes do not match its directory entry";
         case EDL_BAD_PADDING: return "padding is not zero";
         case EDL_BAD_POSITIONS: return "the kept values' positions do not fit their tensor";
@@ -145,14 +148,14 @@ int64_t edl_split_max_bytes(int64_t numel, int dtype) {
 
 int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(numel >= 0 && numel <= kMaxNumel && num_segments >= 0 && is_block_rate(bits_q16));
         return numel == 0 ? 0 : edl::block_max_bytes(numel, num_segments < 1 ? 1 : num_segments, bits_q16);
     });
 }
 
 int64_t edl_block_fixed_bytes(int64_t numel, const int64_t* segments, int64_t num_segments, int64_t bits_q16) {
     return guarded([&] {
-        require(numel >= 0 && numel <= kMaxNumel && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(numel >= 0 && numel <= kMaxNumel && is_block_rate(bits_q16));
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         return numel == 0 ? 0 : edl::block_fixed_bytes(grid, bits_q16);
     });
@@ -190,7 +193,7 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residua
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
-        require(steps != nullptr && bits_q16 > 0 && bits_q16 <= kMaxBitsQ16);
+        require(steps != nullptr && is_block_rate(bits_q16));
         const edl::Segments grid = checked_segments(segments, num_segments, numel, &numel);
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
@@ -316,6 +319,7 @@ int64_t edl_cast_encode(const void* x, int64_t numel, int dtype, int wire_dtype,
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
         require(is_dtype(wire_dtype));
+        if (numel == 0) return 0;
         ByteWriter writer(body, capacity);
         return edl::cast_encode(*thread_kernels, {x, numel, dtype}, wire_dtype, writer);
     });
@@ -327,6 +331,7 @@ int64_t edl_cast_decode(const uint8_t* body, int64_t body_bytes, int wire_dtype,
         check_tensor(out, numel, out_dtype);
         check_body(body, body_bytes);
         require(is_dtype(wire_dtype));
+        if (numel == 0) return body_bytes == 0 ? 0 : EDL_TRAILING_BYTES;
         ByteReader reader(body, body_bytes);
         edl::cast_decode(*thread_kernels, reader, wire_dtype, {out, numel, out_dtype, accumulate != 0});
         return 0;

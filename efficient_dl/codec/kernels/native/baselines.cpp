@@ -128,6 +128,12 @@ uint16_t mean_scale(std::vector<double>& sums, uint32_t max_bits, int64_t numel)
     return static_cast<uint16_t>(std::min((bits + 0x7fff + (bits >> 16 & 1)) >> 16, uint32_t{kInfinity} - 1));
 }
 
+// Blocks that are neither empty nor non-finite have a scale.
+bool has_scale(uint16_t scale) { return scale != 0 && scale != kNan; }
+
+// All bytes of a block without a scale: q = 0 everywhere, which int4 writes as 8; a short block's last nibble too.
+uint8_t fill_byte(int codec) { return codec == EDL_INT4 ? 0x88 : 0; }
+
 struct BlockCoder {
     const Kernels& kernels;
     const BlockLoops& loops;
@@ -149,9 +155,8 @@ struct BlockCoder {
         }
         const uint16_t scale = format.level == 0 ? mean_scale(sums, max_bits, numel)
                                                  : integer_scale(max_bits, format.level);
-        if (scale == 0 || scale == kNan) {
-            // q = 0 everywhere, which int4 writes as 8; a short block's last nibble too.
-            std::memset(payload, codec == EDL_INT4 ? 0x88 : 0, static_cast<size_t>(format.payload_bytes(numel)));
+        if (!has_scale(scale)) {
+            std::memset(payload, fill_byte(codec), static_cast<size_t>(format.payload_bytes(numel)));
             return scale;
         }
         for (int64_t done = 0; done < numel; done += kChunkValues) {
@@ -176,7 +181,7 @@ void count_symbols(int codec, const uint8_t* payload, int64_t numel, uint64_t* c
 
 bool is_scale(uint16_t bits, const Format& format) {
     const uint16_t smallest = format.level == 0 ? 0 : kSmallestNormal;
-    return bits == 0 || bits == kNan || (bits >= smallest && bits < kInfinity);
+    return !has_scale(bits) || (bits >= smallest && bits < kInfinity);
 }
 
 // The places behind the end of a block's last byte hold what the encoder puts there.
@@ -184,6 +189,12 @@ bool has_clean_end(int codec, const uint8_t* payload, int64_t numel) {
     if (codec == EDL_INT4) return numel % 2 == 0 || payload[numel / 2] >> 4 == 8;
     if (codec == EDL_SIGN) return numel % 8 == 0 || payload[numel / 8] >> (numel % 8) == 0;
     return true;
+}
+
+bool is_filled(const uint8_t* payload, int64_t num_bytes, uint8_t fill) {
+    uint8_t other = 0;
+    for (int64_t i = 0; i < num_bytes; ++i) other |= payload[i] ^ fill;
+    return other == 0;
 }
 
 // Gathers decoded values, so that the output is touched in long stretches even where blocks are short.
@@ -222,6 +233,8 @@ private:
 void decode_block(const BlockLoops& loops, int codec, const Format& format, const uint8_t* payload, int64_t numel,
                   uint16_t scale, OutputBuffer& out) {
     if (!has_clean_end(codec, payload, numel)) throw CodecError{EDL_BAD_PADDING};
+    if (!has_scale(scale) && !is_filled(payload, format.payload_bytes(numel), fill_byte(codec)))
+        throw CodecError{EDL_BAD_SYMBOL};
     for (int64_t done = 0; done < numel; done += kChunkValues) {
         const int64_t count = std::min<int64_t>(kChunkValues, numel - done);
         const uint8_t* source = payload + done / format.values_per_byte;
@@ -244,8 +257,9 @@ int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x
     body.value(static_cast<uint32_t>(block_values));
     uint8_t* scales = body.reserve(kScaleBytes * grid.num_blocks);
     uint8_t* payload = body.reserve(grid.payload_bytes);
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
-        BlockCoder coder{kernels, block_loops(kernels), codec, format, x, {}};
+        BlockCoder coder{kernels, loops, codec, format, x, {}};
         for_each_block(segments, block_values, format, grid.parts[static_cast<size_t>(index)],
                        [&](int64_t first, int64_t numel, int64_t block, int64_t offset) {
                            const uint16_t scale = coder.encode_block(first, numel, payload + offset);
@@ -261,7 +275,7 @@ int64_t blockwise_encode(const Kernels& kernels, int codec, const ConstValues& x
                                std::memcpy(&scale, scales + kScaleBytes * block, sizeof scale);
                                stats->empty_blocks += scale == 0;
                                stats->nonfinite_blocks += scale == kNan;
-                               if (scale != 0 && scale != kNan) count_symbols(codec, payload + offset, numel, counts);
+                               if (has_scale(scale)) count_symbols(codec, payload + offset, numel, counts);
                            });
         stats->order0_bits = entropy_bits(counts, 256);
         stats->model_bits = 8.0 * static_cast<double>(grid.payload_bytes);
@@ -279,6 +293,7 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
     const uint8_t* scales = body.take(kScaleBytes * grid.num_blocks);
     const uint8_t* payload = body.take(grid.payload_bytes);
     if (body.remaining() != 0) throw CodecError{EDL_TRAILING_BYTES};
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for(static_cast<int64_t>(grid.parts.size()), [&](int64_t index) {
         const Part& part = grid.parts[static_cast<size_t>(index)];
         OutputBuffer buffer(kernels, out, part.first_value);
@@ -287,7 +302,7 @@ void blockwise_decode(const Kernels& kernels, int codec, ByteReader& body, const
                            uint16_t scale;
                            std::memcpy(&scale, scales + kScaleBytes * block, sizeof scale);
                            if (!is_scale(scale, format)) throw CodecError{EDL_BAD_CODES};
-                           decode_block(block_loops(kernels), codec, format, payload + offset, numel, scale, buffer);
+                           decode_block(loops, codec, format, payload + offset, numel, scale, buffer);
                        });
         buffer.flush();
     });
@@ -299,6 +314,7 @@ int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype
         std::memcpy(target, x.data, static_cast<size_t>(x.numel * item_bytes(wire_dtype)));
         return body.written();
     }
+    const BlockLoops& loops = block_loops(kernels);
     parallel_for((x.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
         alignas(64) float buffer[kChunkValues];
         alignas(64) uint8_t rounded[kChunkValues * sizeof(float)];
@@ -306,7 +322,7 @@ int64_t cast_encode(const Kernels& kernels, const ConstValues& x, int wire_dtype
         for (int64_t first = part * kPartValues; first < end; first += kChunkValues) {
             const int64_t count = std::min<int64_t>(kChunkValues, end - first);
             kernels.load(x.at(first), x.dtype, count, buffer);
-            block_loops(kernels).make_nans_alike(buffer, count);
+            loops.make_nans_alike(buffer, count);
             // By way of a buffer: the body may lie at any address.
             kernels.store(buffer, wire_dtype, count, rounded, false);
             std::memcpy(target + first * item_bytes(wire_dtype), rounded,
@@ -325,16 +341,8 @@ void cast_decode(const Kernels& kernels, ByteReader& body, int wire_dtype, const
         return;
     }
     parallel_for((out.numel + kPartValues - 1) / kPartValues, [&](int64_t part) {
-        alignas(64) float buffer[kChunkValues];
-        alignas(64) uint8_t aligned[kChunkValues * sizeof(float)];
-        const int64_t end = std::min(out.numel, (part + 1) * kPartValues);
-        for (int64_t first = part * kPartValues; first < end; first += kChunkValues) {
-            const int64_t count = std::min<int64_t>(kChunkValues, end - first);
-            std::memcpy(aligned, source + first * width, static_cast<size_t>(count * width));
-            kernels.load(aligned, wire_dtype, count, buffer);
-            if (!out.accumulate) block_loops(kernels).make_nans_alike(buffer, count);
-            kernels.store(buffer, out.dtype, count, out.at(first), out.accumulate);
-        }
+        const int64_t first = part * kPartValues, count = std::min(kPartValues, out.numel - first);
+        store_values(kernels, source + first * width, wire_dtype, count, out, first, !out.accumulate);
     });
 }
 

@@ -261,7 +261,6 @@ namespace {
 // sample's rate is not quite the tensor's.
 int64_t bounded_bits_q16(const Segments& segments, int64_t numel, int64_t bits_q16, int64_t limit) {
     constexpr int64_t kShareQ16 = 64512;  // 63/64
-    constexpr int64_t kMinBitsQ16 = 6554;
     limit = std::min(limit, int64_t{1} << 40);  // more than any body; keeps the product below 2^63
     const int64_t available = (limit - block_fixed_bytes(segments, bits_q16)) * 8 * kShareQ16 / numel;
     const int64_t scales = count_blocks(segments) * 8 * 65536 / numel;

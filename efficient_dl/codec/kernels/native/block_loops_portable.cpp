@@ -1,6 +1,4 @@
 // The baselines' inner loops for any processor, and the choice among the instruction sets.
-#include <cstring>
-
 #include "block_loops.hpp"
 
 namespace edl {
@@ -22,8 +20,8 @@ extern const BlockLoops kBlockLoops;
 
 const BlockLoops& block_loops([[maybe_unused]] const Kernels& kernels) {
 #if defined(__x86_64__)
-    if (std::strcmp(kernels.name, "avx512") == 0) return avx512::kBlockLoops;
-    if (std::strcmp(kernels.name, "avx2") == 0) return avx2::kBlockLoops;
+    if (&kernels == avx512_kernels()) return avx512::kBlockLoops;
+    if (&kernels == avx2_kernels()) return avx2::kBlockLoops;
 #endif
     return kLoops;
 }

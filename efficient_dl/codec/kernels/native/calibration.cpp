@@ -43,18 +43,10 @@ Cost cost_of(const Kernels& kernels, const SymbolMode& mode, const SampleBlock* 
         cost.rows += mode.rows_per_block;
     }
 
-    // At most 127 blocks of 256 symbols: counts and their sum fit 32 bits.
+    // At most 127 blocks of 256 symbols.
     uint64_t counts[kMaxAlphabet] = {};
     histogram.fold(counts);
-    uint32_t numbers[kMaxAlphabet + 1], logarithms[kMaxAlphabet + 1];  // of the symbols that occur, and their total
-    int num_present = 0;
-    for (int s = 0; s < mode.alphabet; ++s)
-        if (counts[s] > 0) numbers[num_present++] = static_cast<uint32_t>(counts[s]);
-    numbers[num_present] = static_cast<uint32_t>(cost.rows * kLanes);
-    integer_log2(numbers, num_present + 1, logarithms);
-    for (int i = 0; i < num_present; ++i)
-        cost.bits_q16 += int64_t{numbers[i]} * (int64_t{logarithms[num_present]} - logarithms[i]);
-    cost.bits_q16 += escapes * 8 * mode.escape_bytes() * kOneBit;
+    cost.bits_q16 = entropy_q16(counts, mode.alphabet) + escapes * 8 * mode.escape_bytes() * kOneBit;
     return cost;
 }
 

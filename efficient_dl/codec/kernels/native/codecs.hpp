@@ -29,6 +29,11 @@ struct Output {
     void* at(int64_t index) const { return static_cast<uint8_t*>(data) + index * item_bytes(dtype); }
 };
 
+// Converts `count` values of a dtype, at any address, to out's dtype from its value `first` on, or adds them.
+// nans_alike: then every NaN gets the bits 0x7fc00000 before it is converted.
+void store_values(const Kernels& kernels, const void* values, int dtype, int64_t count, const Output& out,
+                  int64_t first, bool nans_alike = false);
+
 struct Segments {
     const int64_t* lengths;
     int64_t count;
@@ -38,6 +43,8 @@ int64_t split_max_bytes(int64_t numel, int dtype);
 int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats);
 void split_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, const Output& out);
 
+// The smallest target rate, 0.1 bits a value: mode_for would give far lower ones tiles that decoders refuse.
+inline constexpr int64_t kMinBitsQ16 = 6554;
 int64_t block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 // The smallest limit that block_encode takes.
 int64_t block_fixed_bytes(const Segments& segments, int64_t bits_q16);

@@ -10,6 +10,8 @@
 
 namespace edl {
 
+inline constexpr float kGridRounding = 0.375f;  // a dead zone of 1.25 steps
+
 struct ContextKernels {
     // As Kernels::encode_rows and decode_rows, with the table tables[row_tables[row]] for each row.
     int64_t (*encode_rows)(const EncodeTable* tables, const uint8_t* row_tables, const uint8_t* symbols, int64_t rows,
@@ -17,9 +19,9 @@ struct ContextKernels {
     int64_t (*decode_rows)(const DecodeTable* tables, const uint8_t* row_tables, const uint8_t* words,
                            int64_t num_words, int64_t rows, uint32_t* states, uint8_t* symbols);
 
-    // Bits of max |x|, NaNs included.
+    // Bits of max |x|, NaNs included: BlockLoops::max_bits for whole blocks, whose fixed count makes it faster.
     uint32_t (*magnitude_bits)(const float* block);
-    // q = sign(x) min(floor(|x| inverse_step + 0.375), 32767). All four: the sum of min(|q|, 255).
+    // q = sign(x) min(floor(|x| inverse_step + kGridRounding), 32767). All four: the sum of min(|q|, 255).
     int (*quantize_grid)(const float* block, float inverse_step, int16_t* q);
     // q: distances divided by 2^(8 planes), clamped to 16 bits; the rest in planes[], each 256 bytes, the most
     // significant first. 8-bit distances have none.

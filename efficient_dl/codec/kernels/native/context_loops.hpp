@@ -34,7 +34,7 @@ static int quantize_grid(const float* block, float inverse_step, int16_t* q) {
     int sum = 0;
     for (int i = 0; i < kBlockValues; ++i) {
         const float x = block[i], magnitude = x < 0 ? -x : x;
-        float level = magnitude * inverse_step + 0.375f;
+        float level = magnitude * inverse_step + kGridRounding;
         level = level < static_cast<float>(kMaxGridQ) ? level : static_cast<float>(kMaxGridQ);
         const int whole = static_cast<int>(level);
         q[i] = static_cast<int16_t>(x < 0 ? -whole : whole);

@@ -16,6 +16,7 @@ constexpr int64_t kStateShare = 384000;  // bits a tile, so that the lanes' stat
 constexpr int64_t kMinChosenTileBlocks = 256, kMaxChosenTileBlocks = 65536;
 constexpr int64_t kClassRows = 256;  // a tile of classes
 constexpr int64_t kClassTileBlocks = kClassRows * kLanes;
+constexpr int64_t kCountBytes = 4;  // a u32 before a table or a tile of classes
 
 const uint8_t kNoCarry[kLanes] = {};
 
@@ -44,28 +45,30 @@ void load_classes(const uint8_t* classes, int64_t num_blocks, int64_t first, Cla
     std::memset(tile.symbols + count, 0, static_cast<size_t>(tile.rows * kLanes - count));
 }
 
+// Writes the table and the tiles of all classes; false if there is no room for them.
+bool code_classes(const Kernels& kernels, const FrequencyTable& frequencies, const uint8_t* classes,
+                  int64_t num_blocks, ByteWriter& coded) {
+    const int64_t table_bytes = serialized_bytes(frequencies);
+    if (kCountBytes + table_bytes > coded.room()) return false;
+    coded.value(static_cast<uint32_t>(table_bytes));
+    serialize(frequencies, coded.reserve(table_bytes));
+    const auto tile = std::make_unique<ClassTile>();
+    std::vector<uint16_t> words(static_cast<size_t>(kClassTileBlocks));
+    TileEncoder encoder(kernels, frequencies, words.data(), kClassRows);
+    for (int64_t first = 0; first < num_blocks; first += kClassTileBlocks) {
+        load_classes(classes, num_blocks, first, *tile);
+        const int64_t tile_bytes = encoder.encode(tile->symbols, tile->rows, kNoCarry, kNoCarry);
+        if (kCountBytes + tile_bytes > coded.room()) return false;
+        coded.value(static_cast<uint32_t>(tile_bytes));
+        encoder.write(coded);
+    }
+    return true;
+}
+
 }  // namespace
 
 int class_of(int sum) {
     return static_cast<int>(std::upper_bound(std::begin(kThresholds), std::end(kThresholds), sum) - kThresholds);
-}
-
-int64_t entropy_q16(const uint64_t* counts, int alphabet) {
-    uint32_t numbers[kMaxAlphabet + 1], logarithms[kMaxAlphabet + 1];  // of the symbols that occur, and their total
-    int present = 0;
-    uint64_t total = 0;
-    for (int s = 0; s < alphabet; ++s) {
-        if (counts[s] == 0) continue;
-        numbers[present++] = static_cast<uint32_t>(counts[s]);
-        total += counts[s];
-    }
-    if (present < 2) return 0;
-    numbers[present] = static_cast<uint32_t>(total);
-    integer_log2(numbers, present + 1, logarithms);
-    int64_t cost = 0;
-    for (int i = 0; i < present; ++i)
-        cost += int64_t{numbers[i]} * (int64_t{logarithms[present]} - int64_t{logarithms[i]});
-    return cost;
 }
 
 ContextTables choose_tables(const ClassCounts& counts) {
@@ -130,28 +133,11 @@ ClassBits encode_classes(const Kernels& kernels, const uint8_t* classes, int64_t
     counts[0] += static_cast<uint64_t>((kLanes - num_blocks % kLanes) % kLanes);
     const FrequencyTable frequencies = normalize(counts, kNumClasses);
 
-    // Coded into memory of its own: whether that is shorter shows at the end.
-    const int64_t stored_bytes = 4 + padded(num_blocks);
-    std::vector<uint8_t> room(static_cast<size_t>(stored_bytes));
-    ByteWriter coded(room.data(), stored_bytes);
-    bool is_shorter = true;
-    const auto tile = std::make_unique<ClassTile>();
-    std::vector<uint16_t> words(static_cast<size_t>(kClassTileBlocks));
-    try {
-        const int64_t table_bytes = serialized_bytes(frequencies);
-        coded.value(static_cast<uint32_t>(table_bytes));
-        serialize(frequencies, coded.reserve(table_bytes));
-        TileEncoder encoder(kernels, frequencies, words.data(), kClassRows);
-        for (int64_t first = 0; first < num_blocks; first += kClassTileBlocks) {
-            load_classes(classes, num_blocks, first, *tile);
-            coded.value(static_cast<uint32_t>(encoder.encode(tile->symbols, tile->rows, kNoCarry, kNoCarry)));
-            encoder.write(coded);
-        }
-        is_shorter = coded.written() < stored_bytes;
-    } catch (const CodecError&) {
-        is_shorter = false;  // the room was too small
-    }
-    if (!is_shorter) {
+    // Coded into memory of its own, with less room than the stored classes take: whether it is enough shows at the end.
+    const int64_t coded_room = kCountBytes + padded(num_blocks) - 1;
+    std::vector<uint8_t> room(static_cast<size_t>(coded_room));
+    ByteWriter coded(room.data(), coded_room);
+    if (!code_classes(kernels, frequencies, classes, num_blocks, coded)) {
         body.value(uint32_t{0});
         body.bytes(classes, num_blocks);
         body.padding_after(num_blocks);

@@ -17,41 +17,6 @@ constexpr int64_t kHeadBytes = 20 + kNumContexts;
 constexpr int64_t kMaxTablesBytes = 11 * 200 + 4 * 416;
 constexpr int kOrder0Values = 2 * kByteRadius + 1;
 
-// Counts the symbols of rows by class. Symbols that are mostly zeros are counted by their others; of dense rows, two
-// counters a symbol keep neighbours from waiting for each other.
-class ClassHistogram {
-public:
-    void add_pairs(int c, const uint8_t* row, const uint64_t* nonzero) {
-        const int count = std::popcount(nonzero[0]) + std::popcount(nonzero[1]);
-        if (count > kDense && c >= kFirstDense) return add_all(c, row, kLanes);
-        counts_[c][kPairZeros] += static_cast<uint32_t>(kLanes - count);
-        for (int word = 0; word < 2; ++word)
-            for (uint64_t bits = nonzero[word]; bits != 0; bits &= bits - 1)
-                ++counts_[c][row[64 * word + std::countr_zero(bits)]];
-    }
-
-    void add_all(int c, const uint8_t* symbols, int count) {
-        uint32_t* even = counts_[c];
-        uint32_t* odd = more_[c - kFirstDense];
-        for (int i = 0; i < count; i += 2) {
-            ++even[symbols[i]];
-            ++odd[symbols[i + 1]];
-        }
-    }
-
-    void add_to(ClassCounts& totals) const {
-        for (int c = 0; c < kNumContexts; ++c)
-            for (int s = 0; s < kMaxAlphabet; ++s)
-                totals[c][s] += uint64_t{counts_[c][s]} + (c >= kFirstDense ? more_[c - kFirstDense][s] : 0);
-    }
-
-private:
-    static constexpr int kFirstDense = 8;
-    static constexpr int kDense = 32;
-    uint32_t counts_[kNumContexts][kMaxAlphabet] = {};
-    uint32_t more_[kNumContexts - kFirstDense][kMaxAlphabet] = {};
-};
-
 // One block's rows into place, its counts and escapes.
 void add_block(const ContextKernels& kernels, int c, const int16_t* q, uint8_t* rows, ClassHistogram& histogram,
                uint64_t* escaped) {
@@ -367,24 +332,16 @@ void SampleCost::add(const int16_t* q, int sum) {
     ++classes_[c];
     if (c == 0) return;
     alignas(64) uint8_t rows[kBlockValues];
-    uint64_t escaped[4] = {};
-    if (is_wide(c)) {
-        kernels_.byte_symbols(q, rows, escaped);
-        for (int i = 0; i < kBlockValues; ++i) ++counts_[c][rows[i]];
-    } else {
-        uint64_t nonzero[2];
-        kernels_.pair_symbols(q, rows, nonzero, escaped);
-        counts_[c][kPairZeros] += static_cast<uint64_t>(kLanes - std::popcount(nonzero[0]) - std::popcount(nonzero[1]));
-        for (int word = 0; word < 2; ++word)
-            for (uint64_t bits = nonzero[word]; bits != 0; bits &= bits - 1)
-                ++counts_[c][rows[64 * word + std::countr_zero(bits)]];
-    }
+    uint64_t escaped[4];
+    add_block(kernels_, c, q, rows, histogram_, escaped);
     for (const uint64_t mask : escaped) escaped_values_ += std::popcount(mask) * (is_wide(c) ? 1 : 2);
 }
 
 int64_t SampleCost::cost_q16() const {
     int64_t cost = entropy_q16(classes_, kNumClasses) + escaped_values_ * 8 * value_bytes_ * 65536;
-    for (int c = 1; c < kNumContexts; ++c) cost += entropy_q16(counts_[c], alphabet_of(c));
+    ClassCounts counts = {};
+    histogram_.add_to(counts);
+    for (int c = 1; c < kNumContexts; ++c) cost += entropy_q16(counts[c], alphabet_of(c));
     return cost;
 }
 

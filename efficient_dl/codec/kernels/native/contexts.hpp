@@ -37,8 +37,6 @@ struct ContextTables {
 };
 
 ContextTables choose_tables(const ClassCounts& counts);
-// The entropy of counts whose sum is below 2^31, in units of 2^-16 bit.
-int64_t entropy_q16(const uint64_t* counts, int alphabet);
 // Blocks a tile, for symbols that cost cost_q16.
 int64_t choose_tile_blocks(int64_t num_blocks, int64_t cost_q16);
 
@@ -68,6 +66,41 @@ void encode_integers(const Kernels& kernels, const IntegerSource& source, const 
                      ByteWriter& body, edl_stats* stats);
 int64_t integers_max_bytes(int64_t numel, int64_t num_segments, int value_bytes);
 
+// Counts the symbols of rows by class. Symbols that are mostly zeros are counted by their others; of dense rows, two
+// counters a symbol keep neighbours from waiting for each other.
+class ClassHistogram {
+public:
+    void add_pairs(int c, const uint8_t* row, const uint64_t* nonzero) {
+        const int count = std::popcount(nonzero[0]) + std::popcount(nonzero[1]);
+        if (count > kDense && c >= kFirstDense) return add_all(c, row, kLanes);
+        counts_[c][kPairZeros] += static_cast<uint32_t>(kLanes - count);
+        for (int word = 0; word < 2; ++word)
+            for (uint64_t bits = nonzero[word]; bits != 0; bits &= bits - 1)
+                ++counts_[c][row[64 * word + std::countr_zero(bits)]];
+    }
+
+    void add_all(int c, const uint8_t* symbols, int count) {
+        uint32_t* even = counts_[c];
+        uint32_t* odd = more_[c - kFirstDense];
+        for (int i = 0; i < count; i += 2) {
+            ++even[symbols[i]];
+            ++odd[symbols[i + 1]];
+        }
+    }
+
+    void add_to(ClassCounts& totals) const {
+        for (int c = 0; c < kNumContexts; ++c)
+            for (int s = 0; s < kMaxAlphabet; ++s)
+                totals[c][s] += uint64_t{counts_[c][s]} + (c >= kFirstDense ? more_[c - kFirstDense][s] : 0);
+    }
+
+private:
+    static constexpr int kFirstDense = 8;
+    static constexpr int kDense = 32;
+    uint32_t counts_[kNumContexts][kMaxAlphabet] = {};
+    uint32_t more_[kNumContexts - kFirstDense][kMaxAlphabet] = {};
+};
+
 // What finite sample blocks cost, given all their 16-bit integers: symbols, escapes and classes, in units of 2^-16 bit.
 class SampleCost {
 public:
@@ -81,7 +114,7 @@ private:
     int value_bytes_;
     int64_t escaped_values_ = 0;
     uint64_t classes_[kNumClasses] = {};
-    ClassCounts counts_ = {};
+    ClassHistogram histogram_;
 };
 
 // Blocks b with b mod sample_stride(num_blocks) = 0 are the sample that choices are measured on.

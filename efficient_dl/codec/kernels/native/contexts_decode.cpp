@@ -94,9 +94,7 @@ private:
             write_blocks(cursor, batch_end - classes, symbols, escapes);
             classes = batch_end;
         }
-        // An odd number of words is padded with a zero word.
-        if (used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};
-        if (used != num_words && (words[2 * used] | words[2 * used + 1]) != 0) throw CodecError{EDL_BAD_PADDING};
+        check_words_end(words, num_words, used);
         for (const uint32_t state : states)
             if (state != kLowestState) throw CodecError{EDL_BAD_STREAM};
     }

@@ -46,12 +46,11 @@ extern const ContextKernels kContextKernels;
 }
 #endif
 
-const ContextKernels& context_kernels(const Kernels& kernels) {
+const ContextKernels& context_kernels([[maybe_unused]] const Kernels& kernels) {
 #if defined(__x86_64__)
     if (&kernels == avx512_kernels()) return avx512::kContextKernels;
     if (&kernels == avx2_kernels()) return avx2::kContextKernels;
 #endif
-    static_cast<void>(kernels);
     return kPortable;
 }
 

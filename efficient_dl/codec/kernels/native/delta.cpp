@@ -5,6 +5,7 @@
 #include "contexts.hpp"
 #include "delta_order.hpp"
 #include "scratch.hpp"
+#include "whole_block.hpp"
 
 namespace edl {
 namespace {
@@ -17,17 +18,7 @@ constexpr int64_t kHeadBytes = 4;
 int max_planes(int dtype) { return item_bytes(dtype) / 2; }
 int escape_bytes(int dtype) { return std::max(item_bytes(dtype), 2); }
 
-// A block's distances, in place or with zeros behind its end.
-const void* whole_block(const ConstValues& distances, const Block& block, void* room) {
-    if (block.size == kBlockValues) return distances.at(block.offset);
-    const size_t width = static_cast<size_t>(item_bytes(distances.dtype));
-    std::memset(room, 0, kBlockValues * width);
-    std::memcpy(room, distances.at(block.offset), static_cast<size_t>(block.size) * width);
-    return room;
-}
-
-struct Room {
-    alignas(64) int32_t distances[kBlockValues];
+struct PlanesRoom {
     alignas(64) uint8_t planes[kMaxPlanes][kBlockValues];
 };
 
@@ -60,11 +51,11 @@ int choose_planes(const Kernels& kernels, const ConstValues& distances, const Se
         int64_t num_values = 0;
         BlockCursor cursor(segments);
         for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
-            Room room;
+            PlanesRoom room;
             uint8_t* const rest[kMaxPlanes] = {room.planes[0], room.planes[1]};
             alignas(64) int16_t q[kBlockValues];
-            const void* here = whole_block(distances, block, room.distances);
-            const int sum = quotients(loops, distances.dtype, here, planes, q, rest);
+            const WholeBlock here(distances, block.index);
+            const int sum = quotients(loops, distances.dtype, here.data, planes, q, rest);
             cost.add(q, sum);
             num_values += block.size;
         }
@@ -84,12 +75,12 @@ public:
         : loops_(context_kernels(kernels)), distances_(distances), num_planes_(num_planes), planes_(planes) {}
 
     int quantize(const Block& block, int16_t* q) const override {
-        Room room;
-        const void* distances = whole_block(distances_, block, room.distances);
+        PlanesRoom room;
+        const WholeBlock distances(distances_, block.index);
         const bool whole = block.size == kBlockValues;
         uint8_t* targets[kMaxPlanes] = {room.planes[0], room.planes[1]};
         for (int p = 0; whole && p < num_planes_; ++p) targets[p] = plane(p, block);
-        const int sum = quotients(loops_, distances_.dtype, distances, num_planes_, q, targets);
+        const int sum = quotients(loops_, distances_.dtype, distances.data, num_planes_, q, targets);
         for (int p = 0; !whole && p < num_planes_; ++p)
             std::memcpy(plane(p, block), targets[p], static_cast<size_t>(block.size));
         return sum;
@@ -153,7 +144,8 @@ private:
     }
 
     void write(const Block& block, const int32_t* q) const {
-        Room room;
+        PlanesRoom room;
+        alignas(64) int32_t distances[kBlockValues];
         const bool whole = block.size == kBlockValues;
         const uint8_t* planes[kMaxPlanes] = {room.planes[0], room.planes[1]};
         for (int p = 0; p < std::min(num_planes_, kMaxPlanes); ++p) {
@@ -165,9 +157,9 @@ private:
                 std::memcpy(room.planes[p], sent, static_cast<size_t>(block.size));
             }
         }
-        void* target = whole ? distances_.at(block.offset) : room.distances;
+        void* target = whole ? distances_.at(block.offset) : distances;
         join(loops_, distances_.dtype, q, num_planes_, planes, target);
-        if (!whole) std::memcpy(distances_.at(block.offset), room.distances, bytes_of(block));
+        if (!whole) std::memcpy(distances_.at(block.offset), distances, bytes_of(block));
     }
 
     const ContextKernels& loops_;

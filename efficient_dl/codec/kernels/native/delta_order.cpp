@@ -92,13 +92,7 @@ void apply_distances_as(const Kernels& kernels, const ConstValues& reference, co
         T* to = direct ? static_cast<T*>(out.data) + first : reinterpret_cast<T*>(lease.bytes());
         for_each_place(from, count,
                        [&](int64_t i, uint32_t place) { to[i] = ordinal(static_cast<T>(ordinal(from[i]) + moved[place])); });
-        if (direct) return;
-        alignas(64) float floats[kBlockValues];
-        for (int64_t done = 0; done < count; done += kBlockValues) {
-            const int64_t here = std::min<int64_t>(kBlockValues, count - done);
-            kernels.load(to + done, reference.dtype, here, floats);
-            kernels.store(floats, out.dtype, here, out.at(first + done), out.accumulate);
-        }
+        if (!direct) store_values(kernels, to, reference.dtype, count, out, first);
     });
 }
 

@@ -28,7 +28,8 @@ const Kernels* avx512_kernels() {
     static const bool is_supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                      __builtin_cpu_supports("avx512vbmi") &&
-                                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+                                     __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") &&
+                                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
     return is_supported ? &avx512::kKernels : nullptr;
 }
 

@@ -60,9 +60,11 @@ enum edl_error {
 
 /* What an encode call measured. Bits are totals over the tensor. */
 typedef struct {
-    double order0_bits;  /* empirical entropy of the quantized values (block, grid, delta) or of symbols + raw bits (split) */
+    double order0_bits;  /* empirical entropy of the quantized values (block, grid, delta, blockwise baselines) or of
+                            symbols + raw bits (split); topk: model_bits */
     double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
-    double scale_bits;   /* blocks' codes: 8 bits a block */
+    double scale_bits;   /* split, block: 8 bits a block; grid, delta: ideal bits of the classes; blockwise baselines:
+                            16 bits a block; topk: 0 */
     int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
     int64_t escapes;
     int64_t empty_blocks;
@@ -88,7 +90,8 @@ EDL_EXPORT int64_t edl_set_isa(const char* name);
 EDL_EXPORT int64_t edl_num_threads(void);
 EDL_EXPORT int64_t edl_set_num_threads(int64_t count);
 
-/* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. */
+/* Capacity that is always enough for a body. bits_q16: the target rate, bits per value times 65536, rounded. The block
+ * functions take 6554 (0.1 bits) to 2097152 (32 bits), edl_grid_encode 1 to 2097152; others are EDL_BAD_ARGUMENT. */
 EDL_EXPORT int64_t edl_split_max_bytes(int64_t numel, int dtype);
 EDL_EXPORT int64_t edl_block_max_bytes(int64_t numel, int64_t num_segments, int64_t bits_q16);
 EDL_EXPORT int64_t edl_grid_max_bytes(int64_t numel, int64_t num_segments);

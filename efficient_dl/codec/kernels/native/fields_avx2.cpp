@@ -16,55 +16,39 @@ constexpr int kGroupValues = 32;
 constexpr int kGroups = kBlockValues / kGroupValues;
 constexpr int kMaskWords = kBlockValues / 64;
 
-inline __m256i load(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
-inline void store(void* bytes, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(bytes), v); }
 inline __m256i bytes_of(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 
-// Bit by bit: where mask is set, a, else b.
-inline __m256i select_bits(__m256i mask, __m256i a, __m256i b) {
-    return _mm256_or_si256(_mm256_and_si256(mask, a), _mm256_andnot_si256(mask, b));
-}
-
-// Packing works within 128-bit halves; these bring its results into the values' order, and prepare for unpacking.
+// The bytes of 32 words in two registers, all below 256, in order.
 inline __m256i packed_words(__m256i v0, __m256i v1) {
     return _mm256_permute4x64_epi64(_mm256_packus_epi16(v0, v1), _MM_SHUFFLE(3, 1, 2, 0));
 }
 
-inline __m256i packed_dwords(const __m256i* v) {
-    const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(v[0], v[1]), _mm256_packus_epi32(v[2], v[3]));
-    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-inline __m256i before_unpacking_dwords(__m256i v) {
-    return _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-}
-
 inline __m256i exponents_of(const uint16_t* values) {
     const __m256i mask = _mm256_set1_epi16(0xff);
-    return packed_words(_mm256_and_si256(_mm256_srli_epi16(load(values), 7), mask),
-                        _mm256_and_si256(_mm256_srli_epi16(load(values + 16), 7), mask));
+    return packed_words(_mm256_and_si256(_mm256_srli_epi16(load_256(values), 7), mask),
+                        _mm256_and_si256(_mm256_srli_epi16(load_256(values + 16), 7), mask));
 }
 
 inline __m256i exponents_of(const uint32_t* values) {
     __m256i v[4];
-    for (int k = 0; k < 4; ++k) v[k] = _mm256_srli_epi32(_mm256_slli_epi32(load(values + 8 * k), 1), 24);
-    return packed_dwords(v);
+    for (int k = 0; k < 4; ++k) v[k] = _mm256_srli_epi32(_mm256_slli_epi32(load_256(values + 8 * k), 1), 24);
+    return packed_dwords(v[0], v[1], v[2], v[3]);
 }
 
 // 0xff for values that are zeros.
 inline __m256i zeros_of(const uint16_t* values) {
     const __m256i zero = _mm256_setzero_si256();
     const __m256i packed =
-        _mm256_packs_epi16(_mm256_cmpeq_epi16(load(values), zero), _mm256_cmpeq_epi16(load(values + 16), zero));
+        _mm256_packs_epi16(_mm256_cmpeq_epi16(load_256(values), zero), _mm256_cmpeq_epi16(load_256(values + 16), zero));
     return _mm256_permute4x64_epi64(packed, _MM_SHUFFLE(3, 1, 2, 0));
 }
 
 inline __m256i zeros_of(const uint32_t* values) {
     __m256i equal[4];
-    for (int k = 0; k < 4; ++k) equal[k] = _mm256_cmpeq_epi32(load(values + 8 * k), _mm256_setzero_si256());
+    for (int k = 0; k < 4; ++k) equal[k] = _mm256_cmpeq_epi32(load_256(values + 8 * k), _mm256_setzero_si256());
     const __m256i packed =
         _mm256_packs_epi16(_mm256_packs_epi32(equal[0], equal[1]), _mm256_packs_epi32(equal[2], equal[3]));
-    return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return in_value_order(packed);
 }
 
 inline uint32_t mask_of(__m256i bytes) { return static_cast<uint32_t>(_mm256_movemask_epi8(bytes)); }
@@ -123,7 +107,7 @@ inline void measure(const Value* values, int64_t num_blocks, uint32_t tensor_mea
         codes[b] = sum.count == 0 ? 0 : reference_exponent(sum.total, sum.count, tensor_mean);
         if (sum.count == 0) continue;
         const SymbolRule rule(codes[b]);
-        for (int g = 0; g < kGroups; ++g) store(symbols + kGroupValues * g, rule.symbols(e.group[g], e.zeros[g]));
+        for (int g = 0; g < kGroups; ++g) store_256(symbols + kGroupValues * g, rule.symbols(e.group[g], e.zeros[g]));
         histogram.add(symbols, kBlockValues);
     }
 }
@@ -133,7 +117,7 @@ inline void split_fields(const uint16_t* values, __m256i* planes) {
     const __m256i sign = _mm256_set1_epi16(0x80), low = _mm256_set1_epi16(0x7f);
     __m256i words[2];
     for (int k = 0; k < 2; ++k) {
-        const __m256i v = load(values + 16 * k);
+        const __m256i v = load_256(values + 16 * k);
         words[k] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 8), sign), _mm256_and_si256(v, low));
     }
     planes[0] = packed_words(words[0], words[1]);
@@ -143,15 +127,15 @@ inline void split_fields(const uint32_t* values, __m256i* planes) {
     const __m256i sign = _mm256_set1_epi32(0x80), low = _mm256_set1_epi32(0x7f), byte = _mm256_set1_epi32(0xff);
     __m256i top[4], middle[4], bottom[4];
     for (int k = 0; k < 4; ++k) {
-        const __m256i v = load(values + 8 * k);
+        const __m256i v = load_256(values + 8 * k);
         top[k] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v, 24), sign),
                                  _mm256_and_si256(_mm256_srli_epi32(v, 16), low));
         middle[k] = _mm256_and_si256(_mm256_srli_epi32(v, 8), byte);
         bottom[k] = _mm256_and_si256(v, byte);
     }
-    planes[0] = packed_dwords(top);
-    planes[1] = packed_dwords(middle);
-    planes[2] = packed_dwords(bottom);
+    planes[0] = packed_dwords(top[0], top[1], top[2], top[3]);
+    planes[1] = packed_dwords(middle[0], middle[1], middle[2], middle[3]);
+    planes[2] = packed_dwords(bottom[0], bottom[1], bottom[2], bottom[3]);
 }
 
 // Bytes of 0xff where a bit of the lower eight is set.
@@ -205,7 +189,7 @@ inline void split(const Value* values, int64_t num_blocks, const uint8_t* codes,
         for (int g = 0; g < kGroups; ++g) {
             const Value* here = values + kGroupValues * g;
             const __m256i exponents = exponents_of(here), zeros = zeros_of(here), inside = rule.inside(exponents);
-            store(cursor.symbols + kGroupValues * g, rule.symbols(exponents, zeros));
+            store_256(cursor.symbols + kGroupValues * g, rule.symbols(exponents, zeros));
             const __m256i is_kept = _mm256_andnot_si256(zeros, inside);
             const uint32_t kept_mask = mask_of(is_kept);
             kept[g / 2] |= static_cast<uint64_t>(kept_mask) << (32 * (g % 2));
@@ -213,7 +197,7 @@ inline void split(const Value* values, int64_t num_blocks, const uint8_t* codes,
             __m256i planes[kPlanes];
             split_fields(here, planes);
             for (int k = 0; k < kPlanes; ++k) {
-                store(cursor.planes[k] + kGroupValues * g, planes[k]);
+                store_256(cursor.planes[k] + kGroupValues * g, planes[k]);
                 any[k] = _mm256_or_si256(any[k], _mm256_and_si256(planes[k], is_kept));
             }
         }
@@ -242,19 +226,19 @@ inline __m256i kept_of(__m256i symbols) {
 inline void put_group(__m256i upper, __m256i lower, const __m256i*, uint16_t* values) {
     const __m256i low = _mm256_permute4x64_epi64(lower, _MM_SHUFFLE(3, 1, 2, 0));
     const __m256i high = _mm256_permute4x64_epi64(upper, _MM_SHUFFLE(3, 1, 2, 0));
-    store(values, _mm256_unpacklo_epi8(low, high));
-    store(values + 16, _mm256_unpackhi_epi8(low, high));
+    store_256(values, _mm256_unpacklo_epi8(low, high));
+    store_256(values + 16, _mm256_unpackhi_epi8(low, high));
 }
 
 inline void put_group(__m256i upper, __m256i lower, const __m256i* low_planes, uint32_t* values) {
-    const __m256i byte0 = before_unpacking_dwords(low_planes[1]), byte1 = before_unpacking_dwords(low_planes[0]);
-    const __m256i byte2 = before_unpacking_dwords(lower), byte3 = before_unpacking_dwords(upper);
+    const __m256i byte0 = in_packed_order(low_planes[1]), byte1 = in_packed_order(low_planes[0]);
+    const __m256i byte2 = in_packed_order(lower), byte3 = in_packed_order(upper);
     const __m256i low01 = _mm256_unpacklo_epi8(byte0, byte1), high01 = _mm256_unpackhi_epi8(byte0, byte1);
     const __m256i low23 = _mm256_unpacklo_epi8(byte2, byte3), high23 = _mm256_unpackhi_epi8(byte2, byte3);
-    store(values, _mm256_unpacklo_epi16(low01, low23));
-    store(values + 8, _mm256_unpackhi_epi16(low01, low23));
-    store(values + 16, _mm256_unpacklo_epi16(high01, high23));
-    store(values + 24, _mm256_unpackhi_epi16(high01, high23));
+    store_256(values, _mm256_unpacklo_epi16(low01, low23));
+    store_256(values + 8, _mm256_unpackhi_epi16(low01, low23));
+    store_256(values + 16, _mm256_unpacklo_epi16(high01, high23));
+    store_256(values + 24, _mm256_unpackhi_epi16(high01, high23));
 }
 
 template <typename Value>
@@ -266,7 +250,7 @@ inline void merge(const uint8_t* symbols, uint8_t code, int kept, const uint8_t*
     if (kept < kBlockValues) {
         uint64_t masks[kMaskWords] = {};
         for (int g = 0; g < kGroups; ++g)
-            masks[g / 2] |= static_cast<uint64_t>(mask_of(kept_of(load(symbols + kGroupValues * g)))) << (32 * (g % 2));
+            masks[g / 2] |= uint64_t{mask_of(kept_of(load_256(symbols + kGroupValues * g)))} << (32 * (g % 2));
         for (int k = 0; k < kPlanes; ++k) {
             if (planes[k] == nullptr) continue;
             expand(planes[k], kept, masks, room[k]);
@@ -275,11 +259,11 @@ inline void merge(const uint8_t* symbols, uint8_t code, int kept, const uint8_t*
     }
     const __m256i offset = bytes_of(code - kCentre), sign = bytes_of(0x80), low = bytes_of(0x7f);
     for (int g = 0; g < kGroups; ++g) {
-        const __m256i symbol = load(symbols + kGroupValues * g);
+        const __m256i symbol = load_256(symbols + kGroupValues * g);
         const __m256i exponent = _mm256_and_si256(_mm256_add_epi8(symbol, offset), kept_of(symbol));
         __m256i bytes[kPlanes];
         for (int k = 0; k < kPlanes; ++k)
-            bytes[k] = plane[k] == nullptr ? _mm256_setzero_si256() : load(plane[k] + kGroupValues * g);
+            bytes[k] = plane[k] == nullptr ? _mm256_setzero_si256() : load_256(plane[k] + kGroupValues * g);
         put_group(select_bits(sign, bytes[0], _mm256_srli_epi16(exponent, 1)),
                   select_bits(low, bytes[0], _mm256_slli_epi16(exponent, 7)), bytes + 1, values + kGroupValues * g);
     }
@@ -319,12 +303,13 @@ int64_t count_kept(const uint8_t* symbols, int64_t num_blocks, uint16_t* kept) {
     int64_t escapes = 0;
     for (int64_t b = 0; b < num_blocks; ++b, symbols += kBlockValues) {
         int64_t here = 0;
-        for (int g = 0; g < kGroups; ++g) here += _mm_popcnt_u32(mask_of(kept_of(load(symbols + kGroupValues * g))));
+        for (int g = 0; g < kGroups; ++g)
+            here += _mm_popcnt_u32(mask_of(kept_of(load_256(symbols + kGroupValues * g))));
         kept[b] = static_cast<uint16_t>(here);
         if (here == kBlockValues) continue;
         for (int g = 0; g < kGroups; ++g)
             escapes += _mm_popcnt_u32(
-                mask_of(_mm256_cmpeq_epi8(load(symbols + kGroupValues * g), bytes_of(kEscape))));
+                mask_of(_mm256_cmpeq_epi8(load_256(symbols + kGroupValues * g), bytes_of(kEscape))));
     }
     return escapes;
 }

@@ -1,5 +1,4 @@
 // The exact codec's fields in portable C++: exponents, symbols, raw bytes, block by block.
-#include <algorithm>
 #include <cstring>
 
 #include "exponents.hpp"

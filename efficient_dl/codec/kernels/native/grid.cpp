@@ -9,7 +9,6 @@
 namespace edl {
 namespace {
 
-constexpr float kRounding = 0.375f;  // as in quantize_grid
 constexpr int kEscapeBytes = 2;
 constexpr uint32_t kFirstHugeBits = kFirstHugeExponent << 23;
 constexpr int64_t kMaxSampleBlocks = 512;
@@ -81,7 +80,7 @@ public:
         const uint32_t bits = loops_.magnitude_bits(values);
         if (bits >= kFirstHugeBits) return kNonFinite;
         // Most blocks of a sparse tensor: not even the largest value reaches the first level.
-        if (std::bit_cast<float>(bits) * inverse_ + kRounding < 1.0f) return 0;
+        if (std::bit_cast<float>(bits) * inverse_ + kGridRounding < 1.0f) return 0;
         return loops_.quantize_grid(values, inverse_, q);
     }
 

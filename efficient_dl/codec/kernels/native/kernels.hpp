@@ -85,7 +85,7 @@ struct Kernels {
 };
 
 const Kernels& portable_kernels();
-// NULL where this build or this processor has no AVX-512 (F, BW, DQ, VL, VBMI, VBMI2).
+// NULL where this build or this processor has no AVX-512 (F, BW, DQ, VL, VBMI, VBMI2, with BMI1, BMI2, POPCNT).
 const Kernels* avx512_kernels();
 // NULL where they have no AVX2 (with BMI1, BMI2, POPCNT, F16C).
 const Kernels* avx2_kernels();

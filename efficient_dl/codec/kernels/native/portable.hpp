@@ -1,4 +1,4 @@
-// The exact codec's portable loops: what the portable table holds, and any other that lacks its own.
+// The exact codec's portable loops, for the table in kernels_portable.cpp.
 #pragma once
 
 #include "kernels.hpp"

@@ -19,7 +19,7 @@ struct SymbolMode {
     int rows_per_block;
     int64_t tile_blocks;
     int values_per_escape;
-    int64_t table_room;  // the largest table's bytes
+    int64_t table_room;  // bytes that bounded packets set aside for the table
 
     int escape_bytes() const { return 2 * values_per_escape; }
     // Lanes of a block's row that hold values, for a block of `size` values.

@@ -3,8 +3,6 @@
 
 #if defined(__AVX2__) && defined(__F16C__)
 
-#include <cstring>
-
 #include "float8.hpp"
 #include "symbols.hpp"
 

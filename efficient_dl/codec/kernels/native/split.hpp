@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "codecs.hpp"
 #include "kernels.hpp"
 #include "tables.hpp"
+#include "whole_block.hpp"
 
 namespace edl {
 
@@ -47,22 +47,6 @@ struct SplitTileRange {
     int64_t values;       // within the tensor
     int64_t blocks;
     int64_t full_blocks;  // the last block may be short
-};
-
-// A block of x, or a copy with zeros behind the end of the tensor.
-struct SplitWholeBlock {
-    SplitWholeBlock(const ConstValues& x, int64_t block) {
-        const int64_t start = block * kBlockValues, values = std::min<int64_t>(kBlockValues, x.numel - start);
-        data = x.at(start);
-        if (values == kBlockValues) return;
-        const size_t bytes = static_cast<size_t>(values * item_bytes(x.dtype));
-        std::memcpy(copy, data, bytes);
-        std::memset(copy + bytes, 0, sizeof copy - bytes);
-        data = copy;
-    }
-
-    alignas(64) uint8_t copy[kBlockValues * 4];
-    const void* data;
 };
 
 // The first pass: writes the blocks' codes and adds up the symbols of all blocks with rows.

@@ -253,19 +253,11 @@ private:
 
     // values: of the packet's dtype, at any alignment.
     void write_values(const uint8_t* values, int64_t start, int64_t count) const {
-        const int width = item_bytes(dtype_);
         if (is_direct_) {
-            std::memcpy(out_.at(start), values, static_cast<size_t>(count * width));
+            std::memcpy(out_.at(start), values, static_cast<size_t>(count * item_bytes(dtype_)));
             return;
         }
-        BlockRoom aligned;
-        alignas(64) float floats[kBlockValues];
-        for (int64_t first = 0; first < count; first += kBlockValues) {
-            const int64_t here = std::min<int64_t>(kBlockValues, count - first);
-            std::memcpy(aligned.bytes, values + first * width, static_cast<size_t>(here * width));
-            kernels_.load(aligned.bytes, dtype_, here, floats);
-            kernels_.store(floats, out_.dtype, here, out_.at(start + first), out_.accumulate);
-        }
+        store_values(kernels_, values, dtype_, count, out_, start);
     }
 
     const Kernels& kernels_;

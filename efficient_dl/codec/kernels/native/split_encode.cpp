@@ -29,28 +29,19 @@ struct Piece {
     int64_t num_bytes;
 };
 
-uint8_t* put(uint8_t* out, const Piece& piece) {
-    std::memcpy(out, piece.bytes, static_cast<size_t>(piece.num_bytes));
-    return out + piece.num_bytes;
-}
-
-uint8_t* put_padding(uint8_t* out, int64_t num_bytes) {
-    for (int64_t i = num_bytes; i < padded(num_bytes); ++i) *out++ = 0;
-    return out;
-}
-
 int64_t stored_tile_bytes(const ConstValues& x, const SplitTileRange& range) {
     return padded(range.values * item_bytes(x.dtype));
 }
 
-void write_stored(const ConstValues& x, const SplitTileRange& range, uint8_t* out) {
+void write_stored(const ConstValues& x, const SplitTileRange& range, ByteWriter& out) {
     const int64_t num_bytes = range.values * item_bytes(x.dtype);
-    put_padding(put(out, {x.at(range.start), num_bytes}), num_bytes);
+    out.bytes(x.at(range.start), num_bytes);
+    out.padding_after(num_bytes);
 }
 
 class TileWork {
 public:
-    TileWork(const Kernels& kernels, const ConstValues& x, const uint8_t* codes, const EncodeTable* table,
+    TileWork(const Kernels& kernels, const ConstValues& x, const uint8_t* codes, const EncodeTable& table,
              TileScratch& scratch)
         : kernels_(kernels), x_(x), codes_(codes), table_(table), scratch_(scratch) {}
 
@@ -72,12 +63,12 @@ public:
         uint8_t carry[2 * kLanes];
         const uint32_t modes = is_float8(x_.dtype) ? take_bytes(range, codes, carry) : split(range, codes, last, carry);
         const uint32_t stored = static_cast<uint32_t>(stored_tile_bytes(x_, range));
-        if (table_ == nullptr || coded_rows <= 0) return {stored, 0, 0};
+        if (coded_rows <= 0) return {stored, 0, 0};
 
         for (int lane = 0; lane < kLanes; ++lane)
             states_[lane] = kLowestState + carry[lane] + (static_cast<uint32_t>(carry[kLanes + lane]) << 8);
         uint16_t* words_end = scratch_.words + kSplitTileRows * kLanes;
-        const int64_t num_words = kernels_.encode_rows(*table_, scratch_.symbols, coded_rows, states_, words_end);
+        const int64_t num_words = kernels_.encode_rows(table_, scratch_.symbols, coded_rows, states_, words_end);
         words_ = {words_end - num_words, 2 * num_words};
         const int64_t coded = kStateBytes + padded(words_.num_bytes) + padded(raw_bytes());
         if (coded >= stored) return {stored, 0, 0};
@@ -85,13 +76,15 @@ public:
                 kSplitCodedBit | modes | static_cast<uint32_t>(escapes) << kSplitEscapesShift};
     }
 
-    void write(const SplitEntry& entry, uint8_t* out) const {
+    // Writes the entry's tile_bytes.
+    void write(const SplitEntry& entry, ByteWriter out) const {
         if (entry.tile_bytes == 0) return;
         if ((entry.info & kSplitCodedBit) == 0) return write_stored(x_, SplitTileRange(tile_, x_.numel), out);
-        std::memcpy(out, states_, kStateBytes);
-        out = put_padding(put(out + kStateBytes, words_), words_.num_bytes);
-        for (int i = 0; i < num_pieces_; ++i) out = put(out, pieces_[i]);
-        put_padding(out, raw_bytes());
+        out.bytes(states_, kStateBytes);
+        out.bytes(words_.bytes, words_.num_bytes);
+        out.padding_after(words_.num_bytes);
+        for (int i = 0; i < num_pieces_; ++i) out.bytes(pieces_[i].bytes, pieces_[i].num_bytes);
+        out.padding_after(raw_bytes());
     }
 
     // Of the last encoded tile. raw_value_bytes: planes, carried bits and escapes, whether it is sent so or not.
@@ -103,7 +96,7 @@ private:
         uint8_t* symbols = scratch_.symbols;
         for (int64_t b = 0; b < range.blocks; ++b) {
             if (codes[b] == 0) continue;
-            const SplitWholeBlock block(x_, range.first_block + b);
+            const WholeBlock block(x_, range.first_block + b);
             std::memcpy(symbols, block.data, kBlockValues);
             symbols += kBlockValues;
         }
@@ -121,7 +114,7 @@ private:
         split_blocks(x_.at(range.start), last, codes, cursor);
         const uint8_t* last_symbols = cursor.symbols;
         const uint8_t* const carried_begin = cursor.planes[0];
-        const SplitWholeBlock block(x_, range.first_block + last);
+        const WholeBlock block(x_, range.first_block + last);
         split_blocks(block.data, 1, codes + last, cursor);
         const uint8_t* carried = carried_begin;
         for (int i = 0; i < kBlockValues; ++i) {
@@ -176,7 +169,7 @@ private:
     const Kernels& kernels_;
     const ConstValues& x_;
     const uint8_t* codes_;
-    const EncodeTable* table_;
+    const EncodeTable& table_;
     TileScratch& scratch_;
     int64_t tile_ = 0;
     uint32_t states_[kLanes];
@@ -251,10 +244,12 @@ public:
             table_bytes = serialized_bytes(frequencies_);
             body_bytes = encode_tiles(table_place, table_bytes);
         }
-        // The table must pay; and what does not fit coded can only fit stored.
-        if (totals_.saved_bytes <= table_bytes || body_bytes > capacity_) {
+        // The table must pay: without it, all tiles are stored.
+        if (totals_.saved_bytes <= table_bytes) {
             table_bytes = 0;
             body_bytes = store_tiles(table_place);
+        } else if (body_bytes > capacity_) {
+            throw CodecError{EDL_CAPACITY};
         }
         const uint32_t prefix[2] = {static_cast<uint32_t>(num_tiles_), static_cast<uint32_t>(table_bytes)};
         std::memcpy(body_, prefix, sizeof prefix);
@@ -276,7 +271,7 @@ private:
             // Before the tile is taken: what throws here must not leave others waiting for it.
             const Scratch::Lease lease(thread_scratch, sizeof(TileScratch));
             TileScratch& scratch = *reinterpret_cast<TileScratch*>(lease.bytes());
-            TileWork work(kernels_, x_, body_ + kCodesPlace, &table, scratch);
+            TileWork work(kernels_, x_, body_ + kCodesPlace, table, scratch);
             const int64_t t = places.next_tile();
             const SplitEntry entry = work.encode(t);
             int64_t place = -1;
@@ -286,7 +281,7 @@ private:
             });
             if (place < 0) return;
             std::memcpy(body_ + directory_place + t * static_cast<int64_t>(sizeof entry), &entry, sizeof entry);
-            work.write(entry, body_ + place);
+            work.write(entry, ByteWriter(body_ + place, entry.tile_bytes));
         });
         return places.end();
     }
@@ -328,7 +323,8 @@ private:
             const SplitTileRange range(t, x_.numel);
             const SplitEntry entry = entry_of(range);
             std::memcpy(body_ + directory_place + t * static_cast<int64_t>(sizeof entry), &entry, sizeof entry);
-            if (entry.tile_bytes > 0) write_stored(x_, range, body_ + place);
+            ByteWriter out(body_ + place, entry.tile_bytes);
+            if (entry.tile_bytes > 0) write_stored(x_, range, out);
             place += entry.tile_bytes;
         }
         return place;

@@ -21,7 +21,7 @@ uint32_t mean_of_sample(const Kernels& kernels, const ConstValues& x) {
     const int64_t num_blocks = split_num_blocks(x.numel), stride = std::max<int64_t>(1, num_blocks / kSampleBlocks);
     uint64_t total = 0, count = 0;
     for (int64_t b = 0; b < num_blocks; b += stride) {
-        const SplitWholeBlock block(x, b);
+        const WholeBlock block(x, b);
         const ExponentSum sum = x.dtype == EDL_FLOAT32 ? kernels.sum_exponents_32(as_32(block.data))
                                                        : kernels.sum_exponents_16(as_16(block.data));
         total += sum.total;
@@ -67,7 +67,7 @@ void split_measure(const Kernels& kernels, const ConstValues& x, uint8_t* codes,
         if (first < last)
             measure(kernels, x.dtype, x.at(first * kBlockValues), last - first, mean, codes + first, histogram);
         if (part == num_parts - 1 && x.numel % kBlockValues != 0) {
-            const SplitWholeBlock tail(x, num_blocks);
+            const WholeBlock tail(x, num_blocks);
             measure(kernels, x.dtype, tail.data, 1, mean, codes + num_blocks, histogram);
         }
         const std::lock_guard lock(counts_mutex);

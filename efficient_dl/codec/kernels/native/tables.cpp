@@ -153,6 +153,24 @@ void integer_log2(const uint32_t* numbers, int count, uint32_t* logarithms) {
     }
 }
 
+int64_t entropy_q16(const uint64_t* counts, int alphabet) {
+    uint32_t numbers[kMaxAlphabet + 1], logarithms[kMaxAlphabet + 1];  // of the symbols that occur, and their total
+    int num_present = 0;
+    uint64_t total = 0;
+    for (int s = 0; s < alphabet; ++s) {
+        if (counts[s] == 0) continue;
+        numbers[num_present++] = static_cast<uint32_t>(counts[s]);
+        total += counts[s];
+    }
+    if (num_present < 2) return 0;
+    numbers[num_present] = static_cast<uint32_t>(total);
+    integer_log2(numbers, num_present + 1, logarithms);
+    int64_t cost = 0;
+    for (int i = 0; i < num_present; ++i)
+        cost += int64_t{numbers[i]} * (int64_t{logarithms[num_present]} - logarithms[i]);
+    return cost;
+}
+
 double entropy_bits(const uint64_t* counts, int alphabet) {
     double total = 0, weighted = 0;
     for (int s = 0; s < alphabet; ++s) {

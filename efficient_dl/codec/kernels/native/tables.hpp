@@ -45,6 +45,9 @@ FrequencyTable parse_table(const uint8_t* bytes, int64_t num_bytes, int alphabet
 // 16.16 fixed-point base-2 logarithms of up to 257 numbers in [1, 2^31), by repeated squaring. Zero gives zero.
 void integer_log2(const uint32_t* numbers, int count, uint32_t* logarithms);
 
+// The entropy of counts whose sum is below 2^31, in units of 2^-16 bit: integers only, the same everywhere.
+int64_t entropy_q16(const uint64_t* counts, int alphabet);
+
 // Total bits of counts under their own distribution, and under a table.
 double entropy_bits(const uint64_t* counts, int alphabet);
 double table_bits(const uint64_t* counts, const FrequencyTable& table);

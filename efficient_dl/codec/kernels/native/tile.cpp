@@ -37,6 +37,11 @@ void TileEncoder::write(ByteWriter& writer) const {
     writer.padding_after(2 * num_words_);
 }
 
+void check_words_end(const uint8_t* words, int64_t num_words, int64_t used) {
+    if (used < 0 || used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};
+    if (used != num_words && (words[2 * used] | words[2 * used + 1]) != 0) throw CodecError{EDL_BAD_PADDING};
+}
+
 void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,
                  int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high) {
     uint32_t states[kLanes];
@@ -45,10 +50,7 @@ void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t
     const uint8_t* words = stream + kStateBytes;
     const int64_t num_words = (stream_bytes - kStateBytes) / 2;
     const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols);
-    // An odd number of words is padded with a zero word.
-    if (used < 0 || used + used % 2 != num_words) throw CodecError{EDL_BAD_STREAM};
-    if (used != num_words && (words[2 * used] | words[2 * used + 1]) != 0) throw CodecError{EDL_BAD_PADDING};
-
+    check_words_end(words, num_words, used);
     take_carry(states, carry_low, carry_high);
 }
 

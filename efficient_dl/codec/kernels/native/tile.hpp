@@ -30,6 +30,10 @@ private:
     int64_t num_words_ = 0;
 };
 
+// Throws unless the `used` words that decode_rows took, and a zero word behind an odd number of them, are all
+// num_words: EDL_BAD_STREAM, or EDL_BAD_PADDING if that word is not zero. used: -1 if there were not enough.
+void check_words_end(const uint8_t* words, int64_t num_words, int64_t used);
+
 // Decodes `rows` rows from stream (states and padded words, stream_bytes in all) and the carried bits. Throws
 // EDL_BAD_STREAM unless the words end exactly with the stream.
 void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,

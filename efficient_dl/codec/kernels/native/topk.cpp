@@ -235,6 +235,7 @@ void topk_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, int
     else if (mode == kBitmap) read_bitmap(bytes, position_bytes, out.numel, positions);
     else throw CodecError{EDL_BAD_PARAMETERS};
 
+    const BlockLoops& loops = block_loops(kernels);
     const int64_t out_width = item_bytes(out.dtype);
     if (!out.accumulate) std::memset(out.data, 0, static_cast<size_t>(out.numel * out_width));
     with_bits(out.dtype, [&]<typename Bits>(Bits) {
@@ -247,7 +248,7 @@ void topk_decode(const Kernels& kernels, ByteReader& body, int packet_dtype, int
             const int64_t part = std::min<int64_t>(kChunkValues, count - first);
             std::memcpy(sent, values + first * width, static_cast<size_t>(part * width));
             kernels.load(sent, packet_dtype, part, floats);
-            if (!out.accumulate) block_loops(kernels).make_nans_alike(floats, part);
+            if (!out.accumulate) loops.make_nans_alike(floats, part);
             else gather<Bits>(out.data, positions.data() + first, part, results);
             kernels.store(floats, out.dtype, part, results, out.accumulate);
             scatter<Bits>(results, positions.data() + first, part, out.data);

@@ -94,6 +94,11 @@ def scale_values(scales: Tensor) -> Tensor:
     return (scales << 16).view(torch.float32)
 
 
+def _has_scale(scales: Tensor) -> Tensor:
+    # Whether blocks with these int32 scales are neither empty nor non-finite.
+    return (scales != 0) & (scales != NAN_SCALE)
+
+
 def payload_bytes(length: int, values_per_byte: int) -> int:
     """Bytes of one block's values."""
     return -(-length // values_per_byte)
@@ -109,7 +114,7 @@ def encode(
     for run in block_runs(segments, block_values):
         rows = run.rows(x).to(torch.float32)
         bits = form.scales(rows)
-        has_scale = ((bits != 0) & (bits != NAN_SCALE))[:, None]
+        has_scale = _has_scale(bits)[:, None]
         scales = torch.where(has_scale, scale_values(bits)[:, None], 1.0)
         # Blocks without a scale are emptied before they are rounded: a NaN has no integer.
         symbols = form.quantize(torch.where(has_scale, rows, 0.0), scales)
@@ -146,7 +151,7 @@ def decode(body: Tensor, segments: tuple[int, ...], block_values: int, form: Blo
     num_blocks = sum(run.num_blocks for run in runs)
     bits = from_bytes(reader.take(SCALE_BYTES * num_blocks), SCALE_BYTES).to(torch.int32)
     is_number = (bits >= form.smallest_scale) & (bits < INFINITY)
-    if not bool(((bits == 0) | (bits == NAN_SCALE) | is_number).all()):
+    if not bool((~_has_scale(bits) | is_number).all()):
         raise CorruptPacket("a block's scale is out of range")
     scales = scale_values(bits)
     out = torch.empty(sum(segments), dtype=torch.float32, device=body.device)
@@ -154,10 +159,11 @@ def decode(body: Tensor, segments: tuple[int, ...], block_values: int, form: Blo
     for run in runs:
         width = payload_bytes(run.length, form.values_per_byte)
         payload = reader.take(run.num_blocks * width).view(run.num_blocks, width)
-        values = form.dequantize(
-            form.unpack(payload, run.length), scales[first : first + run.num_blocks, None]
-        )
-        run.rows(out).copy_(values)
+        here = slice(first, first + run.num_blocks)
+        symbols = form.unpack(payload, run.length)
+        if bool((symbols[~_has_scale(bits[here])] != form.neutral()).any()):
+            raise CorruptPacket("a block without a scale holds other values than zeros")
+        run.rows(out).copy_(form.dequantize(symbols, scales[here, None]))
         first += run.num_blocks
     reader.end()
     return out
