@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.library import available_isas
+from tests.unit.native_build import DRIVERS, NATIVE, run
 
-HERE = Path(__file__).resolve().parent
-NATIVE = Path(library.__file__).resolve().parent
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
 TARGET_ROOT = "/usr/aarch64-linux-gnu"  # the cross compiler's C library
@@ -29,16 +27,10 @@ def needed(program: str, package: str) -> str:
     return found
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def built(compiler: str, driver: str, library_path: Path, folder: Path) -> Path:
     """The driver, linked against a library that it finds by its path."""
     program = folder / driver
-    source = HERE / f"native/{driver}.cpp"
+    source = DRIVERS / f"{driver}.cpp"
     run(compiler, "-O2", "-std=c++20", "-ffp-contract=off", "-pthread", source, library_path, "-o", program)
     return program
 
@@ -51,7 +43,7 @@ def machine_of(elf: Path) -> int:
 def cross_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = needed(CROSS_COMPILER, "g++-aarch64-linux-gnu")
     path = tmp_path_factory.mktemp("aarch64") / "libedl_codec.so"
-    run("env", f"CXX={compiler}", "sh", NATIVE / "build.sh", path)
+    run("sh", NATIVE / "build.sh", path, CXX=compiler)
     return path
 
 
@@ -61,7 +53,7 @@ def test_the_build_script_asks_the_compiler_for_the_target(cross_library: Path) 
 
 def test_cmake_asks_the_compiler_for_the_target(tmp_path: Path) -> None:
     compiler, cmake = needed(CROSS_COMPILER, "g++-aarch64-linux-gnu"), needed("cmake", "cmake")
-    root = HERE.parents[1]
+    root = Path(__file__).resolve().parents[2]
     run(cmake, "-S", root, "-B", tmp_path, f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release")
     run(cmake, "--build", tmp_path)
     assert machine_of(tmp_path / "libedl_codec.so") == AARCH64_MACHINE

@@ -14,8 +14,7 @@ import zstandard
 from torch import Tensor
 
 from efficient_dl.codec import Codec, PacketStats, Side, codec_names, make_codec
-from efficient_dl.codec.kernels.native.interface import NativeLibrary
-from efficient_dl.codec.kernels.native.library import available_isas, load_library
+from efficient_dl.codec.kernels.native.library import available_isas, set_num_threads
 from efficient_dl.errors import ConfigError, CorruptPacket, PackageMissing
 
 KERNELS = ("reference", "portable", "native")
@@ -171,13 +170,14 @@ def test_casts_round_as_torch_does(spec: str, wire: torch.dtype, kernel: str) ->
     assert set(bits_of(decoded(codec, codec.encode(x), x)).tolist()) == {0x7FC00000}
 
 
+@pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("spec", ["int8", "int4:64", "sign", "sign:tensor", "topk:0.01", "bf16"])
-def test_the_number_of_threads_changes_nothing(spec: str, set_threads: NativeLibrary) -> None:
+def test_the_number_of_threads_changes_nothing(spec: str) -> None:
     x = torch.randn(700_000, generator=seeded(7))
     side = Side(segments=(1, 99_999, *[7] * 10_000, 130_000, 400_000))
     results: list[tuple[Tensor, Tensor]] = []
     for count in (1, 3):
-        set_threads._library.edl_set_num_threads(count)
+        set_num_threads(count)
         codec, out = make_codec(spec, kernel="native"), torch.empty_like(x)
         packet = codec.encode(x, side)
         codec.decode(packet, out, side=side)
@@ -185,14 +185,6 @@ def test_the_number_of_threads_changes_nothing(spec: str, set_threads: NativeLib
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
     reference = make_codec(spec, kernel="reference").encode(x, side)
     assert torch.equal(reference, results[0][0])
-
-
-@pytest.fixture
-def set_threads():
-    library = load_library()
-    before = library._library.edl_num_threads()
-    yield library
-    library._library.edl_set_num_threads(before)
 
 
 def damaged_bodies(spec: str) -> list[bytes]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,16 +11,10 @@ from torch import Tensor
 
 from efficient_dl.codec import make_codec
 from efficient_dl.codec.dtypes import DTYPE_CODES
-from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.library import available_isas
+from tests.unit.native_build import DRIVERS, NATIVE, compiler, run, vector_flags
 
-HERE = Path(__file__).resolve().parent
-NATIVE = Path(library.__file__).resolve().parent
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-VECTOR_FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt",
-    "avx2": "-mavx2 -mbmi -mbmi2 -mpopcnt -mf16c",
-}
 
 
 def all_values(dtype: torch.dtype) -> Tensor:
@@ -52,21 +43,16 @@ def dense_floats(dtype: torch.dtype) -> Tensor:
 @pytest.fixture(scope="module")
 def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The driver over the library's conversions."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("this machine lacks a C++ compiler")
     folder = tmp_path_factory.mktemp("float8")
     flags = ["-O2", "-std=c++20", "-pthread", "-ffp-contract=off", "-w"]
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects: list[Path] = []
     groups = ("kernels", "fields", "quantizer", "rans")
     kernels = [NATIVE / "dispatch.cpp", NATIVE / "tables.cpp"]
     kernels += [path for group in groups for path in sorted(NATIVE.glob(f"{group}_*.cpp"))]
-    for source in [*kernels, HERE / "native/float8.cpp"]:
-        vector = VECTOR_FLAGS.get(source.stem.rpartition("_")[2], "").split() if is_x86 else []
+    for source in [*kernels, DRIVERS / "float8.cpp"]:
         objects.append(folder / f"{source.stem}.o")
-        subprocess.run([compiler, *flags, *vector, "-c", source, "-o", objects[-1]], check=True)
-    subprocess.run([compiler, *flags, *objects, "-o", folder / "float8"], check=True)
+        run(compiler(), *flags, *vector_flags(source), "-c", source, "-o", objects[-1])
+    run(compiler(), *flags, *objects, "-o", folder / "float8")
     return folder / "float8"
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import PacketStats, make_codec
+from efficient_dl.codec import PacketStats
 from efficient_dl.codec.kernels.native import library
 from efficient_dl.codec.kernels.native.bodies import NativeBlock, NativeSplit
 from efficient_dl.codec.kernels.native.interface import NativeLibrary, float_array
@@ -22,13 +20,17 @@ from efficient_dl.codec.kernels.native.library import available_isas, load_libra
 from efficient_dl.codec.kernels.reference.bodies import ReferenceBlock, ReferenceSplit
 from efficient_dl.codec.steps import STEPS
 from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
+from tests.unit.native_build import (
+    DRIVERS,
+    NATIVE,
+    SANITIZE,
+    compiler,
+    linked,
+    run,
+    sanitized_library,
+    vector_flags,
+)
 
-HERE = Path(__file__).resolve().parent
-NATIVE = Path(library.__file__).resolve().parent
-AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi", "-mavx512vbmi2"]
-AVX512_FLAGS += ["-mbmi", "-mbmi2", "-mpopcnt"]
-AVX2_FLAGS = ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt", "-mf16c"]
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = available_isas()
 
 Body = NativeSplit | NativeBlock | ReferenceSplit | ReferenceBlock
@@ -265,7 +267,7 @@ def test_an_empty_cast_has_an_empty_body() -> None:
 
 
 def test_the_instruction_sets_are_those_of_this_processor() -> None:
-    flags = Path("/proc/cpuinfo").read_text() if IS_X86 else ""
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
     assert ISAS[-1] == "portable"
     assert ("avx2" in ISAS) == (" avx2 " in flags)
     assert ("avx512" in ISAS) == (" avx512_vbmi2 " in flags)
@@ -285,35 +287,12 @@ def test_a_missing_or_foreign_library_says_how_to_build_it(
         load_library("auto", Path(copy))
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "c++"))
-    if found is None:
-        pytest.skip("this machine lacks a C++ compiler")
-    return found
-
-
-def vector_flags(source: Path) -> list[str]:
-    isa = source.stem.rpartition("_")[2]
-    return {"avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}.get(isa, [])
-
-
-def run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
-    flags = [
-        "-O3",
-        "-std=c++20",
-        "-pthread",
-        "-ffp-contract=off",
-        *(AVX512_FLAGS + AVX2_FLAGS if IS_X86 else []),
-    ]
+    vector = [flag for isa in ("avx512", "avx2") for flag in vector_flags(Path(f"rans_{isa}.cpp"))]
     program = tmp_path / "division"
-    run(compiler(), *flags, "-w", HERE / "native/division.cpp", NATIVE / "tables.cpp", "-o", program)
+    flags = ["-O3", "-std=c++20", "-pthread", "-ffp-contract=off", "-w", *vector]
+    run(compiler(), *flags, DRIVERS / "division.cpp", NATIVE / "tables.cpp", "-o", program)
     assert run(program, *ISAS).startswith("ok ")
 
 
@@ -331,38 +310,7 @@ def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
-    sanitize = ["-O1", "-std=c++20", "-pthread", "-ffp-contract=off", "-w", "-fsanitize=address,undefined"]
-    sanitize += ["-fno-sanitize-recover=all"]
-    probe = tmp_path / "probe.cpp"
-    probe.write_text("int main() { return 0; }")
-    can_sanitize = subprocess.run(
-        [compiler(), *sanitize, probe, "-o", tmp_path / "probe"], capture_output=True
-    )
-    if can_sanitize.returncode:
-        pytest.skip("this compiler lacks the address or undefined-behaviour sanitizer")
-    objects: list[Path] = []
-    for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native/fuzz.cpp"]:
-        extra = vector_flags(source) if IS_X86 else []
-        objects.append(tmp_path / f"{source.stem}.o")
-        run(compiler(), *sanitize, *extra, "-c", source, "-o", objects[-1])
-    program = tmp_path / "fuzz"
-    run(compiler(), *sanitize, "-pthread", *objects, "-o", program)
+    built = sanitized_library(tmp_path)
+    program = linked(DRIVERS / "fuzz.cpp", built, tmp_path / "fuzz", *SANITIZE.split())
     outcomes = {run(program, isa, "200", "7") for isa in ISAS}
     assert len(outcomes) == 1 and outcomes.pop().startswith("ok refused ")
-
-
-@pytest.mark.parametrize("kernel", ["native", "portable"])
-def test_the_number_of_threads_is_set_and_leaves_packets_alone(kernel: str) -> None:
-    x = torch.randn(3_000_000, generator=torch.Generator().manual_seed(4)) * 1e-3
-    before = library.num_threads()
-    try:
-        packets = list[Tensor]()
-        for count in (1, 3):
-            library.set_num_threads(count)
-            assert library.num_threads() == count
-            packets.append(make_codec("bits:2.0", kernel=kernel).encode(x))
-        assert torch.equal(*packets)
-        with pytest.raises(ConfigError, match="out of range"):
-            library.set_num_threads(0)
-    finally:
-        library.set_num_threads(before)
