@@ -13,7 +13,9 @@ What each part promises:
   travel first and are counted. One transfer at a time, in one order on all ranks; whoever waits in vain gets a
   `TransportError` that names the peer. `LoopbackHub` joins threads of one process, `ProcessGroupTransport` processes.
 - `BucketLayout` cuts a flat bucket of named parameters into one shard a rank, on the codecs' block boundaries.
-- `Compressor` is plan + codec + meter. Its state is keyed by parameter names, never by buckets.
+- `Compressor` is plan + codecs + rates + residuals + meter. Its state is keyed by parameter names, never by buckets.
+  Parameters with different codecs (`Plan.overrides`) travel as several packets in one message (`sections`); `Rates`
+  follows a bound on error or bytes, `Residuals` keeps what lossy packets leave out.
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.
@@ -33,6 +35,7 @@ from efficient_dl.comm.overlap import OverlappedReducer
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
+from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.shadow import ShadowReducer
 from efficient_dl.comm.transport import Transport, Work
 
@@ -47,6 +50,7 @@ __all__ = [
     "Plan",
     "ProcessGroupTransport",
     "Reduction",
+    "Residuals",
     "ShadowReducer",
     "Shard",
     "Transport",
