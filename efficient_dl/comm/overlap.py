@@ -51,11 +51,15 @@ class OverlappedReducer:
         """The CUDA stream on which results are complete; None on a CPU."""
         return self._pipeline.stream
 
-    def submit(self, x: Tensor, layout: BucketLayout, op: Op = "avg") -> Future[Reduction]:
+    def submit(
+        self, x: Tensor, layout: BucketLayout, op: Op = "avg", divisors: Tensor | None = None
+    ) -> Future[Reduction]:
         """Queues the all-reduce of x, in place (see `Reduction`); in the same order on all ranks."""
         if self.stream is not None:
             x.record_stream(self.stream)
-        return self._pipeline.submit(Reduction(x, layout, self._compressor, self._rank, op))
+            if divisors is not None:
+                divisors.record_stream(self.stream)
+        return self._pipeline.submit(Reduction(x, layout, self._compressor, self._rank, op, divisors))
 
     def abort(self) -> None:
         """Breaks the connections: the peers get a TransportError now, not after a time-out."""
