@@ -249,7 +249,7 @@ class Compressor:
         decoded = torch.empty_like(wanted)
         codec.decode(room[:length], decoded, side=section.side)
         wanted.sub_(decoded)
-        wanted[~torch.isfinite(wanted)] = 0.0
+        wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
 
     def _misses(self, error: float) -> int:
