@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from efficient_dl.comm import (
     Compressor,
     Plan,
     ProcessGroupTransport,
+    Transport,
     check_equal,
     combined,
     gather_json,
@@ -37,6 +38,7 @@ from efficient_dl.integrations.ddp_buckets import (
     HeldStep,
     ShadowEngine,
 )
+from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,6 +52,7 @@ def compress(
     *,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
+    transport: Transport | Literal["mpi"] | None = None,
     check_every: int = 50,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     kernel: str = "auto",
@@ -67,6 +70,9 @@ def compress(
         of bits a value (2.0), or "auto".
     shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
     group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
+    transport: what carries the compressed bytes: None, the process group; "mpi", MPI between all processes that mpirun
+        started (see efficient_dl.comm.mpi, also for its `init_process_group`); or a Transport between the group's
+        ranks, which stays yours to close. The process group carries the rest: DDP's own, comparisons, statistics.
     check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never, as
         with bits="none".
     timeout: seconds after which an unfinished transfer, the wait for the slowest rank included, raises TransportError
@@ -76,7 +82,7 @@ def compress(
 
     DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
 
-    Raises ConfigError, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
+    Raises ConfigError, PackageMissing, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
 
     Example:
         compression = edl.compress(DistributedDataParallel(model), optimizer, bits=2.0)
@@ -98,13 +104,20 @@ def compress(
     try:
         _check_supported(model, parameters, check_every)
         compressor = Compressor(Plan.of(bits), list(parameters), kernel)
+        check_transport(transport, control, native=shadow or compressor.plan.codec == "none")
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
     facts["plan"] = {"bits": compressor.plan.bits, "codec": compressor.plan.codec}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
+    facts["transport"] = transport_name(transport)
     handshake(facts, control)
-    return Compression(model, optimizer, compressor, control, shadow, check_every)
+    carrier = make_transport(transport, control)
+    try:
+        return Compression(model, optimizer, compressor, control, shadow, check_every, carrier)
+    finally:
+        if isinstance(transport, str):
+            carrier.close()  # its siblings, which the compression has, stay open
 
 
 class Compression:
@@ -118,6 +131,7 @@ class Compression:
         control: ProcessGroupTransport,
         shadow: bool,
         check_every: int,
+        carrier: Transport,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
         # no garbage collector would see.
@@ -133,7 +147,7 @@ class Compression:
         self._pending: list[Future[Any]] = []
         self._record = BucketRecord()
         self._held: HeldStep | None = None
-        self._engine = self._make_engine()
+        self._engine = self._make_engine(carrier)
         if self._engine is not None:
             self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
             try:
@@ -256,12 +270,12 @@ class Compression:
         if self._engine is not None and self._finalizer.detach():
             self._engine.close(timeout)
 
-    def _make_engine(self) -> BucketEngine | None:
+    def _make_engine(self, carrier: Transport) -> BucketEngine | None:
         if self.plan.codec == "none":
             return None
         if self.shadow:
             return ShadowEngine(self._compressor, self._control)
-        return CompressedEngine(self._compressor, self._control)
+        return CompressedEngine(self._compressor, carrier)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
