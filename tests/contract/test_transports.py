@@ -225,7 +225,9 @@ def siblings(transport: Transport) -> list[bool]:
     """A transfer on each of two transports at once; then one of them closes, twice."""
     own = transport.sibling()
     ranks = range(transport.world_size)
-    works = [each.exchange([message(transport.rank, target) for target in ranks]) for each in (own, transport)]
+    works = [
+        each.exchange([message(transport.rank, target) for target in ranks]) for each in (own, transport)
+    ]
     good = [
         torch.equal(received, message(source, transport.rank))
         for work in works
