@@ -14,7 +14,7 @@ PROCESS_GROUP, MPI = "process group", "mpi"
 
 
 def transport_name(wish: Transport | str | None) -> str:
-    """What the ranks compare, and `stats` reports: equal if they were asked for the same."""
+    """What the ranks compare in their handshake."""
     if isinstance(wish, str):
         return wish
     return PROCESS_GROUP if wish is None else f"{type(wish).__name__} object"

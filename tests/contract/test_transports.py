@@ -23,6 +23,7 @@ from tests.unit.ranks import on_ranks
 Script = Callable[..., Any]
 Runner = Callable[..., list[Any]]
 
+STARTING = pytest.mark.timeout(300)  # the first test over MPI starts the ranks, on a machine that may be busy
 SIZES = [0, 1, 7, 300, 1_000_003]  # a message from a to b has SIZES[(3 a + b) % 5] bytes
 
 
@@ -52,8 +53,8 @@ def _on_mpich(script: Script, world_size: int, *arguments: Any) -> list[Any]:
     params=[
         pytest.param(_on_loopback, id="loopback"),
         pytest.param(_on_gloo, id="gloo"),
-        pytest.param(_on_openmpi, id="openmpi", marks=pytest.mark.mpi("openmpi")),
-        pytest.param(_on_mpich, id="mpich", marks=pytest.mark.mpi("mpich")),
+        pytest.param(_on_openmpi, id="openmpi", marks=[pytest.mark.mpi("openmpi"), STARTING]),
+        pytest.param(_on_mpich, id="mpich", marks=[pytest.mark.mpi("mpich"), STARTING]),
     ]
 )
 def run(request: pytest.FixtureRequest) -> Runner:
