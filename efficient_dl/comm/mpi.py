@@ -1,7 +1,7 @@
 """The transport over MPI (mpi4py): each message by its own Isend and Irecv, all of them in flight at once.
 
 Why not one of MPI's all-to-alls: the seconds that gloo needs for an exchange, as a multiple of MPI's, between processes
-of one machine (two cores of an AMD EPYC, messages of 10 MiB, medians of nine):
+of one machine (two busy cores of an Intel Xeon, messages of 10 MiB, medians of nine, sizes included):
 
                                              Open MPI 5.0, 2 ranks   4 ranks   MPICH 5.0, 2 ranks   4 ranks
     Isend and Irecv, all at once                               3.6       1.7                  2.5       2.1
@@ -11,6 +11,8 @@ of one machine (two cores of an AMD EPYC, messages of 10 MiB, medians of nine):
 
 MPICH takes derived datatypes apart piece by piece, and a joined tensor is two more copies. Rounds gain little, and all
 at once a rank's messages are under way before it can fail: the notice that it has left never overtakes them.
+
+The transport as it is, with smaller messages: benchmarks/exchange_mpi.py, benchmarks/results/exchange_mpi.jsonl.
 
 MPI itself waits for ever. Here every wait polls, with naps that leave the cores to the codecs, and ends at its
 deadline or when a peer's notice comes.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _NOTICE_TAG = 2  # sizes and messages have 0 and 1
 _POLL_SECONDS = 0.001
-_EXIT_SECONDS = 30  # that MPI_Finalize may take in a process that has lost a peer
+EXIT_SECONDS = 30  # that MPI_Finalize may take in a process that has lost a peer
 
 
 class Leaving(IntEnum):
@@ -157,7 +157,7 @@ def _guard_exit() -> Any:
 def _limit_exit() -> None:
     if lost_a_peer.is_set():
         _log.warning(
-            "a peer is lost: if MPI_Finalize waits for it, SIGALRM ends this process in %d s", _EXIT_SECONDS
+            "a peer is lost: if MPI_Finalize waits for it, SIGALRM ends this process in %d s", EXIT_SECONDS
         )
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(_EXIT_SECONDS)
+        signal.alarm(EXIT_SECONDS)
