@@ -68,4 +68,5 @@ distclean: clean
 
 .venv/installed-test: .venv/created $(INPUTS)
 	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps --prefix .venv/mpich mpich   # a second MPI, out of the way of the first
 	touch .venv/installed $@

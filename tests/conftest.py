@@ -23,12 +23,14 @@ def restored_threads() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips, or with REQUIRE_NETNS=1 or REQUIRE_GPU=1 fails, a test whose marker names something missing."""
-    for marker, missing, required in (
+    """Skips, or with REQUIRE_NETNS=1 (_MPI, _GPU) fails, a test whose marker names something missing."""
+    for name, missing, required in (
         ("netns", _missing_for_namespaces, "REQUIRE_NETNS"),
+        ("mpi", _missing_for_mpi, "REQUIRE_MPI"),
         ("gpu", _missing_for_gpu, "REQUIRE_GPU"),
     ):
-        if item.get_closest_marker(marker) and (pieces := missing()):
+        marker = item.get_closest_marker(name)
+        if marker and (pieces := missing(*marker.args)):
             reason = "this machine lacks " + "; ".join(pieces)
             if os.environ.get(required) == "1":
                 pytest.fail(f"{required}=1, but {reason}", pytrace=False)
@@ -40,6 +42,13 @@ def _missing_for_namespaces() -> tuple[str, ...]:
     from cluster.namespaces import missing_requirements
 
     return tuple(missing_requirements())
+
+
+@functools.cache
+def _missing_for_mpi(name: str) -> tuple[str, ...]:
+    from tests.distributed.mpi_ranks import missing_requirements
+
+    return tuple(missing_requirements(name))
 
 
 @functools.cache

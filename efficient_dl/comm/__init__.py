@@ -11,7 +11,8 @@ What each part promises:
 
 - `Transport` moves bytes and never looks inside. Messages have any length, which the receiver does not know; the sizes
   travel first and are counted. One transfer at a time, in one order on all ranks; whoever waits in vain gets a
-  `TransportError` that names the peer. `LoopbackHub` joins threads of one process, `ProcessGroupTransport` processes.
+  `TransportError` that names the peer. `LoopbackHub` joins threads of one process; `ProcessGroupTransport` joins
+  processes, and so does `MpiTransport` (in comm.mpi), between those that mpirun started.
 - `BucketLayout` cuts a flat bucket of named parameters into one shard a rank, on the codecs' block boundaries.
 - `Compressor` is plan + codecs + rates + residuals + meter. Its state is keyed by parameter names, never by buckets.
   Parameters with different codecs (`Plan.overrides`) travel as several packets in one message (`sections`); `Rates`

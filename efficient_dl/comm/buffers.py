@@ -40,3 +40,18 @@ class BufferPool:
         """Takes back what `take` returned and nobody uses any more."""
         with self._lock:
             self._free += [buffer for buffer in buffers if buffer.device.type == "cpu"]
+
+
+class ReceiveBuffers:
+    """Memory for one message from each rank, used again for its next one; see `BufferPool`."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+
+    def take(self, source: int, num_bytes: int) -> Tensor:
+        """Returns uint8 of num_bytes on the CPU, 1-D, with any content, valid until the next call for this rank."""
+        buffer = self._buffers.get(source)
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)
+            self._buffers[source] = buffer
+        return buffer[:num_bytes]

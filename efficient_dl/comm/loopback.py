@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 
 import torch
@@ -24,10 +25,19 @@ class LoopbackHub:
             for source in range(world_size)
             for target in range(world_size)
         }
+        self._siblings: list[LoopbackHub] = []
+        self._lock = threading.Lock()
 
     def transport(self, rank: int) -> LoopbackTransport:
         """The end of this rank; to be used by one thread at a time."""
         return LoopbackTransport(self, rank)
+
+    def sibling(self, number: int) -> LoopbackHub:
+        """The hub of the ranks' siblings with this number, 0 for the first."""
+        with self._lock:
+            while len(self._siblings) <= number:
+                self._siblings.append(LoopbackHub(self.world_size, self.timeout))
+            return self._siblings[number]
 
     def disconnect(self, rank: int) -> None:
         """Ends a rank as a crash would: whoever waits for it, or it for others, gets a TransportError at once."""
@@ -60,6 +70,7 @@ class LoopbackTransport:
         self.rank = rank
         self.world_size = hub.world_size
         self.device = torch.device("cpu")
+        self._num_siblings = 0
 
     def exchange(self, outgoing: list[Tensor]) -> LoopbackWork:
         """See `Transport.exchange`."""
@@ -71,6 +82,11 @@ class LoopbackTransport:
     def gather(self, packet: Tensor) -> LoopbackWork:
         """See `Transport.gather`."""
         return self.exchange([packet] * self.world_size)
+
+    def sibling(self) -> LoopbackTransport:
+        """See `Transport.sibling`."""
+        self._num_siblings += 1
+        return self._hub.sibling(self._num_siblings - 1).transport(self.rank)
 
     def abort(self) -> None:
         """See `Transport.abort`."""

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from efficient_dl.comm.buffers import ReceiveBuffers
 from efficient_dl.comm.transport import Work
 from efficient_dl.errors import ConfigError, TransportError
 
@@ -57,7 +58,7 @@ class ProcessGroupTransport:
         self.timeout = timeout
         self.rank = group.rank()
         self.world_size = group.size()
-        self._receive_buffers: dict[int, Tensor] = {}
+        self.receive_buffers = ReceiveBuffers()
 
     def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
         """See `Transport.exchange`."""
@@ -70,7 +71,7 @@ class ProcessGroupTransport:
         return self.exchange([packet] * self.world_size)
 
     def sibling(self) -> ProcessGroupTransport:
-        """A transport on a new group of the same ranks; all of them call it, in the same order."""
+        """See `Transport.sibling`."""
         ranks = dist.get_process_group_ranks(self.group)
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
             ranks,
@@ -83,14 +84,6 @@ class ProcessGroupTransport:
         )
         assert isinstance(group, dist.ProcessGroup)
         return ProcessGroupTransport(group, self.device, self.timeout)
-
-    def receive_buffer(self, source: int, num_bytes: int) -> Tensor:
-        """Memory for a message from this rank, used again for its next one: fresh pages are slow (`BufferPool`)."""
-        buffer = self._receive_buffers.get(source)
-        if buffer is None or buffer.numel() < num_bytes:
-            buffer = torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)
-            self._receive_buffers[source] = buffer
-        return buffer[:num_bytes]
 
     def abort(self) -> None:
         """See `Transport.abort`."""
@@ -162,7 +155,7 @@ class _PairwiseWork:
         incoming = list(self._outgoing)
         for source, target in self._rounds:
             self._finish(self._receiving[source], source, deadline)
-            message = self._transport.receive_buffer(source, int(self._sizes[source]))
+            message = self._transport.receive_buffers.take(source, int(self._sizes[source]))
             receiving = self._receive(message, source) if message.numel() else None
             sending = self._send(self._outgoing[target], target) if self._outgoing[target].numel() else None
             self._finish(receiving, source, deadline)

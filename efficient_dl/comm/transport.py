@@ -61,6 +61,13 @@ class Transport(Protocol):
         """Sends one message to all ranks; the result's i-th message came from rank i."""
         ...
 
+    def sibling(self) -> Transport:
+        """A transport of its own among the same ranks; all of them call it, in the same order.
+
+        Transfers on the two run side by side, in different threads, without an order between them.
+        """
+        ...
+
     def abort(self) -> None:
         """Breaks all connections: whoever waits for this rank, here or elsewhere, gets a TransportError now."""
         ...

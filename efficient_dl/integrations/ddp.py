@@ -24,6 +24,7 @@ from efficient_dl.comm import (
     Plan,
     ProcessGroupTransport,
     Residuals,
+    Transport,
     check_equal,
     combined,
     gather_json,
@@ -40,6 +41,7 @@ from efficient_dl.integrations.ddp_buckets import (
     HeldStep,
     ShadowEngine,
 )
+from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def compress(
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
+    transport: Transport | Literal["mpi"] | None = None,
     check_every: int = 50,
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     kernel: str = "auto",
@@ -90,6 +93,9 @@ def compress(
     scaler: your GradScaler, for error feedback: residuals follow its scale. A step that it skips leaves no trace.
     shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
     group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
+    transport: what carries the compressed bytes: None, the process group; "mpi", MPI between all processes that mpirun
+        started (see efficient_dl.comm.mpi, also for its `init_process_group`); or a Transport between the group's
+        ranks, which stays yours to close. The process group carries the rest: DDP's own, comparisons, statistics.
     check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never, as
         with bits="none".
     timeout: seconds after which an unfinished transfer, the wait for the slowest rank included, raises TransportError
@@ -99,7 +105,7 @@ def compress(
 
     DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
 
-    Raises ConfigError, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
+    Raises ConfigError, PackageMissing, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
 
     Example:
         compression = edl.compress(DistributedDataParallel(model), optimizer, bits=2.0)
@@ -135,13 +141,22 @@ def compress(
             plan = dataclasses.replace(plan, error_feedback=True)
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
+        check_transport(transport, control, native=shadow or plan.codec == "none")
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
     facts["plan"] = {"bits": plan.bits, **plan.facts()}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
+    facts["transport"] = transport_name(transport)
     handshake(facts, control)
-    return Compression(model, optimizer, compressor, control, shadow, check_every, scaler, second_moment)
+    carrier = make_transport(transport, control)
+    try:
+        return Compression(
+            model, optimizer, compressor, control, shadow, check_every, carrier, scaler, second_moment
+        )
+    finally:
+        if isinstance(transport, str):
+            carrier.close()  # its siblings, which the compression has, stay open
 
 
 class Compression:
@@ -155,6 +170,7 @@ class Compression:
         control: ProcessGroupTransport,
         shadow: bool,
         check_every: int,
+        carrier: Transport,
         scaler: torch.amp.GradScaler | None = None,
         second_moment: SecondMoment | None = None,
     ) -> None:
@@ -176,7 +192,7 @@ class Compression:
         self._pending: list[Future[Any]] = []
         self._record = BucketRecord()
         self._held: HeldStep | None = None
-        self._engine = self._make_engine()
+        self._engine = self._make_engine(carrier)
         if self._engine is not None:
             self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
             try:
@@ -330,12 +346,12 @@ class Compression:
         if self._engine is not None and self._finalizer.detach():
             self._engine.close(timeout)
 
-    def _make_engine(self) -> BucketEngine | None:
+    def _make_engine(self, carrier: Transport) -> BucketEngine | None:
         if self.plan.codec == "none":
             return None
         if self.shadow:
             return ShadowEngine(self._compressor, self._control)
-        return CompressedEngine(self._compressor, self._control)
+        return CompressedEngine(self._compressor, carrier)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()

@@ -18,6 +18,7 @@ from efficient_dl.comm import (
     OverlappedReducer,
     ProcessGroupTransport,
     ShadowReducer,
+    Transport,
 )
 
 TorchFuture = torch.futures.Future
@@ -48,16 +49,16 @@ class BucketEngine(Protocol):
         ...
 
     def close(self, timeout: float) -> None:
-        """Ends the threads and gives up the process groups."""
+        """Ends the threads and gives up its transports."""
         ...
 
 
 class CompressedEngine:
-    """Our one-shot reduction, on process groups of its own."""
+    """Our one-shot reduction, on siblings of a transport."""
 
-    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
-        exchange = control.sibling()
-        gather = control.sibling() if control.device.type == "cpu" else exchange
+    def __init__(self, compressor: Compressor, carrier: Transport) -> None:
+        exchange = carrier.sibling()
+        gather = carrier.sibling() if carrier.device.type == "cpu" else exchange
         self._reducer = OverlappedReducer(compressor, exchange, gather)
         self.abort = self._reducer.abort
         self.stop = self._reducer.stop
