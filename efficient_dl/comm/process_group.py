@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -71,7 +71,12 @@ class ProcessGroupTransport:
 
     def sibling(self) -> ProcessGroupTransport:
         """A transport on a new group of the same ranks; all of them call it, in the same order."""
-        ranks = dist.get_process_group_ranks(self.group)
+        return self.subgroup(range(self.world_size))
+
+    def subgroup(self, members: Sequence[int]) -> ProcessGroupTransport:
+        """A transport on a new group of some of these ranks, ascending; exactly they call it, in the same order."""
+        everyone = dist.get_process_group_ranks(self.group)
+        ranks = [everyone[member] for member in members]
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
             ranks,
             timeout=timedelta(seconds=self.timeout),

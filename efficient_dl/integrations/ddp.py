@@ -22,6 +22,7 @@ from efficient_dl.comm import (
     Compressor,
     Plan,
     ProcessGroupTransport,
+    Topology,
     check_equal,
     combined,
     gather_json,
@@ -37,6 +38,7 @@ from efficient_dl.integrations.ddp_buckets import (
     HeldStep,
     ShadowEngine,
 )
+from efficient_dl.integrations.nodes import Hierarchy, NodesWish
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +56,7 @@ def compress(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     kernel: str = "auto",
     extra: Mapping[str, Any] | None = None,
+    hierarchy: Hierarchy = None,
 ) -> "Compression":
     """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
 
@@ -73,6 +76,10 @@ def compress(
         and names the rank: longer than anything one rank does alone, such as an evaluation.
     kernel: which kernels code CPU tensors, as in `make_codec`.
     extra: further facts that must agree on all ranks, for example {"data": hash}; compared as text.
+    hierarchy: None: all ranks reduce as equals. The number of ranks on each node, a DeviceMesh of nodes × ranks, or
+        "auto" (the launcher's variables, else host names): full precision inside a node, compressed between nodes; see
+        `HierarchicalReduction`. Bytes and ratio are then of what leaves the node, local_bytes of what stays inside.
+        Nodes with different numbers of ranks, or with one each, reduce flat, which is logged.
 
     DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
 
@@ -98,13 +105,16 @@ def compress(
     try:
         _check_supported(model, parameters, check_every)
         compressor = Compressor(Plan.of(bits), list(parameters), kernel)
+        wish = NodesWish(hierarchy, control)
+        _check_hierarchy(hierarchy, compressor.plan, shadow)
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
     facts["plan"] = {"bits": compressor.plan.bits, "codec": compressor.plan.codec}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
+    facts["hierarchy"] = wish.fact()
     handshake(facts, control)
-    return Compression(model, optimizer, compressor, control, shadow, check_every)
+    return Compression(model, optimizer, compressor, control, shadow, check_every, wish.topology())
 
 
 class Compression:
@@ -118,6 +128,7 @@ class Compression:
         control: ProcessGroupTransport,
         shadow: bool,
         check_every: int,
+        topology: Topology | None = None,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
         # no garbage collector would see.
@@ -125,6 +136,7 @@ class Compression:
         self.shadow = shadow
         self._compressor = compressor
         self._control = control
+        self._topology = topology
         self._check_every = check_every
         self._parameters = _averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
@@ -153,11 +165,12 @@ class Compression:
 
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
-        Returns bits, codec, kernel, exact, shadow, world_size, checks, and `summary` of the meter: wire_bytes (what
-        left, size messages included), raw_bytes (the same with the identity codec), both per step, ratio,
-        bits_per_value, entropies, seconds, relative_error and a row for each parameter. A step is one synchronized
-        backward pass. bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or
-        "analytic" (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
+        Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter: wire_bytes
+        (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with the identity
+        codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio, bits_per_value,
+        entropies, seconds, relative_error and a row for each parameter. A step is one synchronized backward pass.
+        bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or "analytic"
+        (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
         """
         state = self._compressor.meter.state_dict()
         if all_ranks:
@@ -175,6 +188,7 @@ class Compression:
             "exact": self._compressor.codec.exact,
             "shadow": self.shadow,
             "world_size": self._control.world_size,
+            "hierarchy": self._topology.summary() if self._topology else None,
             "checks": self._checks,
             "bytes_source": source,
             **summary(state),
@@ -192,6 +206,7 @@ class Compression:
             "world_size": self._control.world_size,
             "optimizer_steps": self._optimizer_steps,
             "shadow": self.shadow,
+            "nodes": self._topology.reduced_by if self._topology else None,
             "buckets": [list(names) for names in self._record.buckets],
             "buckets_settled": self._record.settled,
             "compressor": self._compressor.state_dict(),
@@ -217,6 +232,10 @@ class Compression:
         self._optimizer_steps = state["optimizer_steps"]
         if state["world_size"] == control.world_size:
             self._continue_in([list(names) for names in state["buckets"]], state["buckets_settled"])
+            if state.get("nodes") != (self._topology.reduced_by if self._topology else None):
+                _log.warning(
+                    "saved on other nodes: sums are taken in another order, lossy packets cut elsewhere"
+                )
             if not state["buckets_settled"] and not self._compressor.codec.exact:
                 _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
         reasons = []
@@ -261,7 +280,7 @@ class Compression:
             return None
         if self.shadow:
             return ShadowEngine(self._compressor, self._control)
-        return CompressedEngine(self._compressor, self._control)
+        return CompressedEngine(self._compressor, self._control, self._topology)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
@@ -357,6 +376,15 @@ def _facts(
         "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
         "extra": {name: str(value) for name, value in extra.items()},
     }
+
+
+def _check_hierarchy(hierarchy: Hierarchy, plan: Plan, shadow: bool) -> None:
+    if hierarchy is not None and (shadow or plan.codec == "none"):
+        raise ConfigError(
+            "a hierarchy needs our own reduction",
+            found="shadow=True" if shadow else 'bits="none"',
+            fix='leave hierarchy out, or use bits="identity" as the yardstick',
+        )
 
 
 def _check_supported(

@@ -15,9 +15,12 @@ from torch import Tensor
 from efficient_dl.comm import (
     BucketLayout,
     Compressor,
+    HierarchicalReducer,
+    Levels,
     OverlappedReducer,
     ProcessGroupTransport,
     ShadowReducer,
+    Topology,
 )
 
 TorchFuture = torch.futures.Future
@@ -48,12 +51,18 @@ class BucketEngine(Protocol):
 
 
 class CompressedEngine:
-    """Our one-shot reduction, on process groups of its own."""
+    """Our one-shot reduction, or with several ranks on each node the hierarchical one; on process groups of its own."""
 
-    def __init__(self, compressor: Compressor, control: ProcessGroupTransport) -> None:
-        exchange = control.sibling()
-        gather = control.sibling() if control.device.type == "cpu" else exchange
-        self._reducer = OverlappedReducer(compressor, exchange, gather)
+    def __init__(
+        self, compressor: Compressor, control: ProcessGroupTransport, topology: Topology | None = None
+    ) -> None:
+        self._reducer: OverlappedReducer | HierarchicalReducer
+        if topology is not None and topology.flat_reason() is None:
+            self._reducer = HierarchicalReducer(compressor, Levels.of(topology, control))
+        else:
+            exchange = control.sibling()
+            gather = control.sibling() if control.device.type == "cpu" else exchange
+            self._reducer = OverlappedReducer(compressor, exchange, gather)
         self.abort = self._reducer.abort
         self.stop = self._reducer.stop
         self.close = self._reducer.close
