@@ -13,12 +13,15 @@ What each part promises:
   travel first and are counted. One transfer at a time, in one order on all ranks; whoever waits in vain gets a
   `TransportError` that names the peer. `LoopbackHub` joins threads of one process, `ProcessGroupTransport` processes.
 - `BucketLayout` cuts a flat bucket of named parameters into one shard a rank, on the codecs' block boundaries.
-- `Compressor` is plan + codec + meter. Its state is keyed by parameter names, never by buckets.
+- `Compressor` is plan + codecs + rates + residuals + meter. Its state is keyed by parameter names, never by buckets.
+  Parameters with different codecs (`Plan.overrides`) travel as several packets in one message (`sections`); `Rates`
+  follows a bound on error or bytes, `Residuals` keeps what lossy packets leave out.
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.
 - `Topology` says which ranks share a node. A `HierarchicalReduction` sums up inside the nodes in full precision and
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
+- `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
@@ -26,6 +29,7 @@ What each part promises:
 
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
@@ -36,6 +40,7 @@ from efficient_dl.comm.overlap import HierarchicalReducer, OverlappedReducer
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
+from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.shadow import ShadowReducer
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport, Work
@@ -54,12 +59,17 @@ __all__ = [
     "Plan",
     "ProcessGroupTransport",
     "Reduction",
+    "Residuals",
     "ShadowReducer",
     "Shard",
     "Topology",
     "Transport",
     "Work",
+    "all_gather",
     "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "broadcast",
     "check_equal",
     "combined",
     "gather_json",

@@ -54,7 +54,10 @@ class Reduction:
         incoming = self._transfer(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
         self._give_back()
         reduced = self._sum(incoming).to(self.x.dtype)
-        self._packet = self._encode(reduced, self.layout.shards[self.rank], copies=len(self._shards) - 1)
+        shard, world_size = self.layout.shards[self.rank], len(self._shards)
+        # Residuals are in units of contributions, of which an average has 1 / n.
+        units = float(world_size) if self.op == "avg" else 1.0
+        self._packet = self._encode(reduced, shard, world_size - 1, units)
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
@@ -64,9 +67,9 @@ class Reduction:
         self._give_back()
         self._compressor.meter.add(self._tally)
 
-    def _encode(self, x: Tensor, shard: Shard, copies: int) -> Tensor:
+    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units)
 
     def _take(self, num_bytes: int) -> Tensor:
         self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))

@@ -1,94 +1,184 @@
-"""A codec with its plan and its meter: what the collectives encode and decode with."""
+"""A codec with its plan, its state and its meter: what the collectives encode and decode with."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efficient_dl.codec import Codec, PacketStats, make_codec
+from efficient_dl.comm import sections as messages
 from efficient_dl.comm.buffers import BufferPool
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
-from efficient_dl.comm.plan import Plan
+from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
+from efficient_dl.comm.rates import Rates
+from efficient_dl.comm.residuals import Residuals, redistributed
+from efficient_dl.comm.sections import Section, sections_of
 from efficient_dl.errors import CheckpointError, PlanMismatch
 
 SAMPLE_EVERY_STEPS = 20
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_FUSED_FEEDBACK = "bits:"  # these codecs add the residual and replace it while they encode
+_RATES_WITH_LARGEST_PACKETS = (f"bits:{MIN_RATE}", "bits:2.0", f"bits:{MAX_RATE}")
 
 
 class Compressor:
     """Encodes and decodes shards of named parameters, and counts.
 
-    plan: which codec. names: the parameters that can occur; the meter has a row for each.
+    plan: which codec for which parameter. names: the parameters that can occur; the meter has a row for each.
+    residuals: with plan.error_feedback, where what packets leave out is kept.
     Every `SAMPLE_EVERY_STEPS`-th step, starting with the first, it also decodes what it has encoded, to measure the
     relative error (an exact codec has none, and is not measured).
+
+    A message is what one rank sends another for one shard: a packet, or several (`sections`).
     """
 
-    def __init__(self, plan: Plan, names: list[str], kernel: str = "auto") -> None:
+    def __init__(
+        self, plan: Plan, names: Sequence[str], kernel: str = "auto", residuals: Residuals | None = None
+    ) -> None:
+        assert plan.error_feedback == (residuals is not None)
+        plan.check_names(names)
         self.plan = plan
+        self.rates = Rates(plan)
+        self.residuals = residuals
+        self._kernel = kernel
+        self._codecs: dict[str, Codec] = {}
+        self._controlled_bytes = self._other_bytes = 0
+        self._lock = threading.Lock()
         # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
-        self.codec: Codec = make_codec("identity" if plan.codec == "none" else plan.codec, kernel=kernel)
-        self.meter = Meter(names)
+        self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
+        self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
+        self.meter = Meter(list(names))
         self.buffers = BufferPool()
-        self._identity = make_codec("identity")
+        self._identity = self._codec("identity")
 
-    @property
-    def samples_error(self) -> bool:
-        """Whether the packets of this step are also measured for their error."""
-        return not self.codec.exact and self.meter.steps % SAMPLE_EVERY_STEPS == 0
+    def samples_error(self, codec: Codec) -> bool:
+        """Whether this step's packets of a codec are also measured for their error."""
+        return not codec.exact and self.meter.steps % SAMPLE_EVERY_STEPS == 0
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
-        """The largest packet of a shard."""
-        return self.codec.max_bytes(shard.numel, dtype, shard.side)
+        """The largest message of a shard."""
+        sections = sections_of(shard, self.plan)
+        packets = sum(messages.padded(self._max_packet_bytes(section, dtype)) for section in sections)
+        return messages.directory_bytes(len(sections)) + packets
 
-    def encode(self, x: Tensor, room: Tensor, shard: Shard, tally: Tally, copies: int) -> Tensor:
-        """Returns the packet of x, the values of a shard, and counts that it leaves in so many copies.
+    def begin_step(self, loss_scale: float = 1.0) -> None:
+        """Starts the packets of a step, whose gradients are scaled by loss_scale."""
+        if self.residuals is not None:
+            self.residuals.begin(loss_scale)
 
-        room: uint8, at least `max_bytes`; the packet is its front.
+    def end_step(self, exposed_seconds: float) -> None:
+        """Counts a step, whose backward pass waited so long for its last buckets, and sets the next one's rates."""
+        self.meter.stepped(exposed_seconds)
+        with self._lock:
+            self.rates.stepped(self._controlled_bytes, self._other_bytes)
+            self._controlled_bytes = self._other_bytes = 0
+
+    def commit_step(self) -> None:
+        """The optimizer has applied the step: its residuals count (see `Residuals`)."""
+        if self.residuals is not None:
+            self.residuals.commit()
+
+    def encode(
+        self, x: Tensor, room: Tensor, shard: Shard, tally: Tally, copies: int, residual_units: float = 1.0
+    ) -> Tensor:
+        """Returns the message of x, the values of a shard, and counts that it leaves in so many copies.
+
+        room: uint8, at least `max_bytes`; the message is its front.
+        residual_units: 1 for contributions, the number of ranks for their average (`Residuals.take`).
         """
-        stats = PacketStats()
-        start = time.perf_counter()
-        packet = room[: int(self.codec.encode_into(x, room, shard.side, stats))]
-        tally.encoded(stats, time.perf_counter() - start)
-        tally.sent(shard, packet.numel(), self._identity.max_bytes(x.numel(), x.dtype), copies)
-        if self.samples_error:
-            self._measure_error(x, packet, shard, tally)
-        return packet
+        sections = sections_of(shard, self.plan)
+        start = messages.directory_bytes(len(sections))
+        lengths: list[int] = []
+        stop = start
+        for section in sections:
+            start = messages.padded(stop)
+            stats = PacketStats()
+            begun = time.perf_counter()
+            values = section.gather(x)
+            codec, length = self._encode(values, room[start:], section, tally, stats, residual_units)
+            tally.encoded(stats, time.perf_counter() - begun)
+            tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
+            if self.samples_error(codec) and self.residuals is None:
+                self._measure_error(codec, values, room[start : start + length], section, tally)
+            lengths.append(length)
+            stop = start + length
+            self._count(codec, section, length * copies)
+        messages.write_directory(room, lengths)
+        framing = stop - sum(lengths)
+        tally.totals.wire_bytes += framing * copies
+        return room[:stop]
 
     def decode(
-        self, packet: Tensor, out: Tensor, shard: Shard, tally: Tally, accumulate: bool = False
+        self, message: Tensor, out: Tensor, shard: Shard, tally: Tally, accumulate: bool = False
     ) -> None:
-        """Decodes the packet of a shard into out, or adds it to out."""
+        """Decodes the message of a shard into out, or adds it to out. Raises CorruptPacket."""
         start = time.perf_counter()
-        self.codec.decode(packet, out, accumulate=accumulate, side=shard.side)
+        sections = sections_of(shard, self.plan)
+        packets = messages.split_message(message, len(sections))
+        for section, packet in zip(sections, packets, strict=True):
+            values = section.gather(out)
+            codec = self._codec(section.codec)
+            codec.decode(packet, values, accumulate=accumulate, side=section.side)
+            section.scatter(values, out)
         tally.totals.decode_seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs on this rank: plain numbers and strings, keyed by parameter name."""
-        return {"version": _STATE_VERSION, "plan": asdict(self.plan), "meter": self.meter.state_dict()}
+        """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
+        feedback a float32 tensor for each parameter."""
+        return {
+            "version": _STATE_VERSION,
+            "plan": self.plan.facts(),
+            "meter": self.meter.state_dict(),
+            "rates": self.rates.state_dict(),
+            "residuals": None if self.residuals is None else self.residuals.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues exactly from a `state_dict`.
 
         Raises PlanMismatch if it was saved under another plan, CheckpointError if it is of another model or version.
         """
+        self._check_state(state)
+        self.meter.load_state_dict(state["meter"])
+        self.rates.load_state_dict(state["rates"])
+        if self.residuals is not None:
+            self.residuals.load_state_dict(state["residuals"])
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], residuals: bool = True) -> None:
+        """Continues from states of another number of ranks; the meter starts again from zero.
+
+        Rates become the ranks' mean. residuals: the states are those of all ranks, so that residuals can be
+        redistributed (see `redistributed`); else they start from zero.
+        """
+        for state in states:
+            self._check_state(state)
+        self.rates.load_mean([state["rates"] for state in states])
+        if self.residuals is not None and residuals:
+            self.residuals.load_state_dict(redistributed([state["residuals"] for state in states]))
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
             raise CheckpointError(
                 "the compression state is of another version",
                 expected=str(_STATE_VERSION),
                 found=str(state.get("version")),
             )
-        saved = Plan(**state["plan"])
-        if saved.fingerprint() != self.plan.fingerprint():
+        saved, own = dict(state["plan"]), self.plan.facts()
+        differing = [key for key in own if saved.get(key) != own[key]]
+        if differing:
             raise PlanMismatch(
-                f"the checkpoint was written under plan {saved.fingerprint()}, this run has {self.plan.fingerprint()}",
-                differs=f"codec = {saved.codec} (checkpoint), {self.plan.codec} (run)",
-                fix="resume with the bits the run was started with, or leave the compression state out",
+                "the checkpoint was written under another plan",
+                differs="; ".join(
+                    f"{key} = {saved.get(key)} (checkpoint), {own[key]} (run)" for key in differing
+                ),
+                fix="resume with the settings the run was started with, or leave the compression state out",
             )
         unknown = sorted(set(state["meter"]["parameters"]) ^ set(self.meter.parameters))
         if unknown:
@@ -96,16 +186,95 @@ class Compressor:
                 "the compression state belongs to another model",
                 differs=f"parameter {unknown[0]!r} (and {len(unknown) - 1} more) is in only one of the two",
             )
-        self.meter.load_state_dict(state["meter"])
 
-    def _measure_error(self, x: Tensor, packet: Tensor, shard: Shard, tally: Tally) -> None:
+    def _codec(self, spec: str) -> Codec:
+        codec = self._codecs.get(spec)
+        if codec is None:
+            codec = self._codecs[spec] = make_codec(spec, kernel=self._kernel)
+        return codec
+
+    def _max_packet_bytes(self, section: Section, dtype: torch.dtype) -> int:
+        varies = self.plan.varies_rates and section.codec == self.plan.codec
+        specs = _RATES_WITH_LARGEST_PACKETS if varies else (section.codec,)
+        return max(self._codec(spec).max_bytes(section.numel, dtype, section.side) for spec in specs)
+
+    def _encode(
+        self,
+        x: Tensor,
+        room: Tensor,
+        section: Section,
+        tally: Tally,
+        stats: PacketStats,
+        residual_units: float,
+    ) -> tuple[Codec, int]:
+        """Encodes a section's values; returns the codec that was used and the packet's bytes."""
+        codec = self._codec(self.rates.codec(section.codec, section.names))
+        bounded = self.plan.max_error is not None and section.codec == self.plan.codec
+        feeds_back = self.residuals is not None and not codec.exact
+        if not bounded and not feeds_back:
+            return codec, int(codec.encode_into(x, room, section.side, stats))
+        before = (
+            self.residuals.take(section, residual_units)
+            if self.residuals is not None
+            else torch.zeros_like(x, dtype=torch.float32)
+        )
+        signal = x.float() + before if bounded or self.samples_error(codec) else None
+        while True:
+            residual = before.clone() if bounded else before
+            length = self._encode_with_residual(codec, x, room, section, stats, residual)
+            error = _relative(residual, signal) if bounded and signal is not None else 0.0
+            again = self.rates.raised(codec.name, error) if bounded else None
+            if again is None:
+                break
+            codec = self._codec(again)
+        if bounded:
+            self.rates.settled(codec.name, section.names, error)
+            tally.totals.bound_misses += self._misses(error)
+        if self.residuals is not None:
+            self.residuals.give(section, residual, residual_units)
+            if signal is not None and self.samples_error(codec):
+                tally.erred(section, _squares(residual, section), _squares(signal, section))
+        return codec, length
+
+    def _encode_with_residual(
+        self, codec: Codec, x: Tensor, room: Tensor, section: Section, stats: PacketStats, residual: Tensor
+    ) -> int:
+        """Encodes x + residual, and replaces the residual by what the packet leaves out."""
+        if codec.name.startswith(_FUSED_FEEDBACK):
+            return int(codec.encode_into(x, room, section.side, stats, residual=residual))
+        wanted = residual.add_(x)
+        length = int(codec.encode_into(wanted.to(x.dtype), room, section.side, stats))
+        decoded = torch.empty_like(wanted)
+        codec.decode(room[:length], decoded, side=section.side)
+        wanted.sub_(decoded)
+        wanted[~torch.isfinite(wanted)] = 0.0
+        return length
+
+    def _misses(self, error: float) -> int:
+        bound = self.plan.max_error
+        return int(bound is not None and error > bound)
+
+    def _count(self, codec: Codec, section: Section, sent_bytes: int) -> None:
+        controlled = self.plan.varies_rates and section.codec == self.plan.codec
+        with self._lock:
+            if controlled:
+                self._controlled_bytes += sent_bytes
+            else:
+                self._other_bytes += sent_bytes
+
+    def _measure_error(self, codec: Codec, x: Tensor, packet: Tensor, section: Section, tally: Tally) -> None:
         signal = x.float()
         decoded = torch.empty_like(signal)
-        self.codec.decode(packet, decoded, side=shard.side)
+        codec.decode(packet, decoded, side=section.side)
         error = decoded.sub_(signal)
-        tally.erred(shard, _squares(error, shard), _squares(signal, shard))
+        tally.erred(section, _squares(error, section), _squares(signal, section))
 
 
-def _squares(x: Tensor, shard: Shard) -> list[float]:
-    parts = x.split_with_sizes(shard.segments)
-    return [float(part.square().sum(dtype=torch.float64)) for part in parts]
+def _squares(x: Tensor, section: Section) -> list[float]:
+    return [float(part.dot(part)) for part in x.split_with_sizes(section.segments)]
+
+
+def _relative(error: Tensor, signal: Tensor) -> float:
+    """‖error‖ / ‖signal‖; 0 without a signal, or with one that is not finite."""
+    square = float(signal.dot(signal))
+    return math.sqrt(float(error.dot(error)) / square) if 0 < square < math.inf else 0.0

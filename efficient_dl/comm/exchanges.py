@@ -1,8 +1,8 @@
 """More collectives over compressed tensors, for lists and dicts of them: each is one call, and waits.
 
-Tensors are float32, bfloat16 or float16; `broadcast`, `all_gather` and `all_to_all` also take the two float8 types. With
-an exact codec every bit arrives; with a lossy one every rank, the sender too, ends with what the packet decodes to.
-All ranks call the same function with the same arguments but values. A dead or silent rank is a `TransportError`.
+Tensors are float32, bfloat16 or float16; `broadcast`, `all_gather` and `all_to_all` also take the two float8 types.
+With an exact codec every bit arrives; with a lossy one every rank, the sender too, ends with what the packet decodes
+to. All ranks call the same function with the same arguments but values. A dead or silent rank is a `TransportError`.
 
     compressor = Compressor(Plan.of("lossless"), ["tensor"])            # or every tensor's name, for a row in its meter
     transport = ProcessGroupTransport(dist.new_group())                 # a group that nothing else uses meanwhile
@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from efficient_dl.codec import make_codec
 from efficient_dl.comm.collectives import Op, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout
@@ -78,7 +78,7 @@ def all_gather(x: Tensor, compressor: Compressor, transport: Transport, name: st
         return [x.clone()]
     tally = Tally(BucketLayout.of([name], [x.numel()], 1))
     message = _pack(x, compressor, tally, copies=transport.world_size - 1)
-    messages = _wait(transport.gather(message), tally)
+    messages = _wait(transport.gather(message), tally, message.numel() * (transport.world_size - 1))
     gathered = [_unpack(received, name, compressor, tally) for received in messages]
     compressor.meter.add(tally)
     return gathered
@@ -93,7 +93,9 @@ def all_to_all(
     """
     if len(tensors) != transport.world_size:
         raise ConfigError(
-            "all_to_all needs one tensor for each rank", expected=str(transport.world_size), found=str(len(tensors))
+            "all_to_all needs one tensor for each rank",
+            expected=str(transport.world_size),
+            found=str(len(tensors)),
         )
     for x in tensors:
         _check(name, x, compressor, transport, _DTYPES)
@@ -103,7 +105,7 @@ def all_to_all(
         nothing if target == transport.rank else _pack(x, compressor, tally, copies=1)
         for target, x in enumerate(tensors)
     ]
-    incoming = _wait(transport.exchange(outgoing), tally)
+    incoming = _wait(transport.exchange(outgoing), tally, sum(map(len, outgoing)))
     received = [
         tensors[source].clone() if source == transport.rank else _unpack(message, name, compressor, tally)
         for source, message in enumerate(incoming)
@@ -126,13 +128,15 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
         packet = compressor.encode(flat, room, shard, tally, copies=1)
         for peer, piece in zip(peers, packet.tensor_split(len(peers)), strict=True):
             outgoing[peer] = piece
-    pieces = _wait(transport.exchange(outgoing), tally)
+    pieces = _wait(transport.exchange(outgoing), tally, sum(map(len, outgoing)))
     if len(peers) == 1:
         packet = packet if rank == root else pieces[root]
     else:
         piece = nothing if rank == root else pieces[root].clone()  # valid only until the next transfer
-        onward = [nothing if rank == root or peer in (root, rank) else piece for peer in range(transport.world_size)]
-        received = _wait(transport.exchange(onward), tally)
+        onward = [
+            nothing if rank == root or peer in (root, rank) else piece for peer in range(transport.world_size)
+        ]
+        received = _wait(transport.exchange(onward), tally, sum(map(len, onward)))
         if rank != root:
             received[rank] = piece
             packet = torch.cat([received[peer] for peer in peers])
@@ -143,11 +147,17 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
 
 
 def _relayed(
-    tally: Tally, layout: BucketLayout, compressor: Compressor, piece: Tensor, packet: Tensor, x: Tensor, copies: int
+    tally: Tally,
+    layout: BucketLayout,
+    compressor: Compressor,
+    piece: Tensor,
+    packet: Tensor,
+    x: Tensor,
+    copies: int,
 ) -> None:
     """Counts the pieces of a packet that were passed on, and the same share of what identity would have sent."""
     share = piece.numel() / packet.numel()
-    raw_bytes = compressor.raw_bytes(x.numel(), x.dtype)
+    raw_bytes = make_codec("identity").max_bytes(x.numel(), x.dtype)
     tally.totals.wire_bytes += piece.numel() * copies
     tally.totals.raw_bytes += round(share * raw_bytes) * copies
     tally.totals.values_sent += round(share * x.numel()) * copies
@@ -186,10 +196,11 @@ def _numbers(message: Tensor, position: int, count: int) -> list[int]:
     return [int(number) for number in part.view(torch.int64)]
 
 
-def _wait(work: Work[list[Tensor]], tally: Tally) -> list[Tensor]:
+def _wait(work: Work[list[Tensor]], tally: Tally, message_bytes: int) -> list[Tensor]:
     start = time.perf_counter()
     incoming = work.wait()
     tally.totals.transport_seconds += time.perf_counter() - start
+    tally.announced(work.sent_bytes - message_bytes)
     return incoming
 
 
@@ -209,7 +220,8 @@ def _layout(bucket: Mapping[str, Tensor], num_shards: int) -> BucketLayout:
 
 def _put_back(flat: Tensor, bucket: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for x, part in zip(bucket.values(), flat.split([x.numel() for x in bucket.values()]), strict=True):
+        parts = flat.split_with_sizes([x.numel() for x in bucket.values()])
+        for x, part in zip(bucket.values(), parts, strict=True):
             x.copy_(part.view(x.shape))
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from efficient_dl.comm.collectives import Op, Reduction
 from efficient_dl.comm.compressor import Compressor
-from efficient_dl.comm.layout import BucketLayout
+from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology
@@ -86,9 +87,7 @@ class HierarchicalReduction:
         self._tally = Tally(self.layout)
         self._across: Reduction | None = None
         if across.world_size > 1 and self._own.numel():
-            shard = self.layout.shards[inside.rank]
-            names = [layout.names[parameter] for parameter in shard.parameters]
-            inner = BucketLayout.of(names, shard.segments, across.world_size)
+            inner = _cut(self.layout.shards[inside.rank], across.world_size)
             self._across = Reduction(self._own, inner, compressor, across.rank, op)
 
     def scatter_and_reduce(self, transport: Transport) -> None:
@@ -157,6 +156,23 @@ def hierarchical_all_reduce(
     reduction.exchange_and_reduce(levels.exchange)
     reduction.gather_and_decode(levels.gather)
     reduction.spread(levels.spread)
+
+
+@lru_cache(maxsize=1024)
+def _cut(shard: Shard, num_nodes: int) -> BucketLayout:
+    """The shard as a bucket of its own, whose shards still tell where in their parameters they begin."""
+    layout = BucketLayout.of(shard.names, shard.segments, num_nodes)
+    begin = dict(zip(shard.names, shard.offsets, strict=True))
+    shards = tuple(
+        replace(
+            part,
+            offsets=tuple(
+                offset + begin[name] for name, offset in zip(part.names, part.offsets, strict=True)
+            ),
+        )
+        for part in layout.shards
+    )
+    return replace(layout, shards=shards)
 
 
 def _bytes(x: Tensor) -> Tensor:

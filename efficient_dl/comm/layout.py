@@ -17,11 +17,14 @@ class Shard:
     """The values start … stop − 1 of a bucket: what one rank sums up and distributes.
 
     parameters: positions (within the bucket) of the parameters it holds values of, one for each of side.segments.
+    names: of the same parameters. offsets: where in its parameter each segment begins, in values.
     """
 
     start: int
     stop: int
     parameters: tuple[int, ...]
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
     side: Side
 
     @property
@@ -63,7 +66,9 @@ def _layout(names: tuple[str, ...], numels: tuple[int, ...], world_size: int) ->
     offsets = (0, *accumulate(numels))
     total = offsets[-1]
     cuts = [_nearest_boundary(offsets, total * i // world_size) for i in range(world_size)]
-    shards = [_shard(offsets, start, stop) for start, stop in zip(cuts, [*cuts[1:], total], strict=True)]
+    shards = [
+        _shard(names, offsets, start, stop) for start, stop in zip(cuts, [*cuts[1:], total], strict=True)
+    ]
     return BucketLayout(names, numels, tuple(shards))
 
 
@@ -76,10 +81,17 @@ def _nearest_boundary(offsets: tuple[int, ...], position: int) -> int:
     return position
 
 
-def _shard(offsets: tuple[int, ...], start: int, stop: int) -> Shard:
+def _shard(names: tuple[str, ...], offsets: tuple[int, ...], start: int, stop: int) -> Shard:
     pieces = [
-        (parameter, min(stop, end) - max(start, begin))
+        (parameter, max(start, begin) - begin, min(stop, end) - max(start, begin))
         for parameter, (begin, end) in enumerate(pairwise(offsets))
         if max(start, begin) < min(stop, end)
     ]
-    return Shard(start, stop, tuple(p for p, _ in pieces), Side(tuple(numel for _, numel in pieces)))
+    return Shard(
+        start,
+        stop,
+        tuple(parameter for parameter, _, _ in pieces),
+        tuple(names[parameter] for parameter, _, _ in pieces),
+        tuple(offset for _, offset, _ in pieces),
+        Side(tuple(numel for _, _, numel in pieces)),
+    )

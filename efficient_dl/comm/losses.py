@@ -1,8 +1,8 @@
 """After a lost connection: ranks tell each other whom they lost, so that all of them name the one that is gone.
 
-A rank that waits for a dead one stops; whoever waits for that rank loses it next, and would blame the wrong one. So every
-rank that fails writes whom it has lost into torch.distributed's store, breaks its other connections, which makes the
-ranks behind it fail as well, and follows the reports: the rank that was lost and has reported nothing is the one.
+A rank that waits for a dead one stops; whoever waits for that rank loses it next, and would blame the wrong one. So
+every rank that fails writes whom it has lost into torch.distributed's store, breaks its other connections, which makes
+the ranks behind it fail as well, and follows the reports: the rank that was lost and has reported nothing is the one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 _POLL_SECONDS = 0.02
-_GRACE_SECONDS = 0.5  # for the reports of ranks that fail in consequence; a broken connection is seen in milliseconds
+_GRACE_SECONDS = (
+    0.5  # for the reports of ranks that fail in consequence; a broken connection is seen in milliseconds
+)
 _GRACE_SHARE = 0.1  # of a time-out: ranks began to wait at different times
 _GRACE_LIMIT_SECONDS = 10.0
 _numbers: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()

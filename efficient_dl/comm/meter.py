@@ -6,10 +6,10 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 from efficient_dl.codec import PacketStats
-from efficient_dl.comm.layout import BucketLayout, Shard
+from efficient_dl.comm.layout import BucketLayout
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Totals:
         are of what leaves the node.
     values_sent: values in those packets, up to the owners and down from the owner.
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
+    bound_misses: packets that are above the plan's max_error even at the highest rate.
     error_squares, signal_squares: sums of squares of the sampled packets' errors and of what they encode.
     """
 
@@ -37,6 +38,7 @@ class Totals:
     escapes: int = 0
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
+    bound_misses: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     transport_seconds: float = 0.0
@@ -67,6 +69,25 @@ class ParameterTotals:
         self.signal_squares += other.signal_squares
 
 
+class Coded(Protocol):
+    """What one packet holds: a whole `Shard` or one of its sections."""
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        ...
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """The positions of its parameters within the bucket."""
+        ...
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """How many values it holds of each of them."""
+        ...
+
+
 @dataclass
 class Tally:
     """The counts of one collective on one bucket: filled by one stage after the other, then added to a meter."""
@@ -92,8 +113,8 @@ class Tally:
         totals.empty_blocks += stats.empty_blocks
         totals.nonfinite_blocks += stats.nonfinite_blocks
 
-    def sent(self, shard: Shard, packet_bytes: int, raw_bytes: int, copies: int) -> None:
-        """Counts one packet of a shard that leaves this rank in so many copies."""
+    def sent(self, shard: Coded, packet_bytes: int, raw_bytes: int, copies: int) -> None:
+        """Counts one packet of a shard, or of a part of it, that leaves this rank in so many copies."""
         totals = self.totals
         totals.wire_bytes += packet_bytes * copies
         totals.raw_bytes += raw_bytes * copies
@@ -108,7 +129,7 @@ class Tally:
         self.totals.wire_bytes += size_bytes
         self.totals.raw_bytes += size_bytes
 
-    def erred(self, shard: Shard, error_squares: list[float], signal_squares: list[float]) -> None:
+    def erred(self, shard: Coded, error_squares: list[float], signal_squares: list[float]) -> None:
         """Counts a sampled packet's squared error and squared signal, one of each for each segment."""
         if not all(map(math.isfinite, (*error_squares, *signal_squares))):
             return  # a gradient that overflowed says nothing about the codec
@@ -215,6 +236,7 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "escapes": t.escapes,
         "empty_blocks": t.empty_blocks,
         "nonfinite_blocks": t.nonfinite_blocks,
+        "bound_misses": t.bound_misses,
         "codec_seconds_per_step": (t.encode_seconds + t.decode_seconds) / steps,
         "encode_seconds_per_step": t.encode_seconds / steps,
         "decode_seconds_per_step": t.decode_seconds / steps,

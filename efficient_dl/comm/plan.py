@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import xxhash
 
@@ -11,47 +14,168 @@ from efficient_dl.codec import make_codec
 from efficient_dl.errors import ConfigError
 
 AUTO_BITS = 2.0
+MIN_RATE, MAX_RATE = 0.1, 7.0  # bits a value: what "bits:RATE" takes
+_FEEDBACK_BELOW_BITS = 1.0
+MIN_MAX_ERROR = 0.0125  # at 7 bits a value the relative error is 0.010 on Gaussian values
 
 
 @dataclass(frozen=True)
 class Plan:
     """One decision, equal on all ranks.
 
-    bits: what the user asked for: "none", "identity", "lossless", "auto" or a number of bits a value.
+    bits: what the user asked for: "none", "identity", "lossless", "auto", a number of bits a value or a codec.
     codec: what that means, as `make_codec` takes it; "none" leaves the native collective alone.
     reason: one sentence for logs and reports.
+    overrides: (pattern, codec) pairs; the first pattern that a parameter's name matches decides for it.
+    max_error: the largest relative error of a packet, ‖decoded − x‖ / ‖x‖; the rates follow it.
+    bytes_per_step: what a rank may send in a step; the rate follows it.
+    error_feedback: what a lossy packet leaves out is added to the same parameter's next one.
     """
 
     bits: str
     codec: str
     reason: str
+    overrides: tuple[tuple[str, str], ...] = ()
+    max_error: float | None = None
+    bytes_per_step: int | None = None
+    error_feedback: bool = False
 
     @staticmethod
-    def of(bits: str | float) -> Plan:
-        """Decides from the user's wish alone. Raises ConfigError for an unknown name or an impossible rate."""
-        wish = f"{float(bits)}" if isinstance(bits, (int, float)) or _is_number(bits) else bits
-        if wish == "none":
-            return Plan(wish, "none", "the native collective, as asked for")
-        if wish == "auto":
-            reason = f"auto is {AUTO_BITS} bits a value: the links are not measured yet"
-            return Plan(wish, _codec(f"bits:{AUTO_BITS}"), reason)
-        if wish in ("identity", "lossless"):
-            return Plan(wish, _codec(wish), "as asked for")
-        if _is_number(wish):
-            return Plan(wish, _codec(f"bits:{wish}"), "as asked for")
-        raise ConfigError(
-            f"unknown compression {bits!r}",
-            expected="none, identity, lossless, auto, or a number of bits a value such as 2.0",
-            fix='use bits="auto"',
-        )
+    def of(
+        bits: str | float = "auto",
+        *,
+        overrides: Mapping[str, str | float] | None = None,
+        max_error: float | None = None,
+        bytes_per_step: int | None = None,
+        values_per_step: int = 0,
+        error_feedback: bool = False,
+    ) -> Plan:
+        """Decides from the user's wish alone.
+
+        overrides: shell-style patterns of parameter names to what travels for those, as `bits` takes it ("auto"
+            excepted); "none" sends them uncompressed, inside the same messages.
+        values_per_step: how many values a rank sends in a step; needed with bytes_per_step.
+
+        Raises ConfigError for an unknown name, an impossible rate or wishes that contradict each other.
+        """
+        wish = _canonical(bits)
+        _check(wish, overrides or {}, max_error, bytes_per_step, error_feedback)
+        rules = tuple((pattern, _override(pattern, value)) for pattern, value in (overrides or {}).items())
+        codec, reason = _decision(wish)
+        if max_error is not None:
+            reason = f"as many bits as a relative error of {max_error:g} a packet takes"
+        elif bytes_per_step is not None:
+            codec = _codec(f"bits:{_first_rate(bytes_per_step, values_per_step)}")
+            reason = f"as many bits as {bytes_per_step} bytes a step and rank allow"
+        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback)
+
+    @property
+    def varies_rates(self) -> bool:
+        """Whether the rate of the default codec is controlled during the run."""
+        return self.max_error is not None or self.bytes_per_step is not None
+
+    @property
+    def feeds_back_with_sgd(self) -> bool:
+        """Whether error feedback is worth its memory for plain SGD: at rates below one bit."""
+        name, _, rate = self.codec.partition(":")
+        return name in ("bits", "grid") and not self.varies_rates and float(rate) < _FEEDBACK_BELOW_BITS
+
+    def codec_for(self, name: str) -> str:
+        """The codec of the parameter of this name."""
+        return next((codec for pattern, codec in self.overrides if fnmatchcase(name, pattern)), self.codec)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raises ConfigError if a pattern matches no parameter."""
+        known = list(names)
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise ConfigError(
+                    f"the override {pattern!r} matches no parameter",
+                    expected=f"a pattern of names such as {known[0]!r}" if known else "parameters",
+                    fix="print([name for name, _ in model.named_parameters()]); * stands for any text",
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """All that decides what travels, for comparisons between ranks and with checkpoints."""
+        facts = asdict(self)
+        del facts["reason"], facts["bits"]
+        return facts | {"overrides": dict(self.overrides)}
 
     def fingerprint(self) -> str:
         """Eight hexadecimal digits, equal for plans that do the same, whatever their reasons."""
-        return f"{xxhash.xxh3_64_intdigest(self.codec.encode()) & 0xFFFFFFFF:08x}"
+        return f"{xxhash.xxh3_64_intdigest(repr(self.facts()).encode()) & 0xFFFFFFFF:08x}"
 
 
-def _codec(spec: str) -> str:
-    return make_codec(spec, kernel="reference").name  # validates; which kernel will run is not decided here
+def _canonical(bits: str | float) -> str:
+    return f"{float(bits)}" if isinstance(bits, (int, float)) or _is_number(bits) else bits
+
+
+def _decision(wish: str) -> tuple[str, str]:
+    if wish == "none":
+        return "none", "the native collective, as asked for"
+    if wish == "auto":
+        return _codec(
+            f"bits:{AUTO_BITS}"
+        ), f"auto is {AUTO_BITS} bits a value: the links are not measured yet"
+    return _codec(wish), "as asked for"
+
+
+def _codec(wish: str) -> str:
+    """The canonical name; which kernel will run is not decided here."""
+    if wish == "delta":
+        raise ConfigError(
+            "delta needs a copy that both ends hold, which gradients do not have", fix='use bits="lossless"'
+        )
+    return make_codec(f"bits:{wish}" if _is_number(wish) else wish, kernel="reference").name
+
+
+def _override(pattern: str, value: str | float) -> str:
+    wish = _canonical(value)
+    if wish == "auto":
+        raise ConfigError(f"the override {pattern!r} says nothing", fix="name a codec or a number of bits")
+    return _codec("identity" if wish == "none" else wish)
+
+
+def _check(
+    wish: str,
+    overrides: Mapping[str, str | float],
+    max_error: float | None,
+    bytes_per_step: int | None,
+    error_feedback: bool,
+) -> None:
+    if max_error is not None and bytes_per_step is not None:
+        raise ConfigError("max_error and bytes_per_step exclude each other", fix="choose one of them")
+    if (max_error is not None or bytes_per_step is not None) and wish != "auto":
+        raise ConfigError(
+            "max_error and bytes_per_step decide the rate themselves",
+            found=f"bits = {wish}",
+            fix="leave bits out",
+        )
+    if wish == "none" and (overrides or error_feedback):
+        raise ConfigError(
+            'bits="none" leaves the native collective untouched: nothing can be overridden or fed back',
+            fix='use bits="identity" for the parameters that no override names',
+        )
+    if max_error is not None and not MIN_MAX_ERROR <= max_error < 1:
+        raise ConfigError(
+            "max_error is out of range",
+            expected=f"{MIN_MAX_ERROR} (about 7 bits a value) to 1, relative to the gradient's norm",
+            found=f"{max_error}",
+            fix='use bits="lossless" for less',
+        )
+
+
+def _first_rate(bytes_per_step: int, values_per_step: int) -> float:
+    rate = 8 * bytes_per_step / max(values_per_step, 1)
+    if rate < MIN_RATE:
+        least = math.ceil(MIN_RATE * values_per_step / 8)
+        raise ConfigError(
+            "bytes_per_step is too small for this model",
+            expected=f"at least {least} bytes: {MIN_RATE} bits for each of {values_per_step} values a rank sends",
+            found=f"{bytes_per_step} bytes",
+            fix="raise it, or synchronize less often (no_sync)",
+        )
+    return min(rate, MAX_RATE)
 
 
 def _is_number(text: str) -> bool:

@@ -141,7 +141,11 @@ class ProcessGroupTransport:
             lost = self._losses.culprit(ranks[self.rank], ranks[peer], self.timeout, timed_out)
             raise TransportError(
                 f"rank {ranks[self.rank]} lost rank {lost} while {doing}"
-                + (f" rank {ranks[peer]}, which is waiting for it or has lost it, too" if lost != ranks[peer] else " it"),
+                + (
+                    f" rank {ranks[peer]}, which is waiting for it or has lost it, too"
+                    if lost != ranks[peer]
+                    else " it"
+                ),
                 found=found,
                 where=f"a transfer among {self.world_size} ranks, limited to {self.timeout:g} s",
                 fix=f"read the end of rank {lost}'s log: it has stopped, is stuck or cannot be reached",

@@ -73,16 +73,16 @@ class ShadowReduction:
         shards = self._layout.shards
         shard = shards[self._rank]
         copies = len(shards) - 1
-        packet = self._encode(self._result[shard.start : shard.stop], shard, copies)
+        packet = self._encode(self._result[shard.start : shard.stop], shard, copies, float(len(shards)))
         for _ in shards:
             self._decode(packet, shard)
         self._compressor.buffers.give(self._buffers)
         self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
 
-    def _encode(self, x: Tensor, shard: Shard, copies: int) -> Tensor:
+    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units)
 
     def _decode(self, packet: Tensor, shard: Shard) -> None:
         buffer = self._compressor.buffers.take(4 * shard.numel, packet.device)

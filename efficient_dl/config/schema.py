@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from efficient_dl.config.setting import Section, setting, to_toml_value
+from efficient_dl.errors import ConfigError
 
 BITS_WORDS = ("none", "identity", "lossless", "auto")
 _MANY = 2**40  # more steps than anyone runs, and far from the end of int64
@@ -74,10 +75,39 @@ class CompressionConfig(Section):
     bits: float | str = setting(
         "auto", "bits a value, or one of the words", low=0.1, high=7.0, words=BITS_WORDS
     )
+    overrides: str = setting(
+        "", "other bits by parameter name: '*.bias=none, head.*=4.0'; the first pattern that fits counts"
+    )
+    max_error: float = setting(
+        0.0, "instead of bits: the largest relative error of a packet; 0: off", low=0.0, below=1.0
+    )
+    bytes_per_step: int = setting(
+        0, "instead of bits: what a worker may send in a step; 0: off", low=0, high=_MANY
+    )
+    error_feedback: str = setting(
+        "auto",
+        "add what a packet leaves out to the next; auto: for sgd below one bit",
+        words=("auto", "on", "off"),
+    )
     shadow: bool = setting(False, "apply the uncompressed result, only measure the compressed one")
     check_every: int = setting(
         50, "steps between comparisons of the parameters' hash; 0: never", low=0, high=_MANY
     )
+
+    def overrides_by_pattern(self) -> dict[str, str]:
+        """`overrides` as {pattern: bits}. Raises ConfigError for text that is no list of such pairs."""
+        pairs: dict[str, str] = {}
+        for one in filter(None, (part.strip() for part in self.overrides.split(","))):
+            pattern, equals, bits = (word.strip() for word in one.rpartition("="))
+            if not (pattern and equals and bits):
+                raise ConfigError(
+                    "compression.overrides cannot be read",
+                    expected="PATTERN=BITS, PATTERN=BITS, ...",
+                    found=one,
+                    fix="""--set compression.overrides='*.bias=none, head.*=4.0'""",
+                )
+            pairs[pattern] = bits
+        return pairs
 
 
 @dataclass(frozen=True)

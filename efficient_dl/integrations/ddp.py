@@ -2,12 +2,13 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with classes.
 
+import dataclasses
 import logging
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from efficient_dl.comm import (
     Compressor,
     Plan,
     ProcessGroupTransport,
+    Residuals,
     Topology,
     check_equal,
     combined,
@@ -50,6 +52,11 @@ def compress(
     optimizer: torch.optim.Optimizer | None = None,
     bits: str | float = "auto",
     *,
+    overrides: Mapping[str, str | float] | None = None,
+    max_error: float | None = None,
+    bytes_per_step: int | None = None,
+    error_feedback: bool | Literal["auto"] = "auto",
+    scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
     check_every: int = 50,
@@ -67,7 +74,16 @@ def compress(
     model: a DistributedDataParallel over dense float32, bfloat16 or float16 parameters, without a hook of its own.
     optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself.
     bits: "none" (the native collective, untouched), "identity" (our reduction, uncompressed), "lossless", a number
-        of bits a value (2.0), or "auto".
+        of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto".
+    overrides: other wishes for parameters by shell-style patterns of their names, the first match counts:
+        {"*.bias": "none", "lm_head.*": 4.0}. "none" sends them uncompressed in the same messages.
+    max_error: instead of bits: as many as keep the relative error of every packet, ‖decoded − x‖ / ‖x‖, within this
+        (0.0125 to 1). Encodes up to a few times where gradients change, and measures every packet.
+    bytes_per_step: instead of bits: as many as let this rank send so many bytes in a step, on average.
+    error_feedback: add what a packet leaves out to the parameter's next one; takes 8 bytes a value on every rank.
+        "auto" is: with a torch.optim.SGD at less than 1 bit a value. It belongs to SGD and low rates; with Adam the
+        residuals come back as rare large values, which inflate its second moment (docs/experiments.md).
+    scaler: your GradScaler, for error feedback: residuals follow its scale. A step that it skips leaves no trace.
     shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
     group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
     check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps; 0: never, as
@@ -104,17 +120,27 @@ def compress(
     facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
     try:
         _check_supported(model, parameters, check_every)
-        compressor = Compressor(Plan.of(bits), list(parameters), kernel)
         wish = NodesWish(hierarchy, control)
-        _check_hierarchy(hierarchy, compressor.plan, shadow)
+        plan = Plan.of(
+            bits,
+            overrides=overrides,
+            max_error=max_error,
+            bytes_per_step=bytes_per_step,
+            values_per_step=_values_sent(parameters, wish.sent_share()),
+            error_feedback=error_feedback is True,
+        )
+        if error_feedback == "auto" and isinstance(optimizer, torch.optim.SGD) and plan.feeds_back_with_sgd:
+            plan = dataclasses.replace(plan, error_feedback=True)
+        _check_hierarchy(hierarchy, plan, shadow)
+        compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
-    facts["plan"] = {"bits": compressor.plan.bits, "codec": compressor.plan.codec}
+    facts["plan"] = {"bits": plan.bits, **plan.facts()}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
     facts["hierarchy"] = wish.fact()
     handshake(facts, control)
-    return Compression(model, optimizer, compressor, control, shadow, check_every, wish.topology())
+    return Compression(model, optimizer, compressor, control, shadow, check_every, scaler, wish.topology())
 
 
 class Compression:
@@ -128,6 +154,7 @@ class Compression:
         control: ProcessGroupTransport,
         shadow: bool,
         check_every: int,
+        scaler: torch.amp.GradScaler | None = None,
         topology: Topology | None = None,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
@@ -138,6 +165,9 @@ class Compression:
         self._control = control
         self._topology = topology
         self._check_every = check_every
+        self._scaler = scaler
+        self._commits_itself = optimizer is None
+        self._in_backward = False
         self._parameters = _averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._optimizer_steps = 0
@@ -165,12 +195,12 @@ class Compression:
 
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
-        Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter: wire_bytes
-        (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with the identity
-        codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio, bits_per_value,
-        entropies, seconds, relative_error and a row for each parameter. A step is one synchronized backward pass.
-        bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or "analytic"
-        (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
+        Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter:
+        wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
+        the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
+        bits_per_value, entropies, seconds, relative_error and a row for each parameter. A step is one synchronized
+        backward pass. bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or
+        "analytic" (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
         """
         state = self._compressor.meter.state_dict()
         if all_ranks:
@@ -184,8 +214,10 @@ class Compression:
             "bits": self.plan.bits,
             "codec": self.plan.codec,
             "reason": self.plan.reason,
+            "overrides": dict(self.plan.overrides),
+            "error_feedback": self.plan.error_feedback,
             "kernel": kernel,
-            "exact": self._compressor.codec.exact,
+            "exact": self._compressor.exact,
             "shadow": self.shadow,
             "world_size": self._control.world_size,
             "hierarchy": self._topology.summary() if self._topology else None,
@@ -212,8 +244,11 @@ class Compression:
             "compressor": self._compressor.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Continues exactly from this rank's `state_dict`; every rank must call it, with its own.
+
+        After a change of the world size pass the list of all old ranks' states, by rank: residuals are redistributed
+        (every rank gets the mean of all), and rates are taken over; with one state alone, residuals start from zero.
 
         The next steps are reduced in the buckets that the saved run had, until DDP has rebuilt its own; they do not
         overlap backward. A state from before DDP had rebuilt them (the first three steps) cannot tell them: a lossy run
@@ -222,36 +257,59 @@ class Compression:
         PlanMismatch for another plan, CheckpointError for another rank, model or version.
         """
         control = self._control
-        if state["world_size"] == control.world_size and state["rank"] != control.rank:
+        states = [state] if isinstance(state, Mapping) else list(state)
+        resized = states[0]["world_size"] != control.world_size
+        own = states[0] if resized or len(states) == 1 else states[control.rank]
+        if not resized and own["rank"] != control.rank:
             raise CheckpointError(
-                f"rank {control.rank} was given the compression state of rank {state['rank']}",
+                f"rank {control.rank} was given the compression state of rank {own['rank']}",
                 fix="save state_dict() on every rank, and load each rank's own",
             )
+        if resized:
+            self._load_resized(states)
+            self._optimizer_steps = own["optimizer_steps"]
+            return
         fresh = self._compressor.meter.state_dict()
-        self._compressor.load_state_dict(state["compressor"])
-        self._optimizer_steps = state["optimizer_steps"]
-        if state["world_size"] == control.world_size:
-            self._continue_in([list(names) for names in state["buckets"]], state["buckets_settled"])
-            if state.get("nodes") != (self._topology.reduced_by if self._topology else None):
-                _log.warning(
-                    "saved on other nodes: sums are taken in another order, lossy packets cut elsewhere"
-                )
-            if not state["buckets_settled"] and not self._compressor.codec.exact:
-                _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
-        reasons = []
-        if state["world_size"] != control.world_size:
-            reasons.append(f"{state['world_size']} ranks, restored on {control.world_size}")
-        if state["shadow"] != self.shadow:
-            reasons.append(
-                "a shadow run, restored in a real one"
-                if state["shadow"]
-                else "a real run, restored in a shadow"
-            )
-        if reasons:
+        self._compressor.load_state_dict(own["compressor"])
+        self._optimizer_steps = own["optimizer_steps"]
+        self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
+        if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
+            _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
+        if not own["buckets_settled"] and not self._compressor.exact:
+            _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
+        if own["shadow"] != self.shadow:
             self._compressor.meter.load_state_dict(fresh)
             _log.warning(
-                "compression state of %s: the byte counters start again from zero", "; ".join(reasons)
+                "compression state of %s: the byte counters start again from zero",
+                "a shadow run, restored in a real one"
+                if own["shadow"]
+                else "a real run, restored in a shadow",
             )
+
+    def _load_resized(self, states: Sequence[Mapping[str, Any]]) -> None:
+        before = states[0]["world_size"]
+        complete = [one["rank"] for one in states] == list(range(before))
+        if len(states) > 1 and not complete:
+            raise CheckpointError(
+                "the compression states are not those of all ranks, in order",
+                expected=f"{before} states, of the ranks 0 to {before - 1}",
+                found=f"ranks {', '.join(str(one['rank']) for one in states)}",
+                fix="pass every old rank's state_dict()",
+            )
+        self._compressor.load_state_dicts([one["compressor"] for one in states], residuals=complete)
+        kept = ""
+        if self._compressor.residuals is not None:
+            kept = (
+                "; residuals are redistributed"
+                if complete
+                else "; residuals start from zero: not all were given"
+            )
+        _log.warning(
+            "compression state of %d ranks, restored on %d: the byte counters start again from zero%s",
+            before,
+            self._control.world_size,
+            kept,
+        )
 
     def _continue_in(self, buckets: list[list[str]], settled: bool) -> None:
         if not buckets or self.shadow or self._engine is None:
@@ -285,6 +343,10 @@ class Compression:
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
         names = [self._names[id(parameter)] for parameter in parameters]
+        if not self._in_backward:
+            self._in_backward = True
+            scaler = self._scaler
+            self._compressor.begin_step(scaler.get_scale() if scaler and scaler.is_enabled() else 1.0)
         self._record.add(names)
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
@@ -324,7 +386,10 @@ class Compression:
         self._wait()
         self._pending = []
         self._record.end_step()
-        self._compressor.meter.stepped(time.perf_counter() - start)
+        self._in_backward = False
+        self._compressor.end_step(time.perf_counter() - start)
+        if self._commits_itself:
+            self._compressor.commit_step()
 
     def _wait(self) -> None:
         try:
@@ -337,6 +402,7 @@ class Compression:
 
     def _after_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
+        self._compressor.commit_step()
         if self._engine is None:
             trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
             numels = {name: p.numel() for name, p in trained.items()}
@@ -358,6 +424,17 @@ def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Paramet
         for name, parameter in model.module.named_parameters()
         if name not in model.parameters_to_ignore
     }
+
+
+def _values_sent(parameters: Mapping[str, nn.Parameter], share: float) -> int:
+    """Values that a rank sends in a step: the other ranks' shards, and its own to each of them."""
+    return int(share * sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad))
+
+
+def _residuals(plan: Plan, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Residuals | None:
+    if not plan.error_feedback:
+        return None
+    return Residuals({name: parameter.numel() for name, parameter in parameters.items()}, device)
 
 
 def _facts(

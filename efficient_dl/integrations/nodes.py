@@ -44,6 +44,13 @@ class NodesWish:
             else str([list(ranks) for ranks in self._known.nodes] if self._known else None)
         )
 
+    def sent_share(self) -> float:
+        """How many values a rank sends out of its node for each of the model's; as without a hierarchy, if unknown."""
+        nodes, local = self._control.world_size, 1
+        if self._known is not None and self._known.even:
+            nodes, local = len(self._known.nodes), self._known.local_size
+        return 2 * (nodes - 1) / (nodes * local)
+
     def topology(self) -> Topology | None:
         """The nodes, once all ranks have wished for the same; None without a wish. Logs why it stays flat."""
         found = self._known

@@ -31,13 +31,13 @@ _ABOUT = "about.json"
 class Checkpoint:
     """What one checkpoint holds.
 
-    tensors: replicated state by name (model and optimizer). rank_state: this rank's own (generators, compression);
-    None if it was written by fewer ranks than read it. about: the JSON written beside them.
+    tensors: replicated state by name (model and optimizer). rank_states: this rank's own (generators, compression)
+    alone, or those of all ranks that wrote it, in order, where their number was another. about: the JSON beside them.
     """
 
     step: int
     tensors: dict[str, Tensor]
-    rank_state: Any
+    rank_states: list[Any]
     about: dict[str, Any]
 
 
@@ -113,17 +113,19 @@ class CheckpointFolder:
         """Read a checkpoint, a collective call. Raises CheckpointError if it is missing or damaged."""
         folder = self.folder(step)
         about = self.about(step)
-        own = _RANK_STATE.format(rank=_rank())
+        ranks = [_rank()] if about["ranks"] == _world_size() else range(about["ranks"])
+        wanted = [_RANK_STATE.format(rank=rank) for rank in ranks]
         with _damaged(folder):
             entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
             tensors = {
                 key: torch.empty(entry.size, dtype=entry.properties.dtype)
                 for key, entry in entries.items()
-                if isinstance(entry, TensorStorageMetadata) and (key == own or not key.startswith("ranks/"))
+                if isinstance(entry, TensorStorageMetadata)
+                and (key in wanted or not key.startswith("ranks/"))
             }
             dcp.load(tensors, checkpoint_id=folder)
-            blob = tensors.pop(own, None)
-            return Checkpoint(about["step"], tensors, None if blob is None else _from_blob(blob), about)
+            states = [_from_blob(tensors.pop(key)) for key in wanted]
+            return Checkpoint(about["step"], tensors, states, about)
 
     def _remove_partial(self) -> None:
         for leftover in self.path.glob(".*.partial"):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,10 @@ class Trainer:
             self.ddp,
             self.optimizer.parts[-1],  # whose step ends a training step
             bits=config.bits,
+            overrides=config.overrides_by_pattern(),
+            max_error=config.max_error or None,
+            bytes_per_step=config.bytes_per_step or None,
+            error_feedback=_ERROR_FEEDBACK[config.error_feedback],
             shadow=config.shadow,
             check_every=config.check_every,
             timeout=self.config.run.timeout_seconds,
@@ -203,16 +207,19 @@ class Trainer:
         for note in resume.check_position(checkpoint, self.config, self.world_size):
             self.progress.note(note)
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
+        before, now = checkpoint.about["settings"], self.config.settings()
+        same_plan = all(
+            before.get(key) == now[key]
+            for key in now
+            if key.startswith("compression.") and key != "compression.check_every"
+        )
+        if not same_plan:
+            self.progress.note("Gradients are sent otherwise than before: bytes are counted from here on.")
+        compression = self.compression if same_plan else None
         if checkpoint.about["ranks"] == self.world_size:
-            before, now = checkpoint.about["settings"], self.config.settings()
-            same_plan = all(before[key] == now[key] for key in ("compression.bits", "compression.shadow"))
-            if not same_plan:
-                self.progress.note(
-                    "Gradients are sent otherwise than before: bytes are counted from here on."
-                )
-            resume.restore_rank_state(
-                checkpoint.rank_state, self.compression if same_plan else None, self.device
-            )
+            resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
+        elif compression is not None:
+            compression.load_state_dict([state["compression"] for state in checkpoint.rank_states])
         self.step = checkpoint.step
 
     def _already_done(self) -> Summary:
@@ -277,4 +284,5 @@ class Trainer:
 # torch 2.13 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
+_ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
 _LOGGED_TRAFFIC = ("wire_bytes_per_step", "bits_per_value")

@@ -40,7 +40,7 @@ class HasState(Protocol):
     """The compression, as far as checkpoints are concerned."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None: ...
 
 
 def check_same_training(before: Config, now: Config) -> list[str]:
@@ -86,7 +86,7 @@ def check_position(checkpoint: Checkpoint, config: Config, world_size: int) -> l
     if ranks == world_size:
         return []
     return [
-        f"{ranks} workers before, {world_size} now: not bit for bit; generators and compression start afresh"
+        f"{ranks} workers before, {world_size} now: not bit for bit; generators start afresh, bytes are counted anew"
     ]
 
 

@@ -80,7 +80,9 @@ class _Prepared:
 def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
     """The configuration without "auto", with its folder, fit for a resume; and what the user should know of that."""
     notes: list[str] = []
-    if config.compression.bits == "auto":
+    compression = config.compression
+    compression.overrides_by_pattern()  # fails here, before any data is read
+    if compression.bits == "auto" and not (compression.max_error or compression.bytes_per_step):
         config = _with(config, "compression", bits=AUTO_BITS)
         notes.append(
             f"bits auto: {AUTO_BITS:g} bits a value, until there is a planner that measures the links"

@@ -113,7 +113,7 @@ def test_another_ranks_or_plans_state_is_refused() -> None:
         assert texts[0].startswith(
             f"CheckpointError: rank {rank} was given the compression state of rank {1 - rank}"
         )
-        assert texts[1].startswith("PlanMismatch: the checkpoint was written under plan")
+        assert texts[1].startswith("PlanMismatch: the checkpoint was written under another plan")
 
 
 def warnings_of(load: Callable[[], None]) -> list[str]:

@@ -45,6 +45,10 @@ RESUMED = {
     "lossless-sgd": ["compression.bits=lossless", "optimizer.name=sgd"],
     "2bit-adamw": ["compression.bits=2.0"],
     "2bit-sgd-dropout": ["compression.bits=2.0", "optimizer.name=sgd", "model.dropout=0.2"],
+    "feedback-sgd-overrides": [
+        "compression.bits=0.5", "optimizer.name=sgd", "compression.overrides=*.bias=none",
+    ],
+    "bounded-error-adamw": ["compression.max_error=0.2"],
     "2bit-muon-gpt": [
         "compression.bits=2.0", "optimizer.name=muon", "model.name=gpt", "model.context=32", "data.name=stdlib",
         "model.dropout=0.1", "train.precision=bf16",
@@ -78,7 +82,7 @@ def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str
     ]
     if ends[0].tensors.keys() != ends[1].tensors.keys():
         differences.append("names of tensors")
-    if not torch.equal(ends[0].rank_state["torch"], ends[1].rank_state["torch"]):
+    if not torch.equal(ends[0].rank_states[0]["torch"], ends[1].rank_states[0]["torch"]):
         differences.append("generator")
     rows = [[without_times(row) for row in RunFolder(one, writes=False).rows()] for one in (whole, crashed)]
     if rows[0] != rows[1] or len(rows[0]) != 9:
@@ -110,6 +114,17 @@ def test_ranks_of_a_launcher_train_and_write_a_run_folder(tmp_path: Path) -> Non
     assert load_config(out / "config.toml").data.fingerprint.startswith("xxh3:")
     assert list((out / "tensorboard").iterdir())
     assert CheckpointFolder(out / "checkpoints").steps() == [4]
+
+
+def test_more_workers_take_over_what_fewer_had_not_sent(tmp_path: Path) -> None:
+    words = ["--optimizer", "sgd", "--bits", "0.5", "--out", str(tmp_path / "run")]
+    first = edl(tmp_path / "a", *DIGITS, *words, "--batch-size", "8", "--steps", "3")
+    more = ["--batch-size", "4", "--steps", "5", "--resume"]
+    second = edl(tmp_path / "b", *DIGITS, *words, *more, ranks=4)
+    assert [one.code for one in (*first, *second)] == [0] * 6, second
+    assert (
+        "restored on 4: the byte counters start again from zero; residuals are redistributed" in second[0].err
+    )
 
 
 def test_a_run_at_its_last_step_is_not_trained_again(tmp_path: Path) -> None:
@@ -189,6 +204,14 @@ def test_an_error_is_reported_once_and_without_a_traceback(
     assert second.err == "", "rank 0 has said it"
     assert "Traceback" not in first.err
     assert not (tmp_path / "run").exists()
+
+
+def test_overrides_that_cannot_be_read_or_match_nothing_are_refused(tmp_path: Path) -> None:
+    for text, problem in (("bias", "PATTERN=BITS"), ("nosuch.*=4.0", "matches no parameter")):
+        out = ("--out", str(tmp_path / text[:4]), "--steps", "1", "--set", f"compression.overrides={text}")
+        ended = edl(tmp_path / "ranks", *DIGITS, "--bits", "2.0", *out)
+        assert [one.code for one in ended] == [2, 2], ended
+        assert problem in ended[0].err
 
 
 def test_different_settings_on_different_ranks_are_named(tmp_path: Path) -> None:

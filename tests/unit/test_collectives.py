@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Codec
 from efficient_dl.comm import BucketLayout, Compressor, Plan, Transport, all_reduce, summary
 from tests.unit.ranks import on_ranks
 
@@ -148,33 +147,38 @@ def test_identity_sends_exactly_what_it_is_compared_with(world_size: int) -> Non
     assert sum(rank["values_sent"] for rank in stats) == 2 * numel * (world_size - 1)
 
 
-def test_the_counted_bytes_are_those_of_the_packets() -> None:
-    sent: list[int] = []
+class Counting:
+    """A transport that notes the bytes of every message to another rank."""
 
-    class Counting:
-        """A codec that notes its packets' lengths."""
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.sent_bytes = 0
 
-        def __init__(self, codec: Codec) -> None:
-            self.codec = codec
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.codec, name)
+    def exchange(self, outgoing: list[Tensor]) -> Any:
+        others = [message.numel() for peer, message in enumerate(outgoing) if peer != self._transport.rank]
+        self.sent_bytes += sum(others) + 8 * len(others)
+        return self._transport.exchange(outgoing)
 
-        def encode_into(self, *arguments: Any) -> Tensor:
-            num_bytes = self.codec.encode_into(*arguments)
-            sent.append(int(num_bytes))
-            return num_bytes
+    def gather(self, packet: Tensor) -> Any:
+        self.sent_bytes += (packet.numel() + 8) * (self._transport.world_size - 1)
+        return self._transport.gather(packet)
 
-    def rank(transport: Transport) -> dict[str, Any]:
-        compressor = Compressor(Plan.of(2.0), NAMES, "reference")
-        compressor.codec = Counting(compressor.codec)  # type: ignore[assignment]
-        x = contributions(2)[transport.rank]
-        all_reduce(x, BucketLayout.of(NAMES, NUMELS, 2), compressor, transport)
-        return summary(compressor.meter.state_dict())
 
-    stats = on_ranks(2, rank)
-    assert sum(row["wire_bytes"] for row in stats) == sum(sent) + 4 * 8
-    assert all(row["ratio"] > 5 for row in stats)
+@pytest.mark.parametrize("overrides", [{}, {"bias": "none", "head": 4.0}, {"weight": "lossless"}])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_counted_bytes_are_those_of_the_messages(world_size: int, overrides: dict[str, Any]) -> None:
+    def rank(transport: Transport) -> tuple[int, dict[str, Any]]:
+        counting = Counting(transport)
+        compressor = Compressor(Plan.of(2.0, overrides=overrides), NAMES, "reference")
+        x = contributions(world_size)[transport.rank]
+        all_reduce(x, BucketLayout.of(NAMES, NUMELS, world_size), compressor, counting)
+        return counting.sent_bytes, summary(compressor.meter.state_dict())
+
+    for sent_bytes, stats in on_ranks(world_size, rank):
+        assert stats["wire_bytes"] == sent_bytes
 
 
 def test_parameters_rows_add_up_to_the_packets() -> None:

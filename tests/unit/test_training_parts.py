@@ -157,7 +157,7 @@ class TestCheckpoints:
         assert folder.steps() == [2, 3]
         loaded = folder.load(3)
         assert loaded.tensors["model/w"].tolist() == [3, 3, 3]
-        assert loaded.rank_state["generator"].tolist() == [0, 1, 2, 3]
+        assert loaded.rank_states[0]["generator"].tolist() == [0, 1, 2, 3]
         assert (loaded.step, loaded.about["seed"], loaded.about["ranks"]) == (3, 3, 1)
 
     def test_a_checkpoint_that_was_being_written_does_not_count(self, tmp_path: Path) -> None:

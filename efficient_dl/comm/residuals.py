@@ -1,0 +1,123 @@
+"""Error feedback: what lossy packets left out, kept by parameter name until the next packet takes it along.
+
+Every rank holds one float32 residual for each value: of its own contribution where another rank owns the shard, of
+the result where it is the owner itself (times the number of ranks when results are averages, so that the mean over
+ranks of all residuals is what the parameters still lack). Source: Seide et al. 2014, 1-bit SGD; Karimireddy et al.
+2019 (1901.09847); both directions: Tang et al. 2019, DoubleSqueeze (1905.05957).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_dl.comm.sections import Section
+
+
+class Residuals:
+    """The residuals of one rank, in units of the scaled loss; they change only when the optimizer has stepped.
+
+    numels: values of each parameter. device: where they live. Takes 4 bytes a value, 8 from the first step on.
+
+    A step is: `begin`, then `take` and `give` for each packet, then `commit`. Without `commit` (a step that a
+    GradScaler has skipped) the next `begin` forgets the step: the state is as if it had not run.
+    """
+
+    def __init__(self, numels: Mapping[str, int], device: torch.device) -> None:
+        self._numels = dict(numels)
+        self._device = device
+        self._committed: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._written: set[str] = set()
+        self._committed_scale = 1.0
+        self._scale = 1.0
+        self._lock = threading.Lock()
+
+    def begin(self, scale: float = 1.0) -> None:
+        """Starts a step whose gradients are scaled by `scale` (of a GradScaler)."""
+        self._written.clear()
+        self._scale = scale
+
+    def take(self, section: Section, units: float) -> Tensor:
+        """A copy of the residuals of a section's values, float32, in the units of the values to encode.
+
+        units: residuals are kept times this: 1 for contributions, the number of ranks for their average.
+        """
+        factor = self._scale / self._committed_scale / units
+        parts = [
+            self._part(self._committed, name, offset, numel)
+            for name, offset, numel in zip(section.names, section.offsets, section.segments, strict=True)
+        ]
+        return torch.cat(parts).mul_(factor) if factor != 1.0 else torch.cat(parts)
+
+    def give(self, section: Section, residual: Tensor, units: float) -> None:
+        """Keeps what a section's packet left out."""
+        if units != 1.0:
+            residual = residual * units
+        parts = residual.split_with_sizes(section.segments)
+        for name, offset, part in zip(section.names, section.offsets, parts, strict=True):
+            self._part(self._pending, name, offset, part.numel()).copy_(part)
+        with self._lock:
+            self._written.update(section.names)
+
+    def commit(self) -> None:
+        """Makes the step's residuals those of the next; in a step without packets, does nothing."""
+        if not self._written:
+            return
+        if self._scale != self._committed_scale:
+            for name in self._committed.keys() - self._written:
+                self._committed[name].mul_(self._scale / self._committed_scale)
+            self._committed_scale = self._scale
+        for name in self._written:
+            self._committed[name], self._pending[name] = self._pending[name], self._committed[name]
+        self._written.clear()
+
+    def norm(self, name: str) -> float:
+        """The Euclidean norm of a parameter's residual."""
+        with self._lock:
+            kept = self._committed.get(name)
+        return 0.0 if kept is None else math.sqrt(float(kept.dot(kept)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was committed: float32 tensors on the CPU, by name, and their scale."""
+        with self._lock:
+            kept = {name: values.to("cpu", copy=True) for name, values in self._committed.items()}
+        return {"scale": self._committed_scale, "parameters": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict` of the same parameters."""
+        with self._lock:
+            self._written.clear()
+            self._pending.clear()
+            self._committed_scale = self._scale = state["scale"]
+            self._committed = {
+                name: values.to(self._device, torch.float32, copy=True)
+                for name, values in state["parameters"].items()
+            }
+
+    def _part(self, kept: dict[str, Tensor], name: str, offset: int, numel: int) -> Tensor:
+        with self._lock:
+            for one in (self._committed, self._pending):
+                if name not in one:
+                    one[name] = torch.zeros(self._numels[name], dtype=torch.float32, device=self._device)
+        return kept[name][offset : offset + numel]
+
+
+def redistributed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The residuals that each of a new number of ranks starts with: the mean of the old ones'.
+
+    states: `Residuals.state_dict` of every old rank, by rank. What the parameters lack in all stays the same.
+    """
+    scale = states[0]["scale"]
+    total = {
+        name: torch.zeros_like(values) for state in states for name, values in state["parameters"].items()
+    }
+    for state in states:
+        for name, values in state["parameters"].items():
+            total[name] += values * (scale / state["scale"])
+    return {"scale": scale, "parameters": {name: values / len(states) for name, values in total.items()}}

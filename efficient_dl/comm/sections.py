@@ -1,0 +1,139 @@
+"""One message a shard, one packet a codec: how parameters with different codecs travel together.
+
+A shard whose parameters share a codec is one packet, and that packet is the message. Otherwise the message is
+
+    int64 length of every packet but the last | zeros to a multiple of 16 | packets, each padded to a multiple of 16
+
+with one packet for each codec, in the order in which the shard first needs them. Both ends know the plan and the
+layout, so nothing else has to be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import Side
+from efficient_dl.comm.layout import Shard
+from efficient_dl.comm.plan import Plan
+from efficient_dl.errors import CorruptPacket
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Section:
+    """The values of a shard that one codec codes together, in one packet.
+
+    pieces: (start, stop) within the shard; neighbours are joined.
+    parameters, names, offsets: of its segments, as in `Shard`.
+    """
+
+    codec: str
+    pieces: tuple[tuple[int, int], ...]
+    parameters: tuple[int, ...]
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+    side: Side
+
+    @property
+    def numel(self) -> int:
+        """The number of values."""
+        return sum(stop - start for start, stop in self.pieces)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """How many values it holds of each of its parameters."""
+        return self.side.segments or ()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Its values of a shard's: a view if they lie together, else a copy."""
+        if len(self.pieces) == 1:
+            start, stop = self.pieces[0]
+            return x[start:stop]
+        return torch.cat([x[start:stop] for start, stop in self.pieces])
+
+    def scatter(self, values: Tensor, out: Tensor) -> None:
+        """Puts back what `gather` took; does nothing if that was a view."""
+        if len(self.pieces) > 1:
+            parts = values.split_with_sizes([stop - start for start, stop in self.pieces])
+            for (start, stop), part in zip(self.pieces, parts, strict=True):
+                out[start:stop].copy_(part)
+
+
+@lru_cache(maxsize=4096)
+def sections_of(shard: Shard, plan: Plan) -> tuple[Section, ...]:
+    """The sections of a shard, at least one; an empty shard has one of the plan's codec."""
+    codecs = [plan.codec_for(name) for name in shard.names]
+    if len(set(codecs)) <= 1:
+        codec = codecs[0] if codecs else plan.codec
+        whole = ((0, shard.numel),)
+        return (Section(codec, whole, shard.parameters, shard.names, shard.offsets, shard.side),)
+    return tuple(_section(shard, codecs, codec) for codec in dict.fromkeys(codecs))
+
+
+def _section(shard: Shard, codecs: Sequence[str], codec: str) -> Section:
+    chosen = [position for position, one in enumerate(codecs) if one == codec]
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    for numel, one in zip(shard.segments, codecs, strict=True):
+        if one == codec:
+            joins = bool(pieces) and pieces[-1][1] == start
+            begin = pieces.pop()[0] if joins else start
+            pieces.append((begin, start + numel))
+        start += numel
+    return Section(
+        codec,
+        tuple(pieces),
+        tuple(shard.parameters[i] for i in chosen),
+        tuple(shard.names[i] for i in chosen),
+        tuple(shard.offsets[i] for i in chosen),
+        Side(tuple(shard.segments[i] for i in chosen)),
+    )
+
+
+def directory_bytes(num_packets: int) -> int:
+    """Bytes before the first of so many packets."""
+    return 0 if num_packets == 1 else padded(8 * (num_packets - 1))
+
+
+def padded(num_bytes: int) -> int:
+    """The next multiple of 16."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def write_directory(message: Tensor, packet_bytes: Sequence[int]) -> None:
+    """Writes what comes before the packets. message: uint8, 1-D."""
+    if len(packet_bytes) > 1:
+        lengths = torch.tensor(packet_bytes[:-1], dtype=torch.int64).view(torch.uint8)
+        message[: directory_bytes(len(packet_bytes))] = 0
+        message[: lengths.numel()].copy_(lengths)
+
+
+def split_message(message: Tensor, num_packets: int) -> list[Tensor]:
+    """The packets of a message, views. Raises CorruptPacket unless they fill it exactly."""
+    if num_packets == 1:
+        return [message]
+    position = directory_bytes(num_packets)
+    if message.numel() < position:
+        raise _misfit(message, f"{num_packets} packets")
+    lengths = message[: 8 * (num_packets - 1)].cpu().view(torch.int64)
+    packets: list[Tensor] = []
+    for length in map(int, lengths):
+        if not 0 <= length <= message.numel() - position:
+            raise _misfit(message, f"a packet of {length} bytes at {position}")
+        packets.append(message[position : position + length])
+        position = padded(position + length)
+    if position > message.numel():
+        raise _misfit(message, "padding behind its last packet but one")
+    return [*packets, message[position:]]
+
+
+def _misfit(message: Tensor, content: str) -> CorruptPacket:
+    return CorruptPacket(
+        "a message's directory does not fit it", expected=content, found=f"{message.numel()} bytes in all"
+    )

@@ -1,0 +1,212 @@
+"""DDP with wishes for single parameters, bounds on error and bytes, and error feedback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import efficient_dl as edl
+from efficient_dl.errors import CheckpointError, ConfigError
+from tests.distributed.launch import run_ranks
+
+OVERRIDES = {"*.bias": "none", "4.*": 4.0}
+WISHES: dict[str, dict[str, Any]] = {
+    "overrides": {"bits": 2.0, "overrides": OVERRIDES},
+    "bounded error": {"max_error": 0.1},
+    "budget": {"bytes_per_step": 9000},
+    "error feedback": {"bits": 0.5, "error_feedback": True},
+    "all": {"max_error": 0.3, "overrides": OVERRIDES, "error_feedback": True},
+    "global step": {"bits": "grid:1.0"},
+}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 5))
+
+
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(8, 20, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+class Run:
+    """A model in training, with a GradScaler if `scale` is given."""
+
+    def __init__(self, wishes: dict[str, Any], scale: float | None = None) -> None:
+        self.model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        self.compression = edl.compress(
+            self.model, self.optimizer, check_every=1, scaler=self.scaler, **wishes
+        )
+
+    def step(self, step: int, rank: int, overflow: bool = False) -> None:
+        self.optimizer.zero_grad()
+        loss = (self.model(batch(step, rank)) - 1).square().mean()
+        if overflow and rank == 0:
+            loss = loss * float("inf")
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()]).clone()
+
+
+def trained(rank: int, wishes: dict[str, Any]) -> tuple[Tensor, float, dict[str, Any]]:
+    run = Run(wishes)
+    for step in range(20):
+        run.step(step, rank)
+    stats = run.compression.stats()
+    loss = float((run.model(batch(99, 99)) - 1).square().mean().detach())
+    run.compression.close()
+    return run.weights(), loss, stats
+
+
+@pytest.mark.parametrize("wishes", WISHES.values(), ids=WISHES.keys())
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_stay_equal_and_learn(world_size: int, wishes: dict[str, Any]) -> None:
+    """The parameters are compared after every step (check_every=1)."""
+    results = run_ranks(trained, world_size, wishes)
+    _, exact, _ = run_ranks(trained, world_size, {"bits": "identity"})[0]
+    assert all(torch.equal(results[0][0], weights) for weights, _, _ in results)
+    assert results[0][1] < 0.5 and results[0][1] < 2 * exact + 0.1
+    stats = results[0][2]
+    assert stats["checks"] == 20 and stats["ratio"] > 1.5
+    assert stats["error_feedback"] == wishes.get("error_feedback", False)
+
+
+def test_overrides_decide_what_each_parameter_costs() -> None:
+    rows = run_ranks(trained, 2, WISHES["overrides"])[0][2]["parameters"]
+    assert rows["2.bias"]["bits_per_value"] >= 32 > 8 > rows["2.weight"]["bits_per_value"]
+    assert rows["2.bias"]["relative_error"] == 0 < rows["4.weight"]["relative_error"]
+    assert rows["4.weight"]["relative_error"] < 0.5 * rows["2.weight"]["relative_error"]
+
+
+def test_a_bounded_error_holds_for_the_applied_gradients() -> None:
+    stats = run_ranks(trained, 2, WISHES["bounded error"])[0][2]
+    assert 0 < stats["relative_error"] <= 0.1 and stats["bound_misses"] == 0
+
+
+def refused(rank: int, wishes: dict[str, Any]) -> str:
+    try:
+        edl.compress(DistributedDataParallel(network()), None, **wishes)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("wishes", "problem"),
+    [
+        ({"bits": 2.0, "overrides": {"head.*": 4.0}}, "matches no parameter"),
+        ({"bytes_per_step": 10}, "bytes_per_step is too small"),
+        ({"bits": 2.0, "max_error": 0.1}, "decide the rate themselves"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused_on_every_rank(wishes: dict[str, Any], problem: str) -> None:
+    assert all(problem in text for text in run_ranks(refused, 2, wishes))
+
+
+def with_overflow(rank: int, overflows: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Six steps that count; with an overflow, that step is skipped and halves the scale for those behind it."""
+    run = Run(WISHES["error feedback"], scale=1024.0)
+    for step in range(3):
+        run.step(step, rank)
+    before = run.weights()
+    if overflows:
+        run.step(77, rank, overflow=True)
+        assert torch.equal(run.weights(), before)
+        assert run.scaler.get_scale() == 512.0
+    for step in range(3, 6):
+        run.step(step, rank)
+    return run.weights(), run.compression.state_dict()["compressor"]["residuals"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_step_that_the_scaler_skips_leaves_the_state_as_if_it_had_not_run(world_size: int) -> None:
+    skipped, straight = (run_ranks(with_overflow, world_size, overflows) for overflows in (True, False))
+    for (weights, kept), (expected, residuals) in zip(skipped, straight, strict=True):
+        assert torch.equal(weights, expected)
+        assert (kept["scale"], residuals["scale"]) == (512.0, 1024.0)
+        for name, values in residuals["parameters"].items():
+            assert torch.equal(2 * kept["parameters"][name], values)
+
+
+def interrupted(rank: int, wishes: dict[str, Any]) -> bool:
+    whole = Run(wishes)
+    for step in range(8):
+        whole.step(step, rank)
+    first = Run(wishes)
+    for step in range(5):
+        first.step(step, rank)
+    resumed = Run(wishes)
+    resumed.model.load_state_dict(first.model.state_dict())
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    resumed.compression.load_state_dict(first.compression.state_dict())
+    for step in range(5, 8):
+        resumed.step(step, rank)
+    return torch.equal(resumed.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all"])
+def test_resuming_equals_never_stopping(name: str) -> None:
+    assert run_ranks(interrupted, 2, WISHES[name]) == [True, True]
+
+
+def state_after(rank: int, steps: int) -> dict[str, Any]:
+    run = Run(WISHES["error feedback"])
+    for step in range(steps):
+        run.step(step, rank)
+    return run.compression.state_dict()
+
+
+def missing(states: list[dict[str, Any]]) -> Tensor:
+    kept = [one["compressor"]["residuals"]["parameters"] for one in states]
+    return torch.stack([torch.cat([one[name] for name in sorted(one)]) for one in kept]).mean(0)
+
+
+def kept_by_resized(rank: int, states: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    run = Run(WISHES["error feedback"])
+    try:
+        run.compression.load_state_dict(states[:2])
+    except CheckpointError as error:
+        problem = error.problem
+    else:
+        problem = ""
+    run.compression.load_state_dict(states)
+    state = run.compression.state_dict()
+    run.step(50, rank)
+    return state, problem
+
+
+def test_residuals_are_redistributed_at_another_world_size() -> None:
+    states = run_ranks(state_after, 3, 4)
+    results = run_ranks(kept_by_resized, 2, states)
+    assert all(
+        problem.startswith("the compression states are not those of all ranks") for _, problem in results
+    )
+    torch.testing.assert_close(missing([state for state, _ in results]), missing(states))
+
+
+def chosen(rank: int) -> list[bool]:
+    choices = []
+    for optimizer_class, bits in [
+        (torch.optim.SGD, 0.5),
+        (torch.optim.SGD, 2.0),
+        (torch.optim.SGD, "lossless"),
+        (torch.optim.AdamW, 0.5),
+    ]:
+        model = DistributedDataParallel(network())
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        choices.append(edl.compress(model, optimizer, bits).stats()["error_feedback"])
+    torch.distributed.barrier()  # a rank that leaves early breaks the other's first connection to it
+    return choices
+
+
+def test_error_feedback_is_chosen_for_sgd_below_one_bit() -> None:
+    assert run_ranks(chosen, 2) == [[True, False, False, False]] * 2

@@ -1,0 +1,164 @@
+"""Error feedback: nothing is lost, skipped steps leave no trace, scales and world sizes may change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_dl.comm import BucketLayout, Compressor, Plan, Residuals, Transport, all_reduce
+from efficient_dl.comm.residuals import redistributed
+from tests.unit.ranks import on_ranks
+
+NAMES, NUMELS = ["weight", "bias", "head"], [3000, 70, 1000]
+
+
+def compressor(bits: str | float = 0.5, kernel: str = "reference", **wishes: object) -> Compressor:
+    plan = Plan.of(bits, error_feedback=True, **wishes)  # type: ignore[arg-type]
+    numels = dict(zip(NAMES, NUMELS, strict=True))
+    return Compressor(plan, NAMES, kernel, Residuals(numels, torch.device("cpu")))
+
+
+def gradient(step: int, rank: int) -> Tensor:
+    return torch.randn(sum(NUMELS), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def flat(residuals: dict[str, Tensor]) -> Tensor:
+    return torch.cat([residuals[name] for name in NAMES])
+
+
+def steps_on(transport: Transport, one: Compressor, steps: range, scale: float = 1.0) -> Tensor:
+    """The sum of the averages of so many steps."""
+    layout = BucketLayout.of(NAMES, NUMELS, transport.world_size)
+    total = torch.zeros(sum(NUMELS))
+    for step in steps:
+        x = gradient(step, transport.rank) * scale
+        one.begin_step(scale)
+        all_reduce(x, layout, one, transport)
+        one.end_step(0.0)
+        one.commit_step()
+        total += x
+    return total
+
+
+@pytest.mark.parametrize("bits", [0.5, "grid:0.5", "sign", "topk:0.05"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_was_not_sent_is_in_the_residuals(bits: str | float, world_size: int) -> None:
+    """Applied averages plus the mean of all ranks' residuals are the exact averages."""
+
+    def rank(transport: Transport) -> tuple[Tensor, Tensor]:
+        one = compressor(bits)
+        total = steps_on(transport, one, range(6))
+        assert one.residuals is not None
+        return total, flat(one.residuals.state_dict()["parameters"])
+
+    results = on_ranks(world_size, rank)
+    exact = sum(gradient(step, r) for step in range(6) for r in range(world_size)) / world_size
+    assert all(torch.equal(results[0][0], total) for total, _ in results)
+    missing = sum(residual for _, residual in results) / world_size
+    assert float(missing.norm()) > 0.1 * float(exact.norm())  # at half a bit much is missing
+    torch.testing.assert_close(results[0][0] + missing, exact, rtol=0, atol=1e-4)
+
+
+def test_native_kernels_feed_back_the_reference_bytes() -> None:
+    def rank(transport: Transport, kernel: str) -> Tensor:
+        return steps_on(transport, compressor(1.0, kernel), range(4))
+
+    native, reference = (on_ranks(2, lambda t, k=k: rank(t, k))[0] for k in ("native", "reference"))
+    assert torch.equal(native, reference)
+
+
+def test_overrides_feed_back_only_what_is_lossy() -> None:
+    def rank(transport: Transport) -> dict[str, Tensor]:
+        one = compressor(0.5, overrides={"bias": "none", "head": "lossless"})
+        steps_on(transport, one, range(2))
+        assert one.residuals is not None
+        return one.residuals.state_dict()["parameters"]
+
+    assert all(set(kept) == {"weight"} for kept in on_ranks(2, rank))
+
+
+def test_a_skipped_step_leaves_no_trace() -> None:
+    def rank(transport: Transport, skip: bool) -> tuple[Tensor, Tensor]:
+        one, layout = compressor(), BucketLayout.of(NAMES, NUMELS, 2)
+        total = steps_on(transport, one, range(3))
+        if skip:
+            x = gradient(50, transport.rank)
+            x[7] = float("inf")
+            one.begin_step(1.0)
+            all_reduce(x, layout, one, transport)
+            one.end_step(0.0)
+        total += steps_on(transport, one, range(3, 6))
+        assert one.residuals is not None
+        kept = flat(one.residuals.state_dict()["parameters"])
+        assert torch.isfinite(kept).all()
+        return total, kept
+
+    with_skip, without = (on_ranks(2, lambda t, s=s: rank(t, s))[0] for s in (True, False))
+    assert torch.equal(with_skip[0], without[0]) and torch.equal(with_skip[1], without[1])
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_residuals_follow_the_loss_scale(factor: float) -> None:
+    """A power of two scales everything exactly, so the second half must be the unscaled one times the factor."""
+
+    def rank(transport: Transport, scale: float) -> Tensor:
+        one = compressor()
+        steps_on(transport, one, range(3), scale=1.0)
+        return steps_on(transport, one, range(3, 6), scale=scale)
+
+    scaled, plain = (on_ranks(2, lambda t, s=s: rank(t, s))[0] for s in (factor, 1.0))
+    assert torch.equal(scaled, plain * factor)
+
+
+def test_a_residual_never_holds_a_non_finite_value() -> None:
+    def rank(transport: Transport) -> bool:
+        one, layout = compressor(), BucketLayout.of(NAMES, NUMELS, 2)
+        x = gradient(0, transport.rank)
+        x[:: 300 + transport.rank] = float("nan")
+        one.begin_step()
+        all_reduce(x, layout, one, transport)
+        one.commit_step()
+        assert one.residuals is not None
+        return bool(torch.isfinite(flat(one.residuals.state_dict()["parameters"])).all()) and bool(
+            x.isnan().any()
+        )
+
+    assert all(on_ranks(2, rank))
+
+
+def test_a_restart_continues_bit_for_bit() -> None:
+    def rank(transport: Transport, restart: bool) -> Tensor:
+        one = compressor()
+        total = steps_on(transport, one, range(3))
+        if restart:
+            state, one = one.state_dict(), compressor()
+            one.load_state_dict(state)
+        return total + steps_on(transport, one, range(3, 6))
+
+    restarted, whole = (on_ranks(3, lambda t, r=r: rank(t, r))[0] for r in (True, False))
+    assert torch.equal(restarted, whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4), (4, 1)])
+def test_a_change_of_world_size_loses_nothing(before: int, after: int) -> None:
+    def first(transport: Transport) -> dict[str, object]:
+        one = compressor()
+        steps_on(transport, one, range(3))
+        return one.state_dict()
+
+    states = on_ranks(before, first)
+    missing = sum(flat(state["residuals"]["parameters"]) for state in states) / before  # type: ignore[index]
+    now = [compressor() for _ in range(after)]
+    for one in now:
+        one.load_state_dicts(states)
+    kept = [flat(one.state_dict()["residuals"]["parameters"]) for one in now]
+    torch.testing.assert_close(sum(kept) / after, missing, rtol=0, atol=1e-5)
+
+
+def test_redistribution_respects_each_rank_s_scale() -> None:
+    states = [
+        {"scale": 1.0, "parameters": {"a": torch.ones(3)}},
+        {"scale": 4.0, "parameters": {"a": torch.ones(3) * 4}},
+    ]
+    assert torch.equal(redistributed(states)["parameters"]["a"], torch.ones(3))
