@@ -42,7 +42,7 @@ def all_reduce_coalesced(
     for name, x in tensors.items():
         _check(name, x, compressor, transport, _SUMMABLE)
     for bucket in _by_dtype(tensors):
-        flat = torch.cat([x.reshape(-1) for x in bucket.values()])
+        flat = torch.cat([x.detach().reshape(-1) for x in bucket.values()])
         layout = _layout(bucket, transport.world_size)
         all_reduce(flat, layout, compressor, transport, op)
         _put_back(flat, bucket)
@@ -75,7 +75,7 @@ def all_gather(x: Tensor, compressor: Compressor, transport: Transport, name: st
     """
     _check(name, x, compressor, transport, _DTYPES)
     if transport.world_size == 1:
-        return [x.clone()]
+        return [x.detach().clone()]
     tally = Tally(BucketLayout.of([name], [x.numel()], 1))
     message = _pack(x, compressor, tally, copies=transport.world_size - 1)
     messages = _wait(transport.gather(message), tally, message.numel() * (transport.world_size - 1))
@@ -107,7 +107,9 @@ def all_to_all(
     ]
     incoming = _wait(transport.exchange(outgoing), tally, sum(map(len, outgoing)))
     received = [
-        tensors[source].clone() if source == transport.rank else _unpack(message, name, compressor, tally)
+        tensors[source].detach().clone()
+        if source == transport.rank
+        else _unpack(message, name, compressor, tally)
         for source, message in enumerate(incoming)
     ]
     compressor.meter.add(tally)
@@ -118,7 +120,7 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
     rank, peers = transport.rank, [r for r in range(transport.world_size) if r != root]
     layout = _layout(bucket, 1)
     (shard,) = layout.shards
-    flat = torch.cat([x.reshape(-1) for x in bucket.values()])
+    flat = torch.cat([x.detach().reshape(-1) for x in bucket.values()])
     tally = Tally(layout)
     nothing = torch.empty(0, dtype=torch.uint8, device=transport.device)
     packet = nothing
@@ -170,7 +172,7 @@ def _pack(x: Tensor, compressor: Compressor, tally: Tally, copies: int) -> Tenso
     """A message that says its own shape: [number of axes, dtype, *shape] as int64, then the packet."""
     (shard,) = BucketLayout.of([tally.layout.names[0]], [x.numel()], 1).shards
     room = torch.empty(compressor.max_bytes(shard, x.dtype), dtype=torch.uint8, device=x.device)
-    packet = compressor.encode(x.reshape(-1), room, shard, tally, copies)
+    packet = compressor.encode(x.detach().reshape(-1), room, shard, tally, copies)
     header = torch.tensor([x.dim(), _DTYPES.index(x.dtype), *x.shape]).view(torch.uint8)
     tally.announced(header.numel() * copies)  # the identity codec would need it as well
     return torch.cat([header.to(x.device), packet])
