@@ -281,6 +281,7 @@ def test_every_collective_names_a_killed_rank_on_every_rank(name: str) -> None:
         assert line.startswith(f"rank {outcome.rank} lost rank 3 "), outcome.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hierarchical", "coalesced", "broadcast", "all_gather", "all_to_all"])
 def test_every_collective_names_a_silent_rank_after_the_time_out(name: str) -> None:
     for outcome in run_failing_ranks(dying, 4, name, "silent", 1.5)[:3]:
