@@ -167,7 +167,7 @@ def main(
 
 
 def _report(rows: RowFile, case: str, measured: list[dict[str, Any]]) -> None:
-    table = Table("", "ms", "MB out of host 0", "MB inside it", title=case)
+    table = Table("all-reduce", "ms", "MB out of host 0", "MB inside it", title=case)
     for m in measured:
         system = (
             m["system"]

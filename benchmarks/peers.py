@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.nic import sent_bytes
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp import Compression
@@ -20,16 +20,30 @@ PEERS = {
     "PowerSGD 4": "torch's PowerSGD, rank 4, error feedback, warm start, from step 10",
     "PowerSGD 16": "the same at rank 16",
 }
-_LOOPBACK = "lo"
-_SENT_BYTES_FIELD = 8  # of a line of /proc/net/dev
+
+
+# Collectives of two buckets race on gloo with the default buckets, and end the process.
+POWERSGD_BUCKET_MB = 100
+
+
+def register_peer(model: DistributedDataParallel, system: str, seed: int) -> None:
+    """Puts one of `PEERS` into a DistributedDataParallel model."""
+    if system == "fp16 hook":
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        return
+    state = powerSGD_hook.PowerSGDState(
+        None,
+        matrix_approximation_rank=int(system.removeprefix("PowerSGD ")),
+        start_powerSGD_iter=10,
+        random_seed=seed,
+    )
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
 class SystemTrainer(Trainer):
     """A `Trainer` for any system: one of ours by its bits, or one of `PEERS`.
 
-    `kernel_bytes`: what this rank's network interface (GLOO_SOCKET_IFNAME) sent during training steps, by the
-    kernel's counter, headers of TCP and below included. On the loopback interface, which all workers share, rank 0
-    counts for all of them. Other processes' traffic counts too: run nothing beside it.
+    `kernel_bytes`: what this rank's network interface sent during training steps (`nic.sent_bytes`).
     """
 
     def __init__(
@@ -42,37 +56,17 @@ class SystemTrainer(Trainer):
     def _ddp_arguments(self) -> dict[str, Any]:
         arguments = super()._ddp_arguments()
         if self.system.startswith("PowerSGD "):
-            # Collectives of two buckets race on gloo with the default buckets, and end the process.
-            arguments["bucket_cap_mb"] = 100
+            arguments["bucket_cap_mb"] = POWERSGD_BUCKET_MB
         return arguments
 
     def _compress(self) -> Compression:
         compression = super()._compress()  # bits = "none" for a peer: nothing of ours is in its way
-        if self.system == "fp16 hook":
-            self.ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
-        elif self.system.startswith("PowerSGD "):
-            state = powerSGD_hook.PowerSGDState(
-                None,
-                matrix_approximation_rank=int(self.system.removeprefix("PowerSGD ")),
-                start_powerSGD_iter=10,
-                random_seed=self.config.train.seed,
-            )
-            self.ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        if self.system in PEERS:
+            register_peer(self.ddp, self.system, self.config.train.seed)
         return compression
 
     def _train_step(self) -> dict[str, torch.Tensor | float]:
-        before = self._sent_bytes()
+        before = sent_bytes(self.rank)
         row = super()._train_step()
-        self.kernel_bytes += self._sent_bytes() - before
+        self.kernel_bytes += sent_bytes(self.rank) - before
         return row
-
-    def _sent_bytes(self) -> int:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
-        if interface == _LOOPBACK and self.rank > 0:
-            return 0
-        # /proc, not /sys: the latter may show another network namespace's interfaces.
-        lines = Path("/proc/net/dev").read_text().splitlines()
-        counters = next(
-            line.split(":")[1].split() for line in lines if line.strip().startswith(f"{interface}:")
-        )
-        return int(counters[_SENT_BYTES_FIELD])

@@ -21,6 +21,8 @@ class Reduction:
 
     x: 1-D, contiguous, layout.numel values of float32, bfloat16 or float16; replaced by the result.
     op: "avg" divides the sum by the world size, in float32, before it is rounded to x's dtype.
+    divisors: float32, like x, equal on all ranks: values are divided by them before they are coded, and the result is
+        multiplied by them.
 
     The shard's owner decodes what the others sent and adds it up in float32 in rank order; its own contribution
     takes part unquantized, which costs nothing and errs less. Every rank, the owner too, then applies what it decodes
@@ -29,13 +31,20 @@ class Reduction:
     """
 
     def __init__(
-        self, x: Tensor, layout: BucketLayout, compressor: Compressor, rank: int, op: Op = "avg"
+        self,
+        x: Tensor,
+        layout: BucketLayout,
+        compressor: Compressor,
+        rank: int,
+        op: Op = "avg",
+        divisors: Tensor | None = None,
     ) -> None:
         self.x = x
         self.layout = layout
         self.rank = rank
         self.op = op
         self._compressor = compressor
+        self._divisors = divisors
         self._tally = Tally(layout)
         self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
         self._outgoing: list[Tensor] = []
@@ -44,6 +53,8 @@ class Reduction:
 
     def encode(self) -> None:
         """Step 1: encodes the shards of the other ranks."""
+        if self._divisors is not None:
+            self.x.div_(self._divisors)
         self._outgoing = [
             self._packet if owner == self.rank else self._encode(self._shards[owner], shard, copies=1)
             for owner, shard in enumerate(self.layout.shards)
@@ -64,6 +75,8 @@ class Reduction:
         packets = self._transfer(transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1))
         for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
             self._compressor.decode(packet, part, shard, self._tally)
+        if self._divisors is not None:
+            self.x.mul_(self._divisors)
         self._give_back()
         self._compressor.meter.add(self._tally)
 

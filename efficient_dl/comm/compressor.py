@@ -25,7 +25,7 @@ from efficient_dl.errors import CheckpointError, PlanMismatch
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 2
 _FUSED_FEEDBACK = "bits:"  # these codecs add the residual and replace it while they encode
-_RATES_WITH_LARGEST_PACKETS = (f"bits:{MIN_RATE}", "bits:2.0", f"bits:{MAX_RATE}")
+_RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
 
 
 class Compressor:
@@ -195,7 +195,9 @@ class Compressor:
 
     def _max_packet_bytes(self, section: Section, dtype: torch.dtype) -> int:
         varies = self.plan.varies_rates and section.codec == self.plan.codec
-        specs = _RATES_WITH_LARGEST_PACKETS if varies else (section.codec,)
+        family = section.codec.partition(":")[0]
+        rates = [f"{family}:{rate}" for rate in _RATES_WITH_LARGEST_PACKETS]
+        specs = rates if varies else [section.codec]
         return max(self._codec(spec).max_bytes(section.numel, dtype, section.side) for spec in specs)
 
     def _encode(
@@ -247,7 +249,7 @@ class Compressor:
         decoded = torch.empty_like(wanted)
         codec.decode(room[:length], decoded, side=section.side)
         wanted.sub_(decoded)
-        wanted[~torch.isfinite(wanted)] = 0.0
+        wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
 
     def _misses(self, error: float) -> int:

@@ -60,8 +60,8 @@ class Levels:
 class HierarchicalReduction:
     """One all-reduce of one flat bucket over N nodes of L ranks each, in five steps.
 
-    x, op: as in `Reduction`. layout: the bucket's parameters; it is cut anew, into L shards. levels: who this rank is,
-    and on which node; its transports are passed to the steps.
+    x, op, divisors: as in `Reduction`. layout: the bucket's parameters; it is cut anew, into L shards. levels: who
+    this rank is, and on which node; its transports are passed to the steps.
 
     The rank at position l of every node sums up the node's l-th shard, in float32 in the order of the ranks; averages
     it over the node if op is "avg"; and rounds it to x's dtype, once. These N node sums are reduced by a `Reduction`
@@ -74,7 +74,13 @@ class HierarchicalReduction:
     """
 
     def __init__(
-        self, x: Tensor, layout: BucketLayout, compressor: Compressor, levels: Levels, op: Op = "avg"
+        self,
+        x: Tensor,
+        layout: BucketLayout,
+        compressor: Compressor,
+        levels: Levels,
+        op: Op = "avg",
+        divisors: Tensor | None = None,
     ) -> None:
         inside, across = levels.scatter, levels.exchange
         self.x = x
@@ -87,8 +93,10 @@ class HierarchicalReduction:
         self._tally = Tally(self.layout)
         self._across: Reduction | None = None
         if across.world_size > 1 and self._own.numel():
-            inner = _cut(self.layout.shards[inside.rank], across.world_size)
-            self._across = Reduction(self._own, inner, compressor, across.rank, op)
+            shard = self.layout.shards[inside.rank]
+            inner = _cut(shard, across.world_size)
+            parts = None if divisors is None else divisors[shard.start : shard.stop]
+            self._across = Reduction(self._own, inner, compressor, across.rank, op, parts)
 
     def scatter_and_reduce(self, transport: Transport) -> None:
         """Step 1: sends the other shards to their ranks on this node, and puts the node's sum of the own one into x."""

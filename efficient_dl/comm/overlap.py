@@ -22,13 +22,13 @@ R = TypeVar("R", Reduction, HierarchicalReduction)
 class _Reducer(Generic[R]):
     """Starts all-reduces that run in threads of their own, first in, first out.
 
-    start: makes one from x, layout, op. steps: of each, in order. transports: what the steps use; they are this
-        object's own from now on. one_thread: for all steps, instead of one for each.
+    start: makes one from x, layout, op, divisors. steps: of each, in order. transports: what the steps use; they are
+        this object's own from now on. one_thread: for all steps, instead of one for each.
     """
 
     def __init__(
         self,
-        start: Callable[[Tensor, BucketLayout, Op], R],
+        start: Callable[[Tensor, BucketLayout, Op, Tensor | None], R],
         steps: Sequence[Callable[[R], None]],
         transports: Sequence[Transport],
         one_thread: bool,
@@ -48,11 +48,15 @@ class _Reducer(Generic[R]):
         """The CUDA stream on which results are complete; None on a CPU."""
         return self._pipeline.stream
 
-    def submit(self, x: Tensor, layout: BucketLayout, op: Op = "avg") -> Future[R]:
+    def submit(
+        self, x: Tensor, layout: BucketLayout, op: Op = "avg", divisors: Tensor | None = None
+    ) -> Future[R]:
         """Queues the all-reduce of x, in place (see `Reduction`); in the same order on all ranks."""
         if self.stream is not None:
             x.record_stream(self.stream)
-        return self._pipeline.submit(self._start(x, layout, op))
+            if divisors is not None:
+                divisors.record_stream(self.stream)
+        return self._pipeline.submit(self._start(x, layout, op, divisors))
 
     def abort(self) -> None:
         """Breaks the connections: the peers get a TransportError now, not after a time-out."""
@@ -84,7 +88,7 @@ class OverlappedReducer(_Reducer[Reduction]):
 
     def __init__(self, compressor: Compressor, exchange: Transport, gather: Transport) -> None:
         super().__init__(
-            lambda x, layout, op: Reduction(x, layout, compressor, exchange.rank, op),
+            lambda x, layout, op, divisors: Reduction(x, layout, compressor, exchange.rank, op, divisors),
             [
                 Reduction.encode,
                 lambda reduction: reduction.exchange_and_reduce(exchange),
@@ -105,7 +109,9 @@ class HierarchicalReducer(_Reducer[HierarchicalReduction]):
     def __init__(self, compressor: Compressor, levels: Levels) -> None:
         transports = levels.transports
         super().__init__(
-            lambda x, layout, op: HierarchicalReduction(x, layout, compressor, levels, op),
+            lambda x, layout, op, divisors: HierarchicalReduction(
+                x, layout, compressor, levels, op, divisors
+            ),
             [
                 lambda reduction: reduction.scatter_and_reduce(levels.scatter),
                 HierarchicalReduction.encode,

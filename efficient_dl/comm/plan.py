@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -15,7 +15,7 @@ from efficient_dl.errors import ConfigError
 
 AUTO_BITS = 2.0
 MIN_RATE, MAX_RATE = 0.1, 7.0  # bits a value: what "bits:RATE" takes
-_FEEDBACK_BELOW_BITS = 1.0
+Scale = Literal["local", "global", "second_moment"]
 MIN_MAX_ERROR = 0.0125  # at 7 bits a value the relative error is 0.010 on Gaussian values
 
 
@@ -30,6 +30,8 @@ class Plan:
     max_error: the largest relative error of a packet, ‖decoded − x‖ / ‖x‖; the rates follow it.
     bytes_per_step: what a rank may send in a step; the rate follows it.
     error_feedback: what a lossy packet leaves out is added to the same parameter's next one.
+    scale: what a rate's step sizes follow. "local": the spread of blocks of 256 values (codec "bits"). "global": one
+        step for a whole packet (codec "grid"), least squared error. "second_moment": one step, after division by √v.
     """
 
     bits: str
@@ -39,6 +41,7 @@ class Plan:
     max_error: float | None = None
     bytes_per_step: int | None = None
     error_feedback: bool = False
+    scale: Scale = "local"
 
     @staticmethod
     def of(
@@ -49,6 +52,7 @@ class Plan:
         bytes_per_step: int | None = None,
         values_per_step: int = 0,
         error_feedback: bool = False,
+        scale: Scale = "local",
     ) -> Plan:
         """Decides from the user's wish alone.
 
@@ -60,14 +64,30 @@ class Plan:
         """
         wish = _canonical(bits)
         _check(wish, overrides or {}, max_error, bytes_per_step, error_feedback)
-        rules = tuple((pattern, _override(pattern, value)) for pattern, value in (overrides or {}).items())
+        rules = tuple(
+            (pattern, _override(pattern, value, scale)) for pattern, value in (overrides or {}).items()
+        )
         codec, reason = _decision(wish)
         if max_error is not None:
             reason = f"as many bits as a relative error of {max_error:g} a packet takes"
         elif bytes_per_step is not None:
             codec = _codec(f"bits:{_first_rate(bytes_per_step, values_per_step)}")
             reason = f"as many bits as {bytes_per_step} bytes a step and rank allow"
-        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback)
+        name, _, rate = codec.partition(":")
+        if scale != "local" and name == "bits":
+            codec = _codec(f"grid:{rate}")
+        elif scale == "second_moment" and name != "grid":
+            raise ConfigError(
+                'scale="second_moment" goes with a number of bits a value',
+                found=f"bits = {wish}",
+                fix="bits=2.0",
+            )
+        if scale == "second_moment" and error_feedback:
+            raise ConfigError(
+                'error_feedback and scale="second_moment" exclude each other: the scale changes in every step',
+                fix="error_feedback=False",
+            )
+        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback, scale)
 
     @property
     def varies_rates(self) -> bool:
@@ -75,10 +95,9 @@ class Plan:
         return self.max_error is not None or self.bytes_per_step is not None
 
     @property
-    def feeds_back_with_sgd(self) -> bool:
-        """Whether error feedback is worth its memory for plain SGD: at rates below one bit."""
-        name, _, rate = self.codec.partition(":")
-        return name in ("bits", "grid") and not self.varies_rates and float(rate) < _FEEDBACK_BELOW_BITS
+    def is_lossy(self) -> bool:
+        """Whether the default codec is a quantizer with a rate."""
+        return self.codec.partition(":")[0] in ("bits", "grid")
 
     def codec_for(self, name: str) -> str:
         """The codec of the parameter of this name."""
@@ -129,8 +148,10 @@ def _codec(wish: str) -> str:
     return make_codec(f"bits:{wish}" if _is_number(wish) else wish, kernel="reference").name
 
 
-def _override(pattern: str, value: str | float) -> str:
+def _override(pattern: str, value: str | float, scale: Scale) -> str:
     wish = _canonical(value)
+    if scale == "global" and _is_number(wish):
+        return _codec(f"grid:{wish}")
     if wish == "auto":
         raise ConfigError(f"the override {pattern!r} says nothing", fix="name a codec or a number of bits")
     return _codec("identity" if wish == "none" else wish)

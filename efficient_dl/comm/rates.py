@@ -19,7 +19,7 @@ _LARGEST_CHANGE = 1.3  # of the rate from one step to the next, under a budget
 
 
 class Rates:
-    """What `plan` decides about the codec "bits:RATE", with its state.
+    """What `plan` decides about the rate of "bits:RATE" or "grid:RATE", with its state.
 
     With max_error a packet's rate is what its parameters' last packets needed; `raised` and `settled` follow the
     error. One bit more halves it; below 2 bits it takes more, and another try or two (Sullivan 1996).
@@ -28,7 +28,8 @@ class Rates:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._first = float(plan.codec.partition(":")[2]) if plan.varies_rates else 0.0
+        self._family = plan.codec.partition(":")[0]
+        self._first = _rate(plan.codec) if plan.varies_rates else 0.0
         self._rate = self._first
         self._by_name: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -38,16 +39,18 @@ class Rates:
         if not self._plan.varies_rates or codec != self._plan.codec:
             return codec
         if self._plan.bytes_per_step is not None:
-            return _named(self._rate)
+            return self._named(self._rate)
         with self._lock:
-            return _named(max((self._by_name.get(name, self._first) for name in names), default=self._first))
+            return self._named(
+                max((self._by_name.get(name, self._first) for name in names), default=self._first)
+            )
 
     def raised(self, codec: str, error: float) -> str | None:
         """The codec to try next if a packet's error is above the bound; None if it is not, or nothing is left."""
         bound, rate = self._plan.max_error, _rate(codec)
         if bound is None or not error > bound or rate >= MAX_RATE:
             return None
-        return _named(rate + math.log2(error / bound) + _MARGIN)
+        return self._named(rate + math.log2(error / bound) + _MARGIN)
 
     def settled(self, codec: str, names: Sequence[str], error: float) -> None:
         """Notes what packet went out, so that the next one starts from there, a little lower if there is room."""
@@ -67,6 +70,10 @@ class Rates:
         wanted = max(budget - other_bytes, 0) / controlled_bytes
         change = min(max(wanted, 1 / _LARGEST_CHANGE), _LARGEST_CHANGE)
         self._rate = min(max(self._rate * change, MIN_RATE), MAX_RATE)
+
+    def _named(self, rate: float) -> str:
+        steps = math.ceil(min(max(rate, MIN_RATE), MAX_RATE) * _STEPS_A_BIT - 1e-9)
+        return f"{self._family}:{min(steps / _STEPS_A_BIT, MAX_RATE)}"
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, exactly."""
@@ -90,8 +97,3 @@ class Rates:
 
 def _rate(codec: str) -> float:
     return float(codec.partition(":")[2])
-
-
-def _named(rate: float) -> str:
-    steps = math.ceil(min(max(rate, MIN_RATE), MAX_RATE) * _STEPS_A_BIT - 1e-9)
-    return f"bits:{min(steps / _STEPS_A_BIT, MAX_RATE)}"

@@ -25,9 +25,9 @@ class ShadowReducer:
         stages = [ShadowReduction.encode, ShadowReduction.encode_result]
         self._pipeline: Pipeline[ShadowReduction] = Pipeline("edl-shadow", stages, device)
 
-    def watch(self, x: Tensor, layout: BucketLayout) -> ShadowReduction:
+    def watch(self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None) -> ShadowReduction:
         """Copies a bucket before the native all-reduce changes it."""
-        reduction = ShadowReduction(x, layout, self._compressor, self._rank)
+        reduction = ShadowReduction(x, layout, self._compressor, self._rank, divisors)
         if self._pipeline.stream is not None:
             reduction.contribution.record_stream(self._pipeline.stream)
         return reduction
@@ -47,18 +47,29 @@ class ShadowReduction:
 
     x: a bucket with this rank's values, copied here and now; the native all-reduce then replaces them by its result,
         which is read after `wait`.
+    divisors: as in `Reduction`.
     """
 
     wait: Callable[[], object]
 
-    def __init__(self, x: Tensor, layout: BucketLayout, compressor: Compressor, rank: int) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        layout: BucketLayout,
+        compressor: Compressor,
+        rank: int,
+        divisors: Tensor | None = None,
+    ) -> None:
         self._result = x
+        self._divisors = divisors
         self._layout = layout
         self._compressor = compressor
         self._rank = rank
         self._tally = Tally(layout)
         self._buffers: list[Tensor] = []
         self.contribution = self._take(x.numel() * x.element_size()).view(x.dtype).copy_(x)
+        if divisors is not None:
+            self.contribution.div_(divisors)
 
     def encode(self) -> None:
         """Step 1: the packets to the shards' owners. Decoding them stands for decoding as many from the others."""
@@ -73,7 +84,10 @@ class ShadowReduction:
         shards = self._layout.shards
         shard = shards[self._rank]
         copies = len(shards) - 1
-        packet = self._encode(self._result[shard.start : shard.stop], shard, copies, float(len(shards)))
+        result = self._result[shard.start : shard.stop]
+        if self._divisors is not None:
+            result = result / self._divisors[shard.start : shard.stop]
+        packet = self._encode(result, shard, copies, float(len(shards)))
         for _ in shards:
             self._decode(packet, shard)
         self._compressor.buffers.give(self._buffers)

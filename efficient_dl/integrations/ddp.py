@@ -32,6 +32,7 @@ from efficient_dl.comm import (
     native_tally,
     summary,
 )
+from efficient_dl.comm.plan import Scale
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
 from efficient_dl.integrations.ddp_buckets import (
     BucketEngine,
@@ -41,6 +42,7 @@ from efficient_dl.integrations.ddp_buckets import (
     ShadowEngine,
 )
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish
+from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +58,7 @@ def compress(
     max_error: float | None = None,
     bytes_per_step: int | None = None,
     error_feedback: bool | Literal["auto"] = "auto",
+    scale: Scale | Literal["auto"] = "auto",
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -80,9 +83,13 @@ def compress(
     max_error: instead of bits: as many as keep the relative error of every packet, ‖decoded − x‖ / ‖x‖, within this
         (0.0125 to 1). Encodes up to a few times where gradients change, and measures every packet.
     bytes_per_step: instead of bits: as many as let this rank send so many bytes in a step, on average.
+    scale: what the quantizer's step sizes follow. "local": blocks of 256 values, for Adam-like optimizers. "global":
+        one step for all values of a packet, the least squared error for a rate, for SGD. "second_moment": one step
+        after division by the optimizer's √v, which all ranks know. "auto": "global" for torch.optim.SGD on a CPU,
+        else "local" (on a GPU "global" has no kernel of its own yet, and runs in torch).
     error_feedback: add what a packet leaves out to the parameter's next one; takes 8 bytes a value on every rank.
-        "auto" is: with a torch.optim.SGD at less than 1 bit a value. It belongs to SGD and low rates; with Adam the
-        residuals come back as rare large values, which inflate its second moment (docs/experiments.md).
+        "auto": where scale is "global" and the optimizer is torch.optim.SGD. With Adam residuals come back as
+        rare large values, which inflate its second moment (docs/experiments.md).
     scaler: your GradScaler, for error feedback: residuals follow its scale. A step that it skips leaves no trace.
     shadow: apply the native result, bit for bit, and only report what compression would have sent, cost and erred.
     group: the process group to reduce over, by default the model's. Two more groups of its ranks are made.
@@ -121,6 +128,8 @@ def compress(
     try:
         _check_supported(model, parameters, check_every)
         wish = NodesWish(hierarchy, control)
+        is_sgd = isinstance(optimizer, torch.optim.SGD)
+        scale = ("global" if is_sgd and device.type == "cpu" else "local") if scale == "auto" else scale
         plan = Plan.of(
             bits,
             overrides=overrides,
@@ -128,10 +137,12 @@ def compress(
             bytes_per_step=bytes_per_step,
             values_per_step=_values_sent(parameters, wish.sent_share()),
             error_feedback=error_feedback is True,
+            scale=scale,
         )
-        if error_feedback == "auto" and isinstance(optimizer, torch.optim.SGD) and plan.feeds_back_with_sgd:
+        if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
             plan = dataclasses.replace(plan, error_feedback=True)
         _check_hierarchy(hierarchy, plan, shadow)
+        second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
     except EdlError as error:
         handshake(facts, control, failure=error)
@@ -140,7 +151,10 @@ def compress(
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
     facts["hierarchy"] = wish.fact()
     handshake(facts, control)
-    return Compression(model, optimizer, compressor, control, shadow, check_every, scaler, wish.topology())
+    topology = wish.topology()
+    return Compression(
+        model, optimizer, compressor, control, shadow, check_every, scaler, second_moment, topology
+    )
 
 
 class Compression:
@@ -155,6 +169,7 @@ class Compression:
         shadow: bool,
         check_every: int,
         scaler: torch.amp.GradScaler | None = None,
+        second_moment: SecondMoment | None = None,
         topology: Topology | None = None,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
@@ -166,6 +181,7 @@ class Compression:
         self._topology = topology
         self._check_every = check_every
         self._scaler = scaler
+        self._second_moment = second_moment
         self._commits_itself = optimizer is None
         self._in_backward = False
         self._parameters = _averaged_parameters(model)
@@ -215,6 +231,7 @@ class Compression:
             "codec": self.plan.codec,
             "reason": self.plan.reason,
             "overrides": dict(self.plan.overrides),
+            "scale": self.plan.scale,
             "error_feedback": self.plan.error_feedback,
             "kernel": kernel,
             "exact": self._compressor.exact,
@@ -374,7 +391,9 @@ class Compression:
 
     def _start(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> torch.futures.Future[Tensor]:
         assert self._engine is not None
-        result, done = self._engine.start(x, self._layout(names, numels))
+        moment = self._second_moment
+        divisors = None if moment is None else moment.of(names, numels, x)
+        result, done = self._engine.start(x, self._layout(names, numels), divisors)
         self._pending.append(done)
         return result
 

@@ -33,8 +33,13 @@ _REBUILD_STEPS = 4  # DDP rebuilds its buckets after the first step, or with a s
 class BucketEngine(Protocol):
     """Averages buckets in the background."""
 
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
-        """Starts on one bucket; returns what DDP waits for, and what ends when all work on it is done."""
+    def start(
+        self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None
+    ) -> tuple[TorchFuture[Tensor], Future[Any]]:
+        """Starts on one bucket; returns what DDP waits for, and what ends when all work on it is done.
+
+        divisors: as in `Reduction`.
+        """
         ...
 
     def abort(self) -> None:
@@ -67,9 +72,11 @@ class CompressedEngine:
         self.stop = self._reducer.stop
         self.close = self._reducer.close
 
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
+    def start(
+        self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None
+    ) -> tuple[TorchFuture[Tensor], Future[Any]]:
         """See `BucketEngine.start`."""
-        done = self._reducer.submit(x, layout)
+        done = self._reducer.submit(x, layout, divisors=divisors)
         return _as_torch_future(done, x, self._reducer.stream), done
 
 
@@ -86,9 +93,11 @@ class ShadowEngine:
         self._reducer = ShadowReducer(compressor, control.rank, control.device)
         self.stop = self.close = self._reducer.stop
 
-    def start(self, x: Tensor, layout: BucketLayout) -> tuple[TorchFuture[Tensor], Future[Any]]:
+    def start(
+        self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None
+    ) -> tuple[TorchFuture[Tensor], Future[Any]]:
         """See `BucketEngine.start`."""
-        watched = self._reducer.watch(x, layout)
+        watched = self._reducer.watch(x, layout, divisors)
         x.mul_(1.0 / self._control.world_size)
         work = dist.all_reduce(x, group=self._control.group, async_op=True)
         assert work is not None

@@ -215,7 +215,7 @@ def test_what_cannot_be_compressed_is_refused_with_the_reason() -> None:
                 "UnsupportedTensor: module '0' has sparse gradients",
                 "ConfigError: the model has a communication hook already",
                 "ConfigError: check_every is negative",
-                "ConfigError: unknown compression 'losless'",
+                "ConfigError: unknown codec 'losless'",
                 "ConfigError: unknown codec kernel",
             ]
         ]

@@ -14,13 +14,17 @@ from efficient_dl.errors import CheckpointError, ConfigError
 from tests.distributed.launch import run_ranks
 
 OVERRIDES = {"*.bias": "none", "4.*": 4.0}
+LOCAL: dict[str, Any] = {"scale": "local", "error_feedback": False}  # not SGD's default
 WISHES: dict[str, dict[str, Any]] = {
-    "overrides": {"bits": 2.0, "overrides": OVERRIDES},
-    "bounded error": {"max_error": 0.1},
-    "budget": {"bytes_per_step": 9000},
-    "error feedback": {"bits": 0.5, "error_feedback": True},
+    "sgd's default": {"bits": 1.0},
+    "overrides": {"bits": 2.0, "overrides": OVERRIDES, **LOCAL},
+    "bounded error": {"max_error": 0.1, **LOCAL},
+    "bounded error, sgd's default": {"max_error": 0.1},
+    "budget": {"bytes_per_step": 9000, **LOCAL},
+    "error feedback": {"bits": 0.5, "error_feedback": True, "scale": "local"},
     "all": {"max_error": 0.3, "overrides": OVERRIDES, "error_feedback": True},
-    "global step": {"bits": "grid:1.0"},
+    "global step": {"bits": "grid:1.0", "error_feedback": False},
+    "second moment": {"bits": 2.0, "scale": "second_moment", "overrides": {"*.bias": "none"}},
 }
 
 
@@ -38,7 +42,10 @@ class Run:
 
     def __init__(self, wishes: dict[str, Any], scale: float | None = None) -> None:
         self.model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        if wishes.get("scale") == "second_moment":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        else:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         self.compression = edl.compress(
             self.model, self.optimizer, check_every=1, scaler=self.scaler, **wishes
@@ -77,7 +84,11 @@ def test_ranks_stay_equal_and_learn(world_size: int, wishes: dict[str, Any]) -> 
     assert results[0][1] < 0.5 and results[0][1] < 2 * exact + 0.1
     stats = results[0][2]
     assert stats["checks"] == 20 and stats["ratio"] > 1.5
-    assert stats["error_feedback"] == wishes.get("error_feedback", False)
+    expected = ("global", True) if "scale" not in wishes else (wishes["scale"], False)
+    assert (stats["scale"], stats["error_feedback"]) == (
+        expected[0],
+        wishes.get("error_feedback", expected[1]),
+    )
 
 
 def test_overrides_decide_what_each_parameter_costs() -> None:
@@ -106,6 +117,8 @@ def refused(rank: int, wishes: dict[str, Any]) -> str:
         ({"bits": 2.0, "overrides": {"head.*": 4.0}}, "matches no parameter"),
         ({"bytes_per_step": 10}, "bytes_per_step is too small"),
         ({"bits": 2.0, "max_error": 0.1}, "decide the rate themselves"),
+        ({"bits": 2.0, "scale": "second_moment"}, "needs an optimizer with a second moment"),
+        ({"bits": "lossless", "scale": "second_moment"}, "goes with a number of bits"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused_on_every_rank(wishes: dict[str, Any], problem: str) -> None:
@@ -153,7 +166,7 @@ def interrupted(rank: int, wishes: dict[str, Any]) -> bool:
     return torch.equal(resumed.weights(), whole.weights())
 
 
-@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all"])
+@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all", "second moment"])
 def test_resuming_equals_never_stopping(name: str) -> None:
     assert run_ranks(interrupted, 2, WISHES[name]) == [True, True]
 
@@ -193,20 +206,21 @@ def test_residuals_are_redistributed_at_another_world_size() -> None:
     torch.testing.assert_close(missing([state for state, _ in results]), missing(states))
 
 
-def chosen(rank: int) -> list[bool]:
+def chosen(rank: int) -> list[tuple[str, str, bool]]:
     choices = []
     for optimizer_class, bits in [
-        (torch.optim.SGD, 0.5),
         (torch.optim.SGD, 2.0),
         (torch.optim.SGD, "lossless"),
         (torch.optim.AdamW, 0.5),
     ]:
         model = DistributedDataParallel(network())
         optimizer = optimizer_class(model.parameters(), lr=0.1)
-        choices.append(edl.compress(model, optimizer, bits).stats()["error_feedback"])
+        stats = edl.compress(model, optimizer, bits).stats()
+        choices.append((stats["codec"], stats["scale"], stats["error_feedback"]))
     torch.distributed.barrier()  # a rank that leaves early breaks the other's first connection to it
     return choices
 
 
-def test_error_feedback_is_chosen_for_sgd_below_one_bit() -> None:
-    assert run_ranks(chosen, 2) == [[True, False, False, False]] * 2
+def test_sgd_gets_one_global_step_and_error_feedback_and_adam_local_steps() -> None:
+    expected = [("grid:2.0", "global", True), ("lossless", "global", False), ("bits:0.5", "local", False)]
+    assert run_ranks(chosen, 2) == [expected] * 2

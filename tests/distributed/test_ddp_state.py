@@ -23,7 +23,11 @@ def compressed(bits: str | float, **options: bool) -> tuple[DistributedDataParal
         net, bucket_cap_mb=0.01, **options
     )  # several buckets, rebuilt after the first step
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, optimizer, edl.compress(model, optimizer, bits, check_every=3)
+    wishes: dict[str, Any] = {
+        "scale": "local",
+        "error_feedback": False,
+    }  # SGD's own default is in test_ddp_policy.py
+    return model, optimizer, edl.compress(model, optimizer, bits, check_every=3, **wishes)
 
 
 def steps(rank: int, model: nn.Module, optimizer: Any, first: int, last: int) -> None:
