@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -119,6 +120,32 @@ def test_between_two_nodes_of_two_travels_a_third_of_what_four_equal_ranks_send(
     numel = sum(p.numel() for p in ddp_parameters())
     assert two["values_sent"] == 2 * numel * STEPS
     assert 2 * 2 * 4 * numel * STEPS < two["local_bytes"] < 1.05 * 2 * 2 * 4 * numel * STEPS
+
+
+def feeding_back(rank: int, options: dict[str, Any]) -> tuple[Tensor, list[float]]:
+    model = ddp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    if "scale" in options:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    compression = edl.compress(model, optimizer, bits=1.0, hierarchy=2, check_every=1, **options)
+    generator = torch.Generator().manual_seed(rank)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        x = torch.randn(16, 48, generator=generator)
+        loss = (model(x) - x[:, :10]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    compression.close()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), losses
+
+
+@pytest.mark.parametrize("options", [{"error_feedback": True}, {"scale": "second_moment"}])
+def test_error_feedback_and_the_second_moment_train_in_a_hierarchy(options: dict[str, Any]) -> None:
+    results = run_ranks(feeding_back, 4, options)
+    assert all(same_bits(results[0][0], parameters) for parameters, _ in results[1:])
+    assert results[0][1][-1] < results[0][1][0]
 
 
 def ddp_parameters() -> list[Tensor]:
@@ -288,6 +315,33 @@ def test_every_collective_names_a_silent_rank_after_the_time_out(name: str) -> N
         assert outcome.error is None, outcome.trace
         (line,) = outcome.value
         assert line.startswith(f"rank {outcome.rank} lost rank 3 "), outcome.value
+
+
+def losing_the_store(rank: int, port: int) -> str:
+    """Rank 0 keeps the store in its own memory, as without torchrun, and is killed."""
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, 4, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    group = dist.group.WORLD
+    assert group is not None
+    transport = ProcessGroupTransport(group, timeout=60.0)
+    levels = Levels.of(Topology.of_size(4, 2), transport)
+    collective(transport, "hierarchical", levels)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(TransportError) as caught:
+        collective(transport, "hierarchical", levels)
+    return str(caught.value).splitlines()[0]
+
+
+def test_the_death_of_the_rank_that_keeps_the_store_is_named_as_well() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for outcome in run_failing_ranks(losing_the_store, 4, port)[1:]:
+        assert outcome.error is None, outcome.trace
+        assert outcome.value.startswith(f"rank {outcome.rank} lost rank 0 "), outcome.value
+        assert outcome.seconds < SOON
 
 
 def exchanged(rank: int) -> list[Any]:

@@ -19,6 +19,7 @@ from efficient_dl.comm import (
     Levels,
     LoopbackHub,
     Plan,
+    Residuals,
     all_reduce,
     hierarchical_all_reduce,
     summary,
@@ -236,3 +237,42 @@ def test_overlapped_buckets_get_the_bits_of_one_after_the_other(bits: str | floa
     for number, bucket in enumerate(values):
         alone = reduce((2, 2), bucket, bits, numels=[bucket[0].numel()])[0][0]
         assert all(same_bits(result[number], alone) for result in results)
+
+
+def test_residuals_are_kept_where_the_values_lie_in_their_parameters() -> None:
+    """Every rank keeps what its own packets left out: of its shard alone, at the shard's place in the parameter."""
+    values = contributions(4)
+    layout = BucketLayout.of(NAMES, NUMELS, 4)
+    plan = Plan.of(1.0, error_feedback=True)
+
+    def run(rank: int, levels: Levels) -> dict[str, Tensor]:
+        residuals = Residuals(dict(zip(NAMES, NUMELS, strict=True)), torch.device("cpu"))
+        compressor = Compressor(plan, NAMES, "reference", residuals)
+        compressor.begin_step()
+        hierarchical_all_reduce(values[rank].clone(), layout, compressor, levels)
+        compressor.commit_step()
+        return residuals.state_dict()["parameters"]
+
+    halves = BucketLayout.of(NAMES, NUMELS, 2).shards
+    for rank, kept in enumerate(on_nodes(2, 2, run)):
+        inside = torch.zeros(sum(NUMELS), dtype=torch.bool)
+        shard = halves[rank % 2]
+        inside[shard.start : shard.stop] = True
+        flat = torch.cat([kept.get(name, torch.zeros(n)) for name, n in zip(NAMES, NUMELS, strict=True)])
+        assert flat[~inside].count_nonzero() == 0
+        assert flat[inside].count_nonzero() > 0.5 * shard.numel
+
+
+def test_divisors_scale_what_travels_between_the_nodes_and_leave_an_exact_result() -> None:
+    values = contributions(4)
+    layout = BucketLayout.of(NAMES, NUMELS, 4)
+    divisors = 2.0 ** torch.arange(sum(NUMELS)).remainder(7)
+
+    def run(rank: int, levels: Levels) -> Tensor:
+        x = values[rank].clone()
+        reducer = HierarchicalReducer(Compressor(Plan.of("lossless"), NAMES, "reference"), levels)
+        reducer.submit(x, layout, divisors=divisors).result(timeout=30)
+        reducer.close()
+        return x
+
+    assert all(same_bits(x, expected((2, 2), values)) for x in on_nodes(2, 2, run))
