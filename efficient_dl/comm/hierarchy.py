@@ -96,7 +96,8 @@ class HierarchicalReduction:
             shard = self.layout.shards[inside.rank]
             inner = _cut(shard, across.world_size)
             parts = None if divisors is None else divisors[shard.start : shard.stop]
-            self._across = Reduction(self._own, inner, compressor, across.rank, op, parts)
+            units = float(inside.world_size) if op == "avg" else 1.0
+            self._across = Reduction(self._own, inner, compressor, across.rank, op, parts, units)
 
     def scatter_and_reduce(self, transport: Transport) -> None:
         """Step 1: sends the other shards to their ranks on this node, and puts the node's sum of the own one into x."""

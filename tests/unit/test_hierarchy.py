@@ -240,27 +240,35 @@ def test_overlapped_buckets_get_the_bits_of_one_after_the_other(bits: str | floa
 
 
 def test_residuals_are_kept_where_the_values_lie_in_their_parameters() -> None:
-    """Every rank keeps what its own packets left out: of its shard alone, at the shard's place in the parameter."""
+    """Every rank keeps what its own packets left out: of its shard alone, at the shard's place in the parameter.
+
+    Kept as one rank's: their mean over all ranks is what the average lacks, so that they can go on in another world.
+    """
     values = contributions(4)
     layout = BucketLayout.of(NAMES, NUMELS, 4)
     plan = Plan.of(1.0, error_feedback=True)
 
-    def run(rank: int, levels: Levels) -> dict[str, Tensor]:
+    def run(rank: int, levels: Levels) -> tuple[Tensor, dict[str, Tensor]]:
+        x = values[rank].clone()
         residuals = Residuals(dict(zip(NAMES, NUMELS, strict=True)), torch.device("cpu"))
         compressor = Compressor(plan, NAMES, "reference", residuals)
         compressor.begin_step()
-        hierarchical_all_reduce(values[rank].clone(), layout, compressor, levels)
+        hierarchical_all_reduce(x, layout, compressor, levels)
         compressor.commit_step()
-        return residuals.state_dict()["parameters"]
+        return x, residuals.state_dict()["parameters"]
 
     halves = BucketLayout.of(NAMES, NUMELS, 2).shards
-    for rank, kept in enumerate(on_nodes(2, 2, run)):
+    results = on_nodes(2, 2, run)
+    lacking = torch.zeros(sum(NUMELS))
+    for rank, (_, kept) in enumerate(results):
         inside = torch.zeros(sum(NUMELS), dtype=torch.bool)
         shard = halves[rank % 2]
         inside[shard.start : shard.stop] = True
         flat = torch.cat([kept.get(name, torch.zeros(n)) for name, n in zip(NAMES, NUMELS, strict=True)])
         assert flat[~inside].count_nonzero() == 0
         assert flat[inside].count_nonzero() > 0.5 * shard.numel
+        lacking += flat / 4
+    torch.testing.assert_close(results[0][0] + lacking, expected((2, 2), values), rtol=1e-4, atol=1e-5)
 
 
 def test_divisors_scale_what_travels_between_the_nodes_and_leave_an_exact_result() -> None:
