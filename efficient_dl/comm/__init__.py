@@ -20,6 +20,9 @@ What each part promises:
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.
+- `Topology` says which ranks share a node. A `HierarchicalReduction` sums up inside the nodes in full precision and
+  all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
+- `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
@@ -27,23 +30,29 @@ What each part promises:
 
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
+from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
 from efficient_dl.comm.meter import Meter, combined, native_tally, summary
-from efficient_dl.comm.overlap import OverlappedReducer
+from efficient_dl.comm.overlap import HierarchicalReducer, OverlappedReducer
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
 from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.shadow import ShadowReducer
+from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
     "BucketLayout",
     "Compressor",
+    "HierarchicalReducer",
+    "HierarchicalReduction",
+    "Levels",
     "LoopbackHub",
     "Meter",
     "OverlappedReducer",
@@ -54,13 +63,19 @@ __all__ = [
     "Residuals",
     "ShadowReducer",
     "Shard",
+    "Topology",
     "Transport",
     "Work",
+    "all_gather",
     "all_reduce",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "broadcast",
     "check_equal",
     "combined",
     "gather_json",
     "handshake",
+    "hierarchical_all_reduce",
     "native_tally",
     "summary",
 ]

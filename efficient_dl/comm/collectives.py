@@ -23,6 +23,7 @@ class Reduction:
     op: "avg" divides the sum by the world size, in float32, before it is rounded to x's dtype.
     divisors: float32, like x, equal on all ranks: values are divided by them before they are coded, and the result is
         multiplied by them.
+    residual_units: of how many ranks x is the average already, as in a hierarchy; residuals are kept for one rank's.
 
     The shard's owner decodes what the others sent and adds it up in float32 in rank order; its own contribution
     takes part unquantized, which costs nothing and errs less. Every rank, the owner too, then applies what it decodes
@@ -38,6 +39,7 @@ class Reduction:
         rank: int,
         op: Op = "avg",
         divisors: Tensor | None = None,
+        residual_units: float = 1.0,
     ) -> None:
         self.x = x
         self.layout = layout
@@ -45,6 +47,7 @@ class Reduction:
         self.op = op
         self._compressor = compressor
         self._divisors = divisors
+        self._units = residual_units
         self._tally = Tally(layout)
         self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
         self._outgoing: list[Tensor] = []
@@ -56,7 +59,7 @@ class Reduction:
         if self._divisors is not None:
             self.x.div_(self._divisors)
         self._outgoing = [
-            self._packet if owner == self.rank else self._encode(self._shards[owner], shard, copies=1)
+            self._packet if owner == self.rank else self._encode(self._shards[owner], shard, 1, self._units)
             for owner, shard in enumerate(self.layout.shards)
         ]
 
@@ -67,7 +70,7 @@ class Reduction:
         reduced = self._sum(incoming).to(self.x.dtype)
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
-        units = float(world_size) if self.op == "avg" else 1.0
+        units = self._units * world_size if self.op == "avg" else self._units
         self._packet = self._encode(reduced, shard, world_size - 1, units)
 
     def gather_and_decode(self, transport: Transport) -> None:
@@ -80,7 +83,7 @@ class Reduction:
         self._give_back()
         self._compressor.meter.add(self._tally)
 
-    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0) -> Tensor:
+    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
         return self._compressor.encode(x, room, shard, self._tally, copies, residual_units)
 

@@ -17,6 +17,8 @@ class Totals:
     """Sums over collectives, of one rank. Packets are counted once in `encoded_*`, each copy in `wire_bytes`.
 
     wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
+    local_bytes: uncompressed, to ranks on the same node, by a hierarchical reduction, whose wire_bytes and raw_bytes
+        are of what leaves the node.
     values_sent: values in those packets, up to the owners and down from the owner.
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
     bound_misses: packets that are above the plan's max_error even at the highest rate.
@@ -25,6 +27,7 @@ class Totals:
 
     wire_bytes: int = 0
     raw_bytes: int = 0
+    local_bytes: int = 0
     values_sent: int = 0
     encoded_values: int = 0
     encoded_bytes: int = 0
@@ -218,8 +221,10 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "steps": state["steps"],
         "wire_bytes": t.wire_bytes,
         "raw_bytes": t.raw_bytes,
+        "local_bytes": t.local_bytes,
         "wire_bytes_per_step": t.wire_bytes / steps,
         "raw_bytes_per_step": t.raw_bytes / steps,
+        "local_bytes_per_step": t.local_bytes / steps,
         "ratio": _quotient(t.raw_bytes, t.wire_bytes, otherwise=1.0),
         "values_sent": t.values_sent,
         "bits_per_value": _quotient(8 * t.wire_bytes, t.values_sent),

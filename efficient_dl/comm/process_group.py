@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm.buffers import ReceiveBuffers
+from efficient_dl.comm.losses import Losses
 from efficient_dl.comm.transport import Work
 from efficient_dl.errors import ConfigError, TransportError
 
@@ -44,6 +45,8 @@ class ProcessGroupTransport:
     device: cpu (gloo) or a CUDA device (NCCL; written after its documentation, not yet run on a GPU). Raises
         ConfigError if the group has another backend for it.
     timeout: seconds that one transfer may take. On NCCL a dead peer is noticed by NCCL's own watchdog instead.
+    losses: where ranks report whom they have lost, so that all name the same; by default of its own. `sibling` and
+        `subgroup` share it: if one of them fails, they all do.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ProcessGroupTransport:
         group: dist.ProcessGroup,
         device: torch.device | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        losses: Losses | None = None,
     ) -> None:
         self.group = group
         self.device = device or torch.device("cpu")
@@ -59,6 +63,8 @@ class ProcessGroupTransport:
         self.rank = group.rank()
         self.world_size = group.size()
         self.receive_buffers = ReceiveBuffers()
+        self._losses = losses or Losses(group)
+        self._losses.aborts.append(self._break)
 
     def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
         """See `Transport.exchange`."""
@@ -72,7 +78,12 @@ class ProcessGroupTransport:
 
     def sibling(self) -> ProcessGroupTransport:
         """See `Transport.sibling`."""
-        ranks = dist.get_process_group_ranks(self.group)
+        return self.subgroup(range(self.world_size))
+
+    def subgroup(self, members: Sequence[int]) -> ProcessGroupTransport:
+        """A transport on a new group of some of these ranks, ascending; exactly they call it, in the same order."""
+        everyone = dist.get_process_group_ranks(self.group)
+        ranks = [everyone[member] for member in members]
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
             ranks,
             timeout=timedelta(seconds=self.timeout),
@@ -83,10 +94,14 @@ class ProcessGroupTransport:
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         assert isinstance(group, dist.ProcessGroup)
-        return ProcessGroupTransport(group, self.device, self.timeout)
+        return ProcessGroupTransport(group, self.device, self.timeout, self._losses)
 
     def abort(self) -> None:
         """See `Transport.abort`."""
+        self._losses.given_up = True
+        self._break()
+
+    def _break(self) -> None:
         if self.device.type == "cuda":
             self.group.abort()
         elif self.world_size > 1:
@@ -99,9 +114,11 @@ class ProcessGroupTransport:
 
     def close(self) -> None:
         """See `Transport.close`. Does nothing once torch.distributed was shut down."""
+        if self._break in self._losses.aborts:
+            self._losses.aborts.remove(self._break)
         with suppress(ValueError):
             if self.world_size < dist.get_world_size():
-                self.abort()  # but it stays registered, because of the names; see `sibling`
+                self._break()  # but it stays registered, because of the names; see `sibling`
             else:
                 dist.destroy_process_group(self.group)
 
@@ -112,11 +129,19 @@ class ProcessGroupTransport:
             yield
         except RuntimeError as error:
             ranks = dist.get_process_group_ranks(self.group)
+            found = _GLOO_SOURCE.sub("", str(error).strip().splitlines()[0])
+            timed_out = "timed out" in found.lower()
+            lost = self._losses.culprit(ranks[self.rank], ranks[peer], self.timeout, timed_out)
             raise TransportError(
-                f"rank {ranks[self.rank]} lost rank {ranks[peer]} while {doing}",
-                found=_GLOO_SOURCE.sub("", str(error).strip().splitlines()[0]),
+                f"rank {ranks[self.rank]} lost rank {lost} while {doing}"
+                + (
+                    f" rank {ranks[peer]}, which is waiting for it or has lost it, too"
+                    if lost != ranks[peer]
+                    else " it"
+                ),
+                found=found,
                 where=f"a transfer among {self.world_size} ranks, limited to {self.timeout:g} s",
-                fix=f"read the end of rank {ranks[peer]}'s log: it has stopped, is stuck or cannot be reached",
+                fix=f"read the end of rank {lost}'s log: it has stopped, is stuck or cannot be reached",
             ) from error
 
 
@@ -166,17 +191,17 @@ class _PairwiseWork:
         return incoming
 
     def _receive(self, message: Tensor, source: int) -> dist.Work | None:
-        with self._transport.naming(source, "receiving"):
+        with self._transport.naming(source, "receiving from"):
             return dist.irecv(message, group=self._transport.group, group_src=source)
 
     def _send(self, message: Tensor, target: int) -> dist.Work | None:
-        with self._transport.naming(target, "sending"):
+        with self._transport.naming(target, "sending to"):
             return dist.isend(message, group=self._transport.group, group_dst=target)
 
     def _finish(self, work: dist.Work | None, peer: int, deadline: float) -> None:
         if work is not None:
             seconds = max(deadline - time.monotonic(), 0.001)
-            with self._transport.naming(peer, "waiting for it"):
+            with self._transport.naming(peer, "waiting for"):
                 work.wait(timedelta(seconds=seconds))
 
 

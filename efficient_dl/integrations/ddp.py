@@ -24,6 +24,7 @@ from efficient_dl.comm import (
     Plan,
     ProcessGroupTransport,
     Residuals,
+    Topology,
     Transport,
     check_equal,
     combined,
@@ -42,6 +43,7 @@ from efficient_dl.integrations.ddp_buckets import (
     ShadowEngine,
 )
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
+from efficient_dl.integrations.nodes import Hierarchy, NodesWish
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def compress(
     timeout: float = DEFAULT_TIMEOUT_SECONDS,
     kernel: str = "auto",
     extra: Mapping[str, Any] | None = None,
+    hierarchy: Hierarchy = None,
 ) -> "Compression":
     """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
 
@@ -102,6 +105,10 @@ def compress(
         and names the rank: longer than anything one rank does alone, such as an evaluation.
     kernel: which kernels code CPU tensors, as in `make_codec`.
     extra: further facts that must agree on all ranks, for example {"data": hash}; compared as text.
+    hierarchy: None: all ranks reduce as equals. The number of ranks on each node, a DeviceMesh of nodes × ranks, or
+        "auto" (the launcher's variables, else host names): full precision inside a node, compressed between nodes; see
+        `HierarchicalReduction`. Bytes and ratio are then of what leaves the node, local_bytes of what stays inside.
+        Nodes with different numbers of ranks, or with one each, reduce flat, which is logged.
 
     DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
 
@@ -126,6 +133,7 @@ def compress(
     facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
     try:
         _check_supported(model, parameters, check_every)
+        wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         scale = ("global" if is_sgd and device.type == "cpu" else "local") if scale == "auto" else scale
         plan = Plan.of(
@@ -133,12 +141,13 @@ def compress(
             overrides=overrides,
             max_error=max_error,
             bytes_per_step=bytes_per_step,
-            values_per_step=_values_sent(parameters, control.world_size),
+            values_per_step=_values_sent(parameters, wish.sent_share()),
             error_feedback=error_feedback is True,
             scale=scale,
         )
         if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
             plan = dataclasses.replace(plan, error_feedback=True)
+        _check_hierarchy(hierarchy, plan, shadow, transport)
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
         check_transport(transport, control, native=shadow or plan.codec == "none")
@@ -148,11 +157,22 @@ def compress(
     facts["plan"] = {"bits": plan.bits, **plan.facts()}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
     facts["transport"] = transport_name(transport)
+    facts["hierarchy"] = wish.fact()
     handshake(facts, control)
+    topology = wish.topology()
     carrier = make_transport(transport, control)
     try:
         return Compression(
-            model, optimizer, compressor, control, shadow, check_every, carrier, scaler, second_moment
+            model,
+            optimizer,
+            compressor,
+            control,
+            shadow,
+            check_every,
+            carrier,
+            scaler,
+            second_moment,
+            topology,
         )
     finally:
         if isinstance(transport, str):
@@ -173,6 +193,7 @@ class Compression:
         carrier: Transport,
         scaler: torch.amp.GradScaler | None = None,
         second_moment: SecondMoment | None = None,
+        topology: Topology | None = None,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
         # no garbage collector would see.
@@ -180,6 +201,7 @@ class Compression:
         self.shadow = shadow
         self._compressor = compressor
         self._control = control
+        self._topology = topology
         self._check_every = check_every
         self._scaler = scaler
         self._second_moment = second_moment
@@ -212,8 +234,9 @@ class Compression:
 
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
-        Returns bits, codec, kernel, exact, shadow, world_size, checks, and `summary` of the meter: wire_bytes (what
-        left, size messages included), raw_bytes (the same with the identity codec), both per step, ratio,
+        Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter:
+        wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
+        the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
         bits_per_value, entropies, seconds, relative_error and a row for each parameter. A step is one synchronized
         backward pass. bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or
         "analytic" (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
@@ -237,6 +260,7 @@ class Compression:
             "exact": self._compressor.exact,
             "shadow": self.shadow,
             "world_size": self._control.world_size,
+            "hierarchy": self._topology.summary() if self._topology else None,
             "checks": self._checks,
             "bytes_source": source,
             **summary(state),
@@ -254,6 +278,7 @@ class Compression:
             "world_size": self._control.world_size,
             "optimizer_steps": self._optimizer_steps,
             "shadow": self.shadow,
+            "nodes": self._topology.reduced_by if self._topology else None,
             "buckets": [list(names) for names in self._record.buckets],
             "buckets_settled": self._record.settled,
             "compressor": self._compressor.state_dict(),
@@ -288,6 +313,8 @@ class Compression:
         self._compressor.load_state_dict(own["compressor"])
         self._optimizer_steps = own["optimizer_steps"]
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
+        if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
+            _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
         if not own["buckets_settled"] and not self._compressor.exact:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
         if own["shadow"] != self.shadow:
@@ -351,7 +378,9 @@ class Compression:
             return None
         if self.shadow:
             return ShadowEngine(self._compressor, self._control)
-        return CompressedEngine(self._compressor, carrier)
+        if self._topology is not None and self._topology.flat_reason() is None:
+            return CompressedEngine.by_nodes(self._compressor, self._control, self._topology)
+        return CompressedEngine.flat(self._compressor, carrier)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         parameters = bucket.parameters()
@@ -441,10 +470,9 @@ def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Paramet
     }
 
 
-def _values_sent(parameters: Mapping[str, nn.Parameter], world_size: int) -> int:
+def _values_sent(parameters: Mapping[str, nn.Parameter], share: float) -> int:
     """Values that a rank sends in a step: the other ranks' shards, and its own to each of them."""
-    trained = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
-    return 2 * (world_size - 1) * trained // world_size
+    return int(share * sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad))
 
 
 def _residuals(plan: Plan, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Residuals | None:
@@ -469,6 +497,23 @@ def _facts(
         "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
         "extra": {name: str(value) for name, value in extra.items()},
     }
+
+
+def _check_hierarchy(
+    hierarchy: Hierarchy, plan: Plan, shadow: bool, transport: Transport | Literal["mpi"] | None
+) -> None:
+    if hierarchy is not None and transport is not None:
+        raise ConfigError(
+            "a hierarchy makes its own groups of ranks, out of the process group",
+            found=f"transport={transport!r}",
+            fix="leave one of the two out",
+        )
+    if hierarchy is not None and (shadow or plan.codec == "none"):
+        raise ConfigError(
+            "a hierarchy needs our own reduction",
+            found="shadow=True" if shadow else 'bits="none"',
+            fix='leave hierarchy out, or use bits="identity" as the yardstick',
+        )
 
 
 def _check_supported(

@@ -15,9 +15,12 @@ from torch import Tensor
 from efficient_dl.comm import (
     BucketLayout,
     Compressor,
+    HierarchicalReducer,
+    Levels,
     OverlappedReducer,
     ProcessGroupTransport,
     ShadowReducer,
+    Topology,
     Transport,
 )
 
@@ -54,15 +57,27 @@ class BucketEngine(Protocol):
 
 
 class CompressedEngine:
-    """Our one-shot reduction, on siblings of a transport."""
+    """Our one-shot reduction, or with several ranks on each node the hierarchical one."""
 
-    def __init__(self, compressor: Compressor, carrier: Transport) -> None:
-        exchange = carrier.sibling()
-        gather = carrier.sibling() if carrier.device.type == "cpu" else exchange
-        self._reducer = OverlappedReducer(compressor, exchange, gather)
+    def __init__(self, reducer: OverlappedReducer | HierarchicalReducer) -> None:
+        self._reducer = reducer
         self.abort = self._reducer.abort
         self.stop = self._reducer.stop
         self.close = self._reducer.close
+
+    @staticmethod
+    def flat(compressor: Compressor, carrier: Transport) -> CompressedEngine:
+        """One level, on siblings of a transport."""
+        exchange = carrier.sibling()
+        gather = carrier.sibling() if carrier.device.type == "cpu" else exchange
+        return CompressedEngine(OverlappedReducer(compressor, exchange, gather))
+
+    @staticmethod
+    def by_nodes(
+        compressor: Compressor, control: ProcessGroupTransport, topology: Topology
+    ) -> CompressedEngine:
+        """Two levels, on process groups of their own."""
+        return CompressedEngine(HierarchicalReducer(compressor, Levels.of(topology, control)))
 
     def start(
         self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None

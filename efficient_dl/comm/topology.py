@@ -1,0 +1,186 @@
+"""Which ranks share a node: from a mesh, from what launchers tell, or from host names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from efficient_dl.comm.handshake import gather_json
+from efficient_dl.comm.transport import Transport
+from efficient_dl.errors import ConfigError
+
+Environment: TypeAlias = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The variables of a launcher: this node's number, this rank's number on it, and how many ranks it has.
+
+    node None: it tells no node numbers. Then a node's ranks must follow each other, and the first one's number is the
+    node's; a mapping that scatters them is noticed, because the local numbers do not add up. local_size None: it tells
+    none as one number.
+    """
+
+    name: str
+    node: str | None
+    rank: str
+    local_rank: str
+    local_size: str | None
+
+
+LAUNCHERS = (
+    Launcher("torchrun", "GROUP_RANK", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    Launcher(
+        "Open MPI", None, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    Launcher("MPICH", None, "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    Launcher("Slurm", "SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID", None),
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a group by node. Ranks are numbered within the group, nodes in the order of their first ranks.
+
+    nodes: each node's ranks, ascending; a rank's position among them is its local rank here.
+    source: one phrase for logs and statistics: where this is known from.
+    """
+
+    nodes: tuple[tuple[int, ...], ...]
+    source: str
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return sum(map(len, self.nodes))
+
+    @property
+    def local_size(self) -> int:
+        """How many ranks each node has; only where `even`."""
+        return len(self.nodes[0])
+
+    @property
+    def even(self) -> bool:
+        """Whether all nodes have equally many ranks, which a hierarchical reduction needs."""
+        return len(set(map(len, self.nodes))) == 1
+
+    def node_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks on this rank's node, itself included."""
+        return next(ranks for ranks in self.nodes if rank in ranks)
+
+    def peers_of(self, rank: int) -> tuple[int, ...]:
+        """The ranks with this rank's position on their nodes, one a node, itself included."""
+        position = self.node_of(rank).index(rank)
+        return tuple(ranks[position] for ranks in self.nodes)
+
+    def flat_reason(self) -> str | None:
+        """Why ranks had better reduce as equals, in one step: a sentence; None if a hierarchy is possible and saves."""
+        if not self.even:
+            sizes = ", ".join(str(len(ranks)) for ranks in self.nodes)
+            return f"the nodes have different numbers of ranks ({sizes})"
+        if self.local_size == 1:
+            return "every node has one rank"
+        return None
+
+    @property
+    def reduced_by(self) -> list[list[int]] | None:
+        """What a reduction over these nodes depends on: each node's ranks, or None where it is flat."""
+        return None if self.flat_reason() else [list(ranks) for ranks in self.nodes]
+
+    def summary(self) -> dict[str, Any]:
+        """For statistics: each node's number of ranks, the source, and why ranks reduce flat, if they do."""
+        return {
+            "ranks_per_node": [len(ranks) for ranks in self.nodes],
+            "source": self.source,
+            "flat_because": self.flat_reason(),
+        }
+
+    @staticmethod
+    def of_size(world_size: int, local_size: int) -> Topology:
+        """Nodes of local_size consecutive ranks. Raises ConfigError unless that divides the ranks evenly."""
+        if local_size < 1 or world_size % local_size:
+            raise ConfigError(
+                f"{world_size} ranks cannot be divided into nodes of {local_size}",
+                expected=f"a divisor of {world_size}",
+                found=str(local_size),
+                fix='give the number of ranks on each node, or hierarchy="auto"',
+            )
+        starts = range(0, world_size, local_size)
+        nodes = tuple(tuple(range(start, start + local_size)) for start in starts)
+        return Topology(nodes, f"{local_size} ranks a node, as asked for")
+
+    @staticmethod
+    def of_mesh(mesh: DeviceMesh, ranks: Sequence[int]) -> Topology:
+        """A row of the mesh is a node. ranks: the global ranks of the group, in its order.
+
+        Raises ConfigError unless the mesh has two axes and holds exactly these ranks.
+        """
+        number = {rank: position for position, rank in enumerate(ranks)}
+        held = [int(rank) for rank in mesh.mesh.flatten()]
+        if mesh.mesh.dim() != 2 or sorted(held) != sorted(ranks):
+            raise ConfigError(
+                "the mesh does not describe the nodes of this process group",
+                expected=f"two axes, nodes × ranks on a node, over the ranks {sorted(ranks)}",
+                found=f"{mesh.mesh.dim()} axes over the ranks {sorted(held)}",
+                fix='init_device_mesh("cpu", (nodes, ranks_per_node))',
+            )
+        nodes = [tuple(sorted(number[int(rank)] for rank in row)) for row in mesh.mesh]
+        return Topology(tuple(sorted(nodes)), "a device mesh")
+
+    @staticmethod
+    def discover(transport: Transport, environment: Environment, host: str) -> Topology:
+        """Asks all ranks where they run; every rank calls it, and all get the same. See `decide`."""
+        return Topology.decide(gather_json(clues(environment, host), transport))
+
+    @staticmethod
+    def decide(everyone: Sequence[Mapping[str, Any]]) -> Topology:
+        """Finds the nodes in all ranks' `clues`: by the first launcher that all ranks agree on, else by host name.
+
+        A launcher counts if every rank has its variables, all ranks of a node name the same size, and their local ranks
+        are 0 … size − 1, each once. Variables that a shell has left over from another launch do not add up so.
+        """
+        passed: list[str] = []
+        for launcher in LAUNCHERS:
+            told = [clue.get(launcher.name) for clue in everyone]
+            if all(told):
+                if nodes := _consistent([told_rank for told_rank in told if told_rank]):
+                    return Topology(nodes, f"the variables of {launcher.name}")
+                passed.append(launcher.name)
+        reason = f" (the variables of {', '.join(passed)} do not add up)" if passed else ""
+        return Topology(_grouped([clue["host"] for clue in everyone]), f"host names{reason}")
+
+
+def clues(environment: Environment, host: str) -> dict[str, Any]:
+    """What one rank knows about its place: by launcher [node, local rank, ranks on the node], and its host's name."""
+    found: dict[str, Any] = {"host": host}
+    for launcher in LAUNCHERS:
+        try:
+            local_rank = int(environment[launcher.local_rank])
+            local_size = int(environment[launcher.local_size]) if launcher.local_size else None
+            first = int(environment[launcher.rank]) - local_rank
+            node = first if launcher.node is None else int(environment[launcher.node])
+        except (KeyError, ValueError):
+            continue
+        found[launcher.name] = [node, local_rank, local_size]
+    return found
+
+
+def _consistent(told: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], ...] | None:
+    nodes = _grouped([node for node, _, _ in told])
+    for ranks in nodes:
+        if any(told[rank][2] not in (None, len(ranks)) for rank in ranks):
+            return None
+        if sorted(told[rank][1] for rank in ranks) != list(range(len(ranks))):
+            return None
+    return nodes
+
+
+def _grouped(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    groups: defaultdict[Any, list[int]] = defaultdict(list)
+    for rank, key in enumerate(keys):
+        groups[key].append(rank)
+    return tuple(map(tuple, groups.values()))
