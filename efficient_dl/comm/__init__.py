@@ -19,11 +19,14 @@ What each part promises:
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.
+- `reduce_scatter` and `all_gather` do the same for parameters of which every rank keeps one part: `ChunkLayout` says
+  how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads of its own.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
 """
 
+from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.guard import check_equal
@@ -37,29 +40,46 @@ from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
 from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.shadow import ShadowReducer
+from efficient_dl.comm.sharded import (
+    AllGather,
+    OverlappedSharding,
+    OwnPacket,
+    ReduceScatter,
+    all_gather,
+    reduce_scatter,
+    sharded_native_tally,
+)
 from efficient_dl.comm.transport import Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
+    "AllGather",
     "BucketLayout",
+    "ChunkLayout",
     "Compressor",
     "LoopbackHub",
     "Meter",
     "OverlappedReducer",
+    "OverlappedSharding",
+    "OwnPacket",
     "Pipeline",
     "Plan",
     "ProcessGroupTransport",
+    "ReduceScatter",
     "Reduction",
     "Residuals",
     "ShadowReducer",
     "Shard",
     "Transport",
     "Work",
+    "all_gather",
     "all_reduce",
     "check_equal",
     "combined",
     "gather_json",
     "handshake",
     "native_tally",
+    "reduce_scatter",
+    "sharded_native_tally",
     "summary",
 ]
