@@ -67,12 +67,15 @@ class SystemTrainer(Trainer):
         return row
 
     def _sent_bytes(self) -> int:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
-        if interface == _LOOPBACK and self.rank > 0:
-            return 0
-        # /proc, not /sys: the latter may show another network namespace's interfaces.
-        lines = Path("/proc/net/dev").read_text().splitlines()
-        counters = next(
-            line.split(":")[1].split() for line in lines if line.strip().startswith(f"{interface}:")
-        )
-        return int(counters[_SENT_BYTES_FIELD])
+        return sent_by_kernel(self.rank)
+
+
+def sent_by_kernel(rank: int) -> int:
+    """Bytes that this rank's network interface has sent; 0 for all ranks but the first on the loopback interface."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK)
+    if interface == _LOOPBACK and rank > 0:
+        return 0
+    # /proc, not /sys: the latter may show another network namespace's interfaces.
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    counters = next(line.split(":")[1].split() for line in lines if line.strip().startswith(f"{interface}:"))
+    return int(counters[_SENT_BYTES_FIELD])

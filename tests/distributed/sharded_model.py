@@ -98,9 +98,7 @@ def loss_of(model: nn.Module, tokens: Tensor, spare: bool = True) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def step(
-    rank: int, number: int, model: Any, optimizer: torch.optim.Optimizer, case: Case = Case()
-) -> float:
+def step(rank: int, number: int, model: Any, optimizer: torch.optim.Optimizer, case: Case = Case()) -> float:
     """One step of the optimizer; returns the last loss."""
     optimizer.zero_grad(set_to_none=not case.keep_zeros)
     for turn in range(case.accumulate):
