@@ -65,8 +65,8 @@ class Case:
     reduce_bfloat16: bool = False
     unused: bool = False
     keep_zeros: bool = False
+    prefetch: bool = False
     steps: int = STEPS
-    dims: tuple[int, ...] = ()
 
 
 def sharded(case: Case = Case(), **options: Any) -> Transformer:
@@ -82,6 +82,11 @@ def sharded(case: Case = Case(), **options: Any) -> Transformer:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     assert isinstance(model, FSDPModule)
+    if case.prefetch:
+        model.set_modules_to_forward_prefetch([model.layers[0]])
+        model.layers[0].set_modules_to_forward_prefetch([model.layers[1]])
+        for module in (model, *model.layers):
+            module._set_unshard_async_op(True)
     return model
 
 
