@@ -150,7 +150,7 @@ class FsdpCompression:
             for unit, lane in zip(units, self._lanes, strict=True)
         ]
         for unit, gather, scatter in zip(units, self._gathers, self._scatters, strict=True):
-            unit.install(gather, scatter)
+            unit.install(gather, scatter, owner=self)
         if any(unit.replicas is not None for unit in units):
             _log.warning("HSDP: gradients are all-reduced between replicas by torch, uncompressed")
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None

@@ -50,14 +50,17 @@ class Unit:
         self._name_of = {id(p): name for p, name in zip(group.fsdp_params, names, strict=True)}
         self._native = (group._all_gather_comm, group._reduce_scatter_comm)
         self._post_backward = group.post_backward
+        self._owner: object = None
 
-    def install(self, all_gather: Any, reduce_scatter: Any) -> None:
-        """Registers custom collectives, and begins to watch."""
+    def install(self, all_gather: Any, reduce_scatter: Any, owner: object) -> None:
+        """Registers custom collectives, and begins to watch. The model keeps their owner alive from now on."""
+        self._owner = owner
         self._set_comms(all_gather, reduce_scatter)
         self._group.post_backward = self._watch
 
     def release(self) -> None:
         """Ends the watching, and gives torch's own collectives back."""
+        self._owner = None
         if self._group.__dict__.pop("post_backward", None) is not None:
             self._set_comms(*self._native)
 

@@ -20,12 +20,12 @@ VOCABULARY, WIDTH, STEPS = 61, 36, 5
 class Block(nn.Module):
     """Attention and a network of an odd width; `spare` takes part only if asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.up = nn.Linear(WIDTH, 101)
-        self.down = nn.Linear(101, WIDTH)
+        self.up = nn.Linear(WIDTH, inner)
+        self.down = nn.Linear(inner, WIDTH)
         self.spare = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor, spare: bool) -> Tensor:
@@ -38,10 +38,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Two blocks, a tied head, one parameter of a single value."""
 
-    def __init__(self) -> None:
+    def __init__(self, inner: int = 101) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.layers = nn.ModuleList(Block(inner) for _ in range(2))
         self.gain = nn.Parameter(torch.ones(1))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight

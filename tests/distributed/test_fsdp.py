@@ -248,7 +248,7 @@ def test_a_closed_compression_gives_native_collectives_back() -> None:
 def on_mesh(rank: int, kind: str, bits: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Four ranks, two by two."""
     torch.manual_seed(7)
-    model: Any = Transformer()
+    model: Any = Transformer(inner=102 if kind == "tensor parallel" else 101)  # torch splits only even widths
     options: dict[str, Any] = {}
     if kind == "tensor parallel":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -259,16 +259,13 @@ def on_mesh(rank: int, kind: str, bits: str | None) -> tuple[dict[str, Tensor], 
         options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     else:
         options["reshard_after_forward"] = 2
-    if kind == "tensor parallel":  # an even width, of which each of two ranks has a part
-        assert model.layers[0].up.weight.to_local().shape[0] in (50, 51)
     for layer in model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compression: Any = None
     if bits:
-        weights = "lossless"
-        compression = edl.compress(model, optimizer, bits, weights=weights, check_every=2)
+        compression = edl.compress(model, optimizer, bits, check_every=2)
     number_of_data = rank // 2 if kind == "tensor parallel" else rank
     for number in range(4):
         step(number_of_data, number, model, optimizer)
@@ -301,7 +298,7 @@ def test_gathers_within_a_smaller_group_stay_native_and_are_counted() -> None:
         run_ranks(on_mesh, 4, "smaller group", "none"), native, strict=True
     ):
         assert same_bits(parameters, wanted)
-        assert stats["native_gathers"] == 4 * 2
+        assert stats["native_gathers"] == 4 * 3
         assert stats["native_gather_bytes"] > 0
 
 
