@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import efficient_dl as edl
 
-VOCABULARY, WIDTH, STEPS = 61, 36, 5
+VOCABULARY, WIDTH, STEPS = 61, 36, 4
 
 
 class Block(nn.Module):

@@ -40,6 +40,11 @@ CASES = {
     "bfloat16 weights": Case(bfloat16=True),
     "bfloat16 gradients": Case(bfloat16=True, reduce_bfloat16=True),
 }
+QUICK = ("plain", "gradient accumulation", "frozen parameters", "bfloat16 weights")
+MARKED = [
+    pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, case in CASES.items()
+]
 IDENTITY: dict[str, Any] = {"bits": "identity", "weights": "identity"}
 NATIVE: dict[str, Any] = {"bits": None}
 
@@ -49,7 +54,7 @@ def trainings(rank: int, case: Case, runs: list[dict[str, Any]]) -> list[Any]:
     return [train(rank, case=case, **run) for run in runs]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("case", MARKED)
 def test_a_lossless_run_has_the_bits_of_the_identity_run(case: Case) -> None:
     runs = [{"bits": "lossless"}, IDENTITY]
     for lossless, identity in run_ranks(trainings, 3, case, runs):
@@ -61,15 +66,16 @@ def test_a_lossless_run_has_the_bits_of_the_identity_run(case: Case) -> None:
 
 
 # Not bfloat16 gradients: gloo rounds the sum to bfloat16 and then its half once more.
-@pytest.mark.parametrize("case", [c for c in CASES.values() if not c.reduce_bfloat16])
+@pytest.mark.parametrize("case", [one for one in MARKED if one.id != "bfloat16 gradients"])
 def test_a_lossless_run_on_two_ranks_has_the_bits_of_native_fsdp(case: Case) -> None:
     for lossless, native in run_ranks(trainings, 2, case, [{"bits": "lossless"}, NATIVE]):
         assert same_bits(lossless[0], native[0])
         assert lossless[3] == native[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [3, 4])
-@pytest.mark.parametrize("case", [CASES["plain"], CASES["bfloat16 weights"]])
+@pytest.mark.parametrize("case", [CASES["plain"], CASES["bfloat16 weights"]], ids=["float32", "bfloat16"])
 def test_lossless_weights_alone_change_no_bit(world_size: int, case: Case) -> None:
     runs = [{"bits": "none", "weights": "lossless"}, {"bits": "none", "weights": "none"}, NATIVE]
     for lossless, counted, native in run_ranks(trainings, world_size, case, runs):
@@ -101,18 +107,21 @@ def test_frozen_and_unused_parameters_send_no_gradients() -> None:
         assert stats["gradients"]["parameters"]["layers.1.up.weight"]["values_sent"] > 0
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_sent_once_a_step() -> None:
     once = run_ranks(train, 2, "identity", Case())[0][1]
     accumulated = run_ranks(train, 2, "identity", Case(accumulate=3))[0][1]
     assert accumulated["gradients"]["wire_bytes"] == once["gradients"]["wire_bytes"]
 
 
+@pytest.mark.slow
 def test_two_bits_train_nearly_as_well_as_native_fsdp() -> None:
     for two, native in run_ranks(trainings, 2, Case(steps=40), [{"bits": 2.0}, NATIVE]):
         assert two[3][-1] < 0.25 * two[3][0]
         assert two[3][-1] < native[3][-1] + 0.25
 
 
+@pytest.mark.slow
 def test_ranks_compute_with_equal_quantized_weights() -> None:
     """`check` compares what was gathered, the owner's part included, every second step."""
     runs = [{"bits": "lossless", "weights": 6.0}, {"bits": "lossless"}]
@@ -121,6 +130,23 @@ def test_ranks_compute_with_equal_quantized_weights() -> None:
         assert quantized[1]["weights"]["bits_per_value"] < 8.0
         assert not same_bits(quantized[0], exact[0])
         assert quantized[3][-1] < 0.7 * quantized[3][0]
+
+
+def test_overrides_and_a_budget_hold_for_gradients() -> None:
+    runs: list[dict[str, Any]] = [
+        {"bits": 2.0, "overrides": {"*.norm.*": "none"}},
+        {"bits": "auto", "bytes_per_step": 12_000},
+    ]
+    for overridden, budgeted in run_ranks(trainings, 2, Case(steps=8), runs):
+        assert overridden[1]["overrides"] == {"*.norm.*": "identity"}
+        rows = overridden[1]["gradients"]["parameters"]
+        assert (
+            rows["layers.0.norm.weight"]["bits_per_value"]
+            >= 32.0
+            > 8.0
+            > rows["layers.0.up.weight"]["bits_per_value"]
+        )
+        assert budgeted[1]["gradients"]["wire_bytes_per_step"] == pytest.approx(12_000, rel=0.1)
 
 
 def with_hooks(rank: int, bits: str | None) -> dict[str, Tensor]:
@@ -272,6 +298,7 @@ def on_mesh(rank: int, kind: str, bits: str | None) -> tuple[dict[str, Tensor], 
     return full(model), compression.stats() if compression else {}
 
 
+@pytest.mark.slow
 def test_another_axis_of_the_mesh_is_left_alone() -> None:
     native = run_ranks(on_mesh, 4, "tensor parallel", None)
     for (parameters, stats), (wanted, _) in zip(
@@ -282,6 +309,7 @@ def test_another_axis_of_the_mesh_is_left_alone() -> None:
         assert stats["ratio"] > 1.1
 
 
+@pytest.mark.slow
 def test_replicas_are_reduced_natively_and_counted() -> None:
     native = run_ranks(on_mesh, 4, "replicas", None)
     for (parameters, stats), (wanted, _) in zip(
@@ -292,6 +320,7 @@ def test_replicas_are_reduced_natively_and_counted() -> None:
         assert stats["checks"] == 2
 
 
+@pytest.mark.slow
 def test_gathers_within_a_smaller_group_stay_native_and_are_counted() -> None:
     native = run_ranks(on_mesh, 4, "smaller group", None)
     for (parameters, stats), (wanted, _) in zip(
@@ -302,8 +331,7 @@ def test_gathers_within_a_smaller_group_stay_native_and_are_counted() -> None:
         assert stats["native_gather_bytes"] > 0
 
 
-def test_parameters_of_one_linear_layer_without_blocks_train() -> None:
-    """A model that is one unit, smaller than a block of the codec on some ranks."""
+def test_a_model_of_one_small_unit_trains_on_more_ranks_than_rows() -> None:
 
     for parameters, stats in run_ranks(tiny, 4):
         assert stats["steps"] == 3
