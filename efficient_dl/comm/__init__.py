@@ -23,11 +23,14 @@ What each part promises:
 - `Topology` says which ranks share a node. A `HierarchicalReduction` sums up inside the nodes in full precision and
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
 - `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
+- `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part: `ChunkLayout` says
+  how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads of its own.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
 """
 
+from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
@@ -43,12 +46,23 @@ from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
 from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.shadow import ShadowReducer
+from efficient_dl.comm.sharded import (
+    AllGather,
+    OverlappedSharding,
+    OwnPacket,
+    ReduceScatter,
+    all_gather_chunks,
+    reduce_scatter_chunks,
+    sharded_native_tally,
+)
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
+    "AllGather",
     "BucketLayout",
+    "ChunkLayout",
     "Compressor",
     "HierarchicalReducer",
     "HierarchicalReduction",
@@ -56,9 +70,12 @@ __all__ = [
     "LoopbackHub",
     "Meter",
     "OverlappedReducer",
+    "OverlappedSharding",
+    "OwnPacket",
     "Pipeline",
     "Plan",
     "ProcessGroupTransport",
+    "ReduceScatter",
     "Reduction",
     "Residuals",
     "ShadowReducer",
@@ -67,6 +84,7 @@ __all__ = [
     "Transport",
     "Work",
     "all_gather",
+    "all_gather_chunks",
     "all_reduce",
     "all_reduce_coalesced",
     "all_to_all",
@@ -77,5 +95,7 @@ __all__ = [
     "handshake",
     "hierarchical_all_reduce",
     "native_tally",
+    "reduce_scatter_chunks",
+    "sharded_native_tally",
     "summary",
 ]

@@ -145,7 +145,7 @@ class Compressor:
 
         Raises PlanMismatch if it was saved under another plan, CheckpointError if it is of another model or version.
         """
-        self._check_state(state)
+        self.check_state(state)
         self.meter.load_state_dict(state["meter"])
         self.rates.load_state_dict(state["rates"])
         if self.residuals is not None:
@@ -158,12 +158,13 @@ class Compressor:
         redistributed (see `redistributed`); else they start from zero.
         """
         for state in states:
-            self._check_state(state)
+            self.check_state(state)
         self.rates.load_mean([state["rates"] for state in states])
         if self.residuals is not None and residuals:
             self.residuals.load_state_dict(redistributed([state["residuals"] for state in states]))
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises what `load_state_dict` would for a state that does not fit."""
         if state.get("version") != _STATE_VERSION:
             raise CheckpointError(
                 "the compression state is of another version",

@@ -1,4 +1,4 @@
-"""DistributedDataParallel with entropy-coded gradients: `compress`, and the `Compression` it returns."""
+"""DistributedDataParallel with entropy-coded gradients: `compress_ddp`, and the `Compression` it returns."""
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with classes.
 
@@ -51,7 +51,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
-def compress(
+def compress_ddp(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     bits: str | float = "auto",
@@ -121,7 +121,7 @@ def compress(
     """
     if not isinstance(model, DistributedDataParallel):
         raise ConfigError(
-            f"compress() cannot take a {type(model).__name__}",
+            f"compress_ddp() cannot take a {type(model).__name__}",
             expected="a torch.nn.parallel.DistributedDataParallel",
             fix="compress(DistributedDataParallel(model), optimizer)",
         )

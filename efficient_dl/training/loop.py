@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
-from efficient_dl.integrations.ddp import Compression, compress
+from efficient_dl.integrations.ddp import Compression, compress_ddp
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import CheckpointFolder
@@ -99,7 +99,7 @@ class Trainer:
     def _compress(self) -> Compression:
         """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
         config = self.config.compression
-        return compress(
+        return compress_ddp(
             self.ddp,
             self.optimizer.parts[-1],  # whose step ends a training step
             bits=config.bits,

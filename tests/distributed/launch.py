@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "efficient_dl.integrations.ddp"]
+    ["torch", "torch.distributed", "torch._dynamo", "efficient_dl.integrations.compress"]
 )
 
 

@@ -1,0 +1,75 @@
+"""`compress`: one call for every kind of distributed model that we know."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from efficient_dl.errors import ConfigError
+from efficient_dl.integrations.ddp import Compression, compress_ddp
+from efficient_dl.integrations.deepspeed import EngineCompression, compress_engine, is_engine
+from efficient_dl.integrations.fsdp import FsdpCompression, compress_fsdp
+
+
+def compress(
+    model: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+    bits: str | float | None = None,
+    **options: Any,
+) -> Compression | FsdpCompression | EngineCompression:
+    """Compresses what a distributed model sends: gradients, and under FSDP2 the weights, too.
+
+    Call it once, on every rank, after wrapping the model and before its first step; the ranks compare what they are
+    about to do first. The training script stays as it is.
+
+    model: a DistributedDataParallel, a model to which torch.distributed.fsdp.fully_shard was applied, or a DeepSpeed
+        engine.
+    optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself. A
+        DeepSpeed engine has its own.
+    bits: of gradients. "none" (the native collective, untouched), "identity" (our reduction, uncompressed),
+        "lossless", a number of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto", the default.
+    options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside; all explained there.
+        All three: check_every, timeout, kernel, extra.
+        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step.
+        DistributedDataParallel: scale, error_feedback, scaler, shadow, hierarchy, transport, group.
+        FSDP2: weights.
+
+    Raises ConfigError (also for an option that this kind of model does not have), UnsupportedTensor, PlanMismatch
+    (ranks differ), TransportError.
+
+    Example:
+        compression = edl.compress(DistributedDataParallel(model), optimizer, bits=2.0)
+        ...                                # train as before
+        print(compression.stats()["ratio"])
+    """
+    kind, adapter = _adapter_for(model)
+    known = inspect.signature(adapter).parameters
+    given = {"bits": bits, "optimizer": optimizer}
+    options |= {name: value for name, value in given.items() if value is not None}
+    for option in options:
+        if option not in known:
+            names = [name for name in known if name not in ("model", "engine")]
+            raise ConfigError(
+                f"{option} is not supported for {kind}", expected=", ".join(names), fix="leave it out"
+            )
+    return adapter(model, **options)
+
+
+def _adapter_for(model: Any) -> tuple[str, Callable[..., Any]]:
+    if isinstance(model, DistributedDataParallel):
+        return "DistributedDataParallel", compress_ddp
+    if isinstance(model, FSDPModule):
+        return "FSDP2", compress_fsdp
+    if is_engine(model):
+        return "DeepSpeed", compress_engine
+    raise ConfigError(
+        f"compress() cannot take a {type(model).__name__}",
+        expected="a torch.nn.parallel.DistributedDataParallel, a model after torch.distributed.fsdp.fully_shard, "
+        "or a DeepSpeed engine",
+        fix="compress(DistributedDataParallel(model), optimizer), or fully_shard(model) first",
+    )

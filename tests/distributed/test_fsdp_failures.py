@@ -1,0 +1,171 @@
+"""What goes wrong with a sharded model stops every rank, soon, with an error that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import efficient_dl as edl
+from efficient_dl.errors import (
+    CheckpointError,
+    ConfigError,
+    EdlError,
+    PlanMismatch,
+    RanksDiverged,
+    TransportError,
+)
+from tests.distributed.launch import run_failing_ranks, run_ranks
+from tests.distributed.sharded_model import sharded, step
+
+SOON = 40.0  # seconds, on a machine that may be busy; time-outs are longer
+
+
+def leaving(rank: int, how: str, timeout: float) -> tuple[str, float, list[str]]:
+    """Rank 1 leaves in the fourth step; the others return their error, its time, and what still runs after close()."""
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = edl.compress(model, optimizer, 2.0, timeout=timeout)
+    started = time.monotonic()
+    try:
+        for number in range(6):
+            if rank == 1 and number == 3:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(3 * timeout)
+                return "", 0.0, []
+            started = time.monotonic()
+            step(rank, number, model, optimizer)
+    except TransportError as error:
+        seconds = time.monotonic() - started
+        compression.close(timeout=5.0)
+        return str(error), seconds, [t.name for t in threading.enumerate() if t.name.startswith("edl-")]
+    raise AssertionError("no TransportError")
+
+
+def test_a_killed_rank_is_a_transport_error_that_names_it() -> None:
+    outcomes = run_failing_ranks(leaving, 3, "killed", 60.0)
+    for rank in (0, 2):
+        message, seconds, threads = outcomes[rank].value
+        assert f"rank {rank} lost rank" in message
+        assert seconds < SOON
+        assert threads == []
+        assert outcomes[rank].exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_silent_rank_is_named_within_the_time_out() -> None:
+    message, seconds, threads = run_failing_ranks(leaving, 2, "silent", 2.0)[0].value
+    assert "rank 0 lost rank 1" in message
+    assert 1.0 < seconds < SOON
+    assert threads == []
+
+
+def with_options(rank: int, options: list[dict[str, Any]]) -> None:
+    model = sharded()
+    edl.compress(model, torch.optim.SGD(model.parameters(), lr=0.1), **options[rank])
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ([{"bits": 2.0}, {"bits": 1.5}], "plan.bits = 1.5 (rank 1), 2.0 (rank 0)"),
+        ([{}, {"weights": "identity"}], "weights.bits = identity (rank 1), lossless (rank 0)"),
+        ([{}, {"bits": 99}], "rank 1 cannot start: ConfigError"),
+    ],
+)
+def test_different_options_are_named(options: list[dict[str, Any]], difference: str) -> None:
+    error = run_failing_ranks(with_options, 2, options)[0].error
+    assert isinstance(error, PlanMismatch)
+    assert difference in str(error)
+
+
+def refusals(rank: int) -> list[str]:
+    """The errors of calls that cannot work."""
+    model = sharded()
+    plain = nn.Linear(3, 3)
+    calls: list[tuple[nn.Module, dict[str, Any]]] = [
+        (plain, {}),
+        (DistributedDataParallel(plain), {"weights": "lossless"}),
+        (model, {"shadow": True}),
+        (model, {"error_feedback": True}),
+        (model, {"check_every": -1}),
+        (fully_shard(nn.Linear(4, 4).double()), {}),
+    ]
+    errors: list[str] = []
+    for module, options in calls:
+        with pytest.raises(EdlError) as caught:
+            edl.compress(module, **options)
+        errors.append(f"{type(caught.value).__name__}: {caught.value}")
+    edl.compress(model)
+    with pytest.raises(ConfigError) as caught:
+        edl.compress(model)
+    return [*errors, str(caught.value)]
+
+
+def test_what_cannot_work_is_refused() -> None:
+    plain, weights, shadow, feedback, negative, double, twice = run_ranks(refusals, 2)[0]
+    assert "Linear" in plain
+    assert "DistributedDataParallel" in plain
+    assert "fully_shard" in plain
+    assert "sends no weights" in weights
+    assert "shadow is not supported for FSDP2" in shadow
+    assert "error_feedback is not supported" in feedback
+    assert "check_every is negative" in negative
+    assert "UnsupportedTensor" in double
+    assert "has a custom collective already" in twice
+
+
+def states(rank: int) -> list[str]:
+    """The errors of states that do not fit."""
+    model = sharded()
+    compression = edl.compress(model, bits=2.0)
+    state = compression.state_dict()
+    compression.close()
+    other = edl.compress(model, bits=1.0)
+    errors: list[str] = []
+    for wrong, kind in (
+        (state, PlanMismatch),
+        ({**state, "rank": 7}, CheckpointError),
+        ({"version": 1, "rank": rank}, CheckpointError),
+    ):
+        with pytest.raises(kind) as caught:
+            other.load_state_dict(wrong)
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_a_state_of_another_plan_rank_or_kind_is_refused() -> None:
+    plan, rank, kind = run_ranks(states, 2)[1]
+    assert "codec = bits:2.0 (checkpoint), bits:1.0 (run)" in plan
+    assert "rank 1 was given the compression state of rank 7" in rank
+    assert "no compression state of a sharded model" in kind
+
+
+def diverging(rank: int) -> None:
+    """One replica's shard changes alone."""
+    model = nn.Linear(16, 16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+    compression = edl.compress(model, bits=2.0)
+    compression.check()
+    if rank == 3:
+        with torch.no_grad():
+            model.weight.to_local()[0, 0] += 1.0
+    compression.check()
+
+
+def test_a_replica_that_differs_stops_the_run() -> None:
+    outcomes = run_failing_ranks(diverging, 4)
+    for rank in (1, 3):
+        error = outcomes[rank].error
+        assert isinstance(error, RanksDiverged)
+        assert "first in 'weight'" in str(error)
