@@ -64,11 +64,11 @@ class Losses:
         return answers[0] if answers else lost
 
     def _report_and_follow(self, rank: int, lost: int, grace: float, answers: list[int]) -> None:
-        store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
         reports = {rank: lost}
         deadline = time.monotonic() + grace
         answer = lost
         try:
+            store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
             store.set(f"{self._prefix}{rank}", str(lost))
             num_reports = store.add(f"{self._prefix}number", 1)
             # The ranks wait for each other, above all so that rank 0 does not take the store away too soon.
@@ -79,6 +79,8 @@ class Losses:
                 reports[end] = int(store.get(f"{self._prefix}{end}"))
             if end not in reports:
                 answer = end
+        except ValueError:
+            pass  # torch.distributed was shut down meanwhile
         except RuntimeError:
             if 0 in self._ranks and rank != 0:
                 answer = 0

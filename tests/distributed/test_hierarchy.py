@@ -334,6 +334,7 @@ def losing_the_store(rank: int, port: int) -> str:
     return str(caught.value).splitlines()[0]
 
 
+@pytest.mark.slow
 def test_the_death_of_the_rank_that_keeps_the_store_is_named_as_well() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
