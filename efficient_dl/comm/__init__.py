@@ -17,6 +17,7 @@ What each part promises:
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.
+- `sum_at_owners` is the way up alone, for sharded optimizers that need a sum at one rank only.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
@@ -30,6 +31,7 @@ from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
 from efficient_dl.comm.meter import Meter, combined, native_tally, summary
 from efficient_dl.comm.overlap import OverlappedReducer
+from efficient_dl.comm.owner_sum import sum_at_owners
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
@@ -57,5 +59,6 @@ __all__ = [
     "gather_json",
     "handshake",
     "native_tally",
+    "sum_at_owners",
     "summary",
 ]
