@@ -60,7 +60,7 @@ def compress_engine(
     What is not given here is read from the section "efficient_dl" of DeepSpeed's configuration, which has the same
     keys: {"efficient_dl": {"bits": 2.0}}. engine.save_checkpoint and load_checkpoint take the compression state along.
 
-    engine: a DeepSpeedEngine of DeepSpeed 0.19.7 or later 0.19, with data parallelism and ZeRO stage 0, 1 or 2 over
+    engine: a DeepSpeedEngine of DeepSpeed 0.19.8 or a later 0.19, with data parallelism and ZeRO stage 0, 1 or 2 over
         float32, bfloat16 or float16 parameters. Gradient accumulation, clipping, loss scaling, overlap_comm,
         contiguous_gradients, reduce_scatter and communication_data_type work as before.
     bits: "none" (DeepSpeed's own collectives, untouched), "identity" (our reductions, uncompressed), "lossless", a
@@ -243,7 +243,7 @@ class EngineCompression:
     def _count_native(self) -> None:
         engine = self._engine
         trained = {name: p.numel() for name, p in self._parameters.items() if p.requires_grad}
-        itemsizes = dict.fromkeys(trained, engine.communication_data_type.itemsize)
+        itemsizes: dict[str, int] = dict.fromkeys(trained, int(engine.communication_data_type.itemsize))
         every_micro_step = engine.zero_optimization_partition_gradients()
         for _ in range(engine.gradient_accumulation_steps() if every_micro_step else 1):
             self._compressor.meter.add(native_tally(trained, itemsizes, self._control.world_size))

@@ -20,8 +20,8 @@ from efficient_dl.comm import BucketLayout, Compressor, Transport, all_reduce, s
 from efficient_dl.errors import ConfigError, EdlError
 
 # Tested with these; a change of what a method's arguments mean comes with a new minor version.
-OLDEST_VERSION, NEXT_VERSION = (0, 19, 7), (0, 20, 0)
-PACKAGE = "deepspeed>=0.19.7,<0.20"
+OLDEST_VERSION, NEXT_VERSION = (0, 19, 8), (0, 20, 0)
+PACKAGE = "deepspeed>=0.19.8,<0.20"
 
 ENGINE_METHODS = {"allreduce_bucket": ("self", "bucket", "dp_group", "dp_world_size")}
 ZERO_METHODS = {
@@ -168,7 +168,7 @@ class EnginePlug:
                 if parameter.requires_grad and parameter.grad is not None:
                     yield self._names[id(parameter)], parameter.grad
             return
-        # BF16_Optimizer reduces float32 gradients of its own, flat by group; what pads a group counts as its last one's.
+        # BF16_Optimizer reduces float32 gradients of its own, flat by group; padding counts as the last one's.
         for parameters, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
             numels = [parameter.numel() for parameter in parameters]
             numels[-1] += flat.numel() - sum(numels)
