@@ -23,8 +23,10 @@ What each part promises:
 - `Topology` says which ranks share a node. A `HierarchicalReduction` sums up inside the nodes in full precision and
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
 - `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
-- `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part: `ChunkLayout` says
-  how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads of its own.
+- `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part:
+  `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads of
+  its own.
+- `sum_at_owners` is the way up alone, for sharded optimizers that need a sum at one rank only.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
@@ -41,6 +43,7 @@ from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
 from efficient_dl.comm.meter import Meter, combined, native_tally, summary
 from efficient_dl.comm.overlap import HierarchicalReducer, OverlappedReducer
+from efficient_dl.comm.owner_sum import sum_at_owners
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
@@ -97,5 +100,6 @@ __all__ = [
     "native_tally",
     "reduce_scatter_chunks",
     "sharded_native_tally",
+    "sum_at_owners",
     "summary",
 ]

@@ -33,7 +33,7 @@ def compress(
         DeepSpeed engine has its own.
     bits: of gradients. "none" (the native collective, untouched), "identity" (our reduction, uncompressed),
         "lossless", a number of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto", the default.
-    options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside; all explained there.
+    options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
         All three: check_every, timeout, kernel, extra.
         DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step.
         DistributedDataParallel: scale, error_feedback, scaler, shadow, hierarchy, transport, group.
