@@ -24,8 +24,8 @@ What each part promises:
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
 - `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
 - `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part:
-  `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads of
-  its own.
+  `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads
+  of its own.
 - `sum_at_owners` is the way up alone, for sharded optimizers that need a sum at one rank only.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.

@@ -235,7 +235,7 @@ class EngineCompression:
             exposed, self._reducer.exposed_seconds = self._reducer.exposed_seconds, 0.0
         elif self.plan.codec == "none":
             self._count_native()
-        self._compressor.meter.stepped(exposed)
+        self._compressor.end_step(exposed)
         is_due = self._check_every and self._engine.global_steps % self._check_every == 0
         if is_due and self._reducer is not None:
             self.check()
