@@ -308,9 +308,8 @@ def _lanes(units: Sequence[Unit], timeout: float) -> dict[str, Lane]:
 
 
 def _values_sent(unit: Unit) -> int:
-    """Values of its gradients that this rank sends in a step: the other ranks' chunks."""
-    shards = unit.trained_layout().bucket.shards
-    return sum(shard.numel for shard in shards) - shards[unit.group.rank()].numel
+    """Values of its gradients that a rank sends in a step, the other ranks' chunks: on average, equal on all ranks."""
+    return unit.trained_layout().bucket.numel * (unit.world_size - 1) // unit.world_size
 
 
 def _facts(
