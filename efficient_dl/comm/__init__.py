@@ -20,28 +20,35 @@ What each part promises:
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
+- `Watch` raises alarms about what a meter shows; `KillSwitch` ends compression on all ranks after the same step.
 """
 
+from efficient_dl.comm.alarm import Alarm, OnAlarm, Watch, check_options
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
-from efficient_dl.comm.meter import Meter, combined, native_tally, summary
+from efficient_dl.comm.meter import Meter, combined, native_tally, since, sparse_tally, summary
 from efficient_dl.comm.overlap import OverlappedReducer
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
+from efficient_dl.comm.scalars import parameter_scalars, total_scalars
 from efficient_dl.comm.shadow import ShadowReducer
+from efficient_dl.comm.switch import KillSwitch
 from efficient_dl.comm.transport import Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
+    "Alarm",
     "BucketLayout",
     "Compressor",
+    "KillSwitch",
     "LoopbackHub",
     "Meter",
+    "OnAlarm",
     "OverlappedReducer",
     "Pipeline",
     "Plan",
@@ -50,12 +57,18 @@ __all__ = [
     "ShadowReducer",
     "Shard",
     "Transport",
+    "Watch",
     "Work",
     "all_reduce",
     "check_equal",
+    "check_options",
     "combined",
     "gather_json",
     "handshake",
     "native_tally",
+    "parameter_scalars",
+    "since",
+    "sparse_tally",
     "summary",
+    "total_scalars",
 ]

@@ -17,6 +17,7 @@ class Totals:
     """Sums over collectives, of one rank. Packets are counted once in `encoded_*`, each copy in `wire_bytes`.
 
     wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
+    native_bytes: the part of both that torch's own collectives sent, which is calculated, not counted.
     values_sent: values in those packets, up to the owners and down from the owner.
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
     error_squares, signal_squares: sums of squares of the sampled packets' errors and of what they encode.
@@ -24,6 +25,7 @@ class Totals:
 
     wire_bytes: int = 0
     raw_bytes: int = 0
+    native_bytes: int = 0
     values_sent: int = 0
     encoded_values: int = 0
     encoded_bytes: int = 0
@@ -34,6 +36,7 @@ class Totals:
     escapes: int = 0
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
+    dropped_blocks: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     transport_seconds: float = 0.0
@@ -88,6 +91,7 @@ class Tally:
         totals.escapes += stats.escapes
         totals.empty_blocks += stats.empty_blocks
         totals.nonfinite_blocks += stats.nonfinite_blocks
+        totals.dropped_blocks += stats.dropped_blocks
 
     def sent(self, shard: Shard, packet_bytes: int, raw_bytes: int, copies: int) -> None:
         """Counts one packet of a shard that leaves this rank in so many copies."""
@@ -165,7 +169,21 @@ def native_tally(numels: Mapping[str, int], itemsizes: Mapping[str, int], world_
         row.wire_bytes = row.values_sent * itemsizes[name]
         tally.totals.values_sent += row.values_sent
         tally.totals.wire_bytes += int(row.wire_bytes)
-    tally.totals.raw_bytes = tally.totals.wire_bytes
+    tally.totals.raw_bytes = tally.totals.native_bytes = tally.totals.wire_bytes
+    return tally
+
+
+def sparse_tally(name: str, numel: int, num_values: int, num_bytes: int, world_size: int) -> Tally:
+    """What an all-gather of one sparse gradient's entries sends from one rank: n − 1 times its own, calculated.
+
+    numel: of the parameter. num_values, num_bytes: of this rank's entries, the bytes with their indices.
+    """
+    tally = Tally(BucketLayout.of([name], [numel], world_size))
+    copies = world_size - 1
+    row, totals = tally.parameters[0], tally.totals
+    totals.values_sent = row.values_sent = copies * num_values
+    totals.wire_bytes = totals.raw_bytes = totals.native_bytes = copies * num_bytes
+    row.wire_bytes = totals.wire_bytes
     return tally
 
 
@@ -184,11 +202,29 @@ def combined(states: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def since(state: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a `Meter.state_dict` has gathered since an earlier one of the same meter (None: since its start)."""
+    if earlier is None:
+        return dict(state)
+    before: Mapping[str, Mapping[str, float]] = earlier["parameters"]
+    return {
+        "steps": state["steps"] - earlier["steps"],
+        "totals": _difference(state["totals"], earlier["totals"]),
+        "parameters": {name: _difference(row, before[name]) for name, row in state["parameters"].items()},
+    }
+
+
+def _difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {key: value - before.get(key, 0) for key, value in now.items()}
+
+
 def summary(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader wants to know of a `Meter.state_dict`, or of several, combined.
 
-    Returns bytes in total and per step; ratio (raw / wire); bits_per_value (sent, overheads included) and its parts
-    per encoded value; seconds per step; relative_error (of sampled packets); and a row for each parameter.
+    Returns bytes in total and per step (native_bytes: those of torch's own collectives, calculated); ratio (raw /
+    wire); bits_per_value (sent, overheads included) and its parts per encoded value, which are of whole packets and so
+    not known by parameter; seconds in total and per step; relative_error (0.0 unless error_sampled) of sampled packets;
+    and a row for each parameter.
     """
     steps = max(state["steps"], 1)
     t = Totals(**state["totals"])
@@ -197,10 +233,13 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "steps": state["steps"],
         "wire_bytes": t.wire_bytes,
         "raw_bytes": t.raw_bytes,
+        "native_bytes": t.native_bytes,
         "wire_bytes_per_step": t.wire_bytes / steps,
         "raw_bytes_per_step": t.raw_bytes / steps,
         "ratio": _quotient(t.raw_bytes, t.wire_bytes, otherwise=1.0),
         "values_sent": t.values_sent,
+        "encoded_values": t.encoded_values,
+        "error_sampled": t.signal_squares > 0.0,
         "bits_per_value": _quotient(8 * t.wire_bytes, t.values_sent),
         "encoded_bits": 8 * t.encoded_bytes / encoded,
         "order0_bits": t.order0_bits / encoded,
@@ -210,6 +249,10 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "escapes": t.escapes,
         "empty_blocks": t.empty_blocks,
         "nonfinite_blocks": t.nonfinite_blocks,
+        "dropped_blocks": t.dropped_blocks,
+        "codec_seconds": t.encode_seconds + t.decode_seconds,
+        "transport_seconds": t.transport_seconds,
+        "exposed_seconds": t.exposed_seconds,
         "codec_seconds_per_step": (t.encode_seconds + t.decode_seconds) / steps,
         "encode_seconds_per_step": t.encode_seconds / steps,
         "decode_seconds_per_step": t.decode_seconds / steps,
@@ -225,6 +268,7 @@ def _row(row: ParameterTotals) -> dict[str, Any]:
         "values_sent": row.values_sent,
         "wire_bytes_apportioned": row.wire_bytes,
         "bits_per_value": _quotient(8 * row.wire_bytes, row.values_sent),
+        "error_sampled": row.signal_squares > 0.0,
         "relative_error": math.sqrt(_quotient(row.error_squares, row.signal_squares)),
     }
 
