@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from efficient_dl.codec import PacketStats
 from efficient_dl.comm.layout import BucketLayout, Shard
+
+_RECENT_TRANSFERS = 512
 
 
 @dataclass
@@ -127,12 +130,17 @@ class Meter:
         self.steps = 0
         self.totals = Totals()
         self.parameters = {name: ParameterTotals() for name in names}
+        self.transfers: deque[tuple[int, float]] = deque(
+            maxlen=_RECENT_TRANSFERS
+        )  # bytes and seconds, in this process
         self._lock = threading.Lock()
 
     def add(self, tally: Tally) -> None:
         """Adds one finished collective; from any thread."""
         with self._lock:
             self.totals.add(tally.totals)
+            if tally.totals.transport_seconds:
+                self.transfers.append((tally.totals.wire_bytes, tally.totals.transport_seconds))
             for name, row in zip(tally.layout.names, tally.parameters, strict=True):
                 self.parameters[name].add(row)
 

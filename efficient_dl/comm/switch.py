@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 class KillSwitch:
     """Wishes of single ranks, which all ranks follow together.
 
-    A wish travels as the flag of a `check_equal` that all ranks make anyway; only if there is one, one more message
+    A wish travels as a note of a `check_equal` that all ranks make anyway; only if there is one, one more message
     gives its reason.
 
     wish: this rank's reason, until the others know of it. off: {"step", "reason"} once compression has ended.
@@ -25,15 +25,19 @@ class KillSwitch:
         self.wish: str | None = None
         self.off: dict[str, Any] | None = None
 
-    def agree(self, flags: Sequence[bool], transport: Transport, step: int) -> None:
-        """Ends compression if any rank wished it.
+    def agree(self, wished: Sequence[bool], transport: Transport, step: int) -> None:
+        """Ends compression if any rank wished it; on all ranks with the same arguments.
 
-        flags: all ranks', as `check_equal` returned them. step: the optimizer step before it, for reports.
+        wished: by rank. step: the optimizer step before it, for reports.
         """
-        if self.off is not None or not any(flags):
+        if self.off is not None or not any(wished):
             return
         wishes: list[str | None] = gather_json(self.wish, transport)
         reason = "; ".join(f"rank {rank}: {wish}" for rank, wish in enumerate(wishes) if wish is not None)
+        self.end(reason, step)
+
+    def end(self, reason: str, step: int) -> None:
+        """Ends compression for a reason that all ranks see at the same step."""
         self.wish, self.off = None, {"step": step, "reason": reason}
         _log.warning(
             "compression is off after step %d, gradients go by torch's own all-reduce. %s", step, reason

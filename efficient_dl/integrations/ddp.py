@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
+    Alarm,
     BucketLayout,
     Compressor,
     KillSwitch,
@@ -85,7 +86,8 @@ def compress(
     extra: further facts that must agree on all ranks, for example {"data": hash}; compared as text.
     max_relative_error: an alarm is raised where the sampled error of a window of 20 steps, or of one parameter in it,
         is larger; None: 1.0, the error of sending nothing. Other alarms: compression costs more time than it saves,
-        unusually many escapes or zeroed blocks, gradients that are never finite. Each kind is raised once.
+        unusually many escapes or zeroed blocks, gradients that are never finite. Each kind is raised once. Times are
+        judged by all ranks together, when they compare their parameters.
     on_alarm: "warn" logs it, "disable" also turns compression off on all ranks (see `Compression.disable`), but not
         in the shadow; it needs an optimizer and check_every.
 
@@ -119,7 +121,8 @@ def compress(
         check_options(max_relative_error, on_alarm)
         if on_alarm == "disable" and not (optimizer and check_every):
             raise ConfigError(
-                'on_alarm="disable" needs the comparison of parameters, with which the ranks agree on it',
+                'on_alarm="disable" needs the comparison of parameters',
+                expected="an optimizer and check_every above 0: the ranks agree on it on the way",
                 fix="give compress() the optimizer, and a check_every above 0",
             )
         compressor = Compressor(Plan.of(bits), list(parameters), kernel)
@@ -261,10 +264,15 @@ class Compression:
 
     def check(self) -> None:
         """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged."""
-        wished = self._switch.wish is not None
-        flags = check_equal(self._parameters, self._control, self._optimizer_steps, wished)
+        notes = [int(self._switch.wish is not None), *(self._watch.notes() if self._watch else ())]
+        everyone = check_equal(self._parameters, self._control, self._optimizer_steps, notes)
         self._checks += 1
-        self._switch.agree(flags, self._control, self._optimizer_steps)
+        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, self._optimizer_steps)
+        if self._watch is not None and self._switch.off is None:
+            for alarm in self._watch.judge([theirs[1:] for theirs in everyone]):
+                self._log_alarm(alarm)
+                if self._disables_on_alarm:
+                    self._switch.end(alarm.text, self._optimizer_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: plain numbers and strings, keyed by parameter name. Save one for each rank."""
@@ -417,9 +425,12 @@ class Compression:
         self._check_unfrozen()
         if self._watch is not None and self._switch.off is None:
             for alarm in self._watch.stepped():
-                _log.warning("rank %d, step %d: %s", self._control.rank, alarm.step, alarm.text)
+                self._log_alarm(alarm)
                 if self._disables_on_alarm:
                     self.disable(alarm.text)
+
+    def _log_alarm(self, alarm: Alarm) -> None:
+        _log.warning("rank %d, step %d: %s", self._control.rank, alarm.step, alarm.text)
 
     def _check_unfrozen(self) -> None:
         for name, parameter in self._frozen.items():

@@ -29,12 +29,12 @@ class Everything(nn.Module):
         self.words = nn.Embedding(WORDS, 32, sparse=True)
         self.single = nn.Linear(32, 300)
         self.brain = nn.Linear(300, 40, dtype=torch.bfloat16)
-        self.double = nn.Linear(40, 20, dtype=torch.float64)
+        self.exactly = nn.Linear(40, 20, dtype=torch.float64)
         self.phase = nn.Parameter(torch.randn(20, dtype=torch.complex64))
 
     def forward(self, words: Tensor) -> Tensor:
         x = self.brain(self.single(self.words(words)).relu().bfloat16())
-        return (self.double(x.double()).float() * self.phase).abs()
+        return (self.exactly(x.double()).float() * self.phase).abs()
 
 
 class Tied(nn.Module):
@@ -170,17 +170,17 @@ def test_what_goes_natively_is_counted_and_logged_once_on_three_ranks() -> None:
     # 24 words a rank and step, each an index of 8 bytes and 32 values of 4; to two other ranks, by three ranks
     assert rows["words.weight"]["wire_bytes_apportioned"] == STEPS * 3 * 2 * 24 * (8 + 32 * 4)
     assert rows["words.weight"]["values_sent"] == STEPS * 3 * 2 * 24 * 32
-    assert rows["double.weight"]["wire_bytes_apportioned"] == pytest.approx(STEPS * 4 * 800 * 8, rel=0.01)
+    assert rows["exactly.weight"]["wire_bytes_apportioned"] == pytest.approx(STEPS * 4 * 800 * 8, rel=0.01)
     assert rows["phase"]["wire_bytes_apportioned"] == pytest.approx(STEPS * 4 * 20 * 8, rel=0.03)
     natively = sum(
         rows[name]["wire_bytes_apportioned"]
-        for name in ("words.weight", "double.weight", "double.bias", "phase")
+        for name in ("words.weight", "exactly.weight", "exactly.bias", "phase")
     )
     assert stats["native_bytes"] == pytest.approx(natively, abs=8 * 3 * STEPS)
     assert 0 < stats["native_bytes"] < stats["wire_bytes"] < stats["raw_bytes"]
     assert len(messages) == 1
     assert "'words.weight': its gradients are sparse" in messages[0]
-    assert "'double.bias': its gradients are float64" in messages[0]
+    assert "'exactly.bias': its gradients are float64" in messages[0]
 
 
 def names_when_compiled(rank: int) -> bool:
