@@ -59,11 +59,11 @@ class Tied(nn.Module):
 
 
 def compiled_inside(backend: str, **options: Any) -> nn.Module:
-    return DistributedDataParallel(torch.compile(Tied(), backend=backend), bucket_cap_mb=0.05, **options)
+    return DistributedDataParallel(torch.compile(Tied(), backend=backend), **options)
 
 
 def compiled_outside(backend: str, **options: Any) -> nn.Module:
-    return torch.compile(DistributedDataParallel(Tied(), bucket_cap_mb=0.05, **options), backend=backend)  # type: ignore[return-value]
+    return torch.compile(DistributedDataParallel(Tied(), **options), backend=backend)  # type: ignore[return-value]
 
 
 def ddp(net: nn.Module, **options: Any) -> nn.Module:
