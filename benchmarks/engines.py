@@ -94,7 +94,9 @@ def zero2(model: nn.Module, config: OptimizerConfig, system: str, seed: int) -> 
         engine.step()
 
     compression = None if system == NATIVE else edl.compress(engine, bits=system)
-    return Run(engine, step, _lr_setter(engine.optimizer.param_groups), *_closing(compression))
+    # ZeRO's own optimizer, which has the groups of the one it was given.
+    groups: list[dict[str, Any]] = engine.optimizer.param_groups  # pyright: ignore
+    return Run(engine, step, _lr_setter(groups), *_closing(compression))
 
 
 ENGINES: dict[str, Callable[[nn.Module, OptimizerConfig, str, int], Run]] = {

@@ -30,8 +30,10 @@ What each part promises:
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
 - `handshake` compares what ranks are about to do, `check_equal` what they have done: their parameters, bit by bit.
+- `Watch` raises alarms about what a meter shows; `KillSwitch` ends compression on all ranks after the same step.
 """
 
+from efficient_dl.comm.alarm import Alarm, OnAlarm, Watch, check_options
 from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
@@ -41,13 +43,14 @@ from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
-from efficient_dl.comm.meter import Meter, combined, native_tally, summary
+from efficient_dl.comm.meter import Meter, combined, native_tally, since, sparse_tally, summary
 from efficient_dl.comm.overlap import HierarchicalReducer, OverlappedReducer
 from efficient_dl.comm.owner_sum import sum_at_owners
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
 from efficient_dl.comm.residuals import Residuals
+from efficient_dl.comm.scalars import parameter_scalars, total_scalars
 from efficient_dl.comm.shadow import ShadowReducer
 from efficient_dl.comm.sharded import (
     AllGather,
@@ -58,20 +61,24 @@ from efficient_dl.comm.sharded import (
     reduce_scatter_chunks,
     sharded_native_tally,
 )
+from efficient_dl.comm.switch import KillSwitch
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
+    "Alarm",
     "AllGather",
     "BucketLayout",
     "ChunkLayout",
     "Compressor",
     "HierarchicalReducer",
     "HierarchicalReduction",
+    "KillSwitch",
     "Levels",
     "LoopbackHub",
     "Meter",
+    "OnAlarm",
     "OverlappedReducer",
     "OverlappedSharding",
     "OwnPacket",
@@ -85,6 +92,7 @@ __all__ = [
     "Shard",
     "Topology",
     "Transport",
+    "Watch",
     "Work",
     "all_gather",
     "all_gather_chunks",
@@ -93,13 +101,18 @@ __all__ = [
     "all_to_all",
     "broadcast",
     "check_equal",
+    "check_options",
     "combined",
     "gather_json",
     "handshake",
     "hierarchical_all_reduce",
     "native_tally",
+    "parameter_scalars",
     "reduce_scatter_chunks",
     "sharded_native_tally",
+    "since",
+    "sparse_tally",
     "sum_at_owners",
     "summary",
+    "total_scalars",
 ]

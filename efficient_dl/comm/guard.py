@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import xxhash
@@ -12,17 +12,23 @@ from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import RanksDiverged
 
 
-def check_equal(parameters: Mapping[str, Tensor], transport: Transport, step: int) -> None:
+def check_equal(
+    parameters: Mapping[str, Tensor], transport: Transport, step: int, notes: Sequence[int] = ()
+) -> list[list[int]]:
     """Raises RanksDiverged on every rank unless all ranks hold the same bits in every parameter.
 
-    It sends 8 bytes a parameter to every rank, and reads every parameter once (from a GPU: copies it to the host).
+    It sends 8 bytes a parameter and a note to every rank, and reads every parameter once (from a GPU: copies it to the
+    host).
+
+    notes: what this rank tells the others on the way, as many int64 on every rank. Returns all ranks' notes, by rank.
     """
-    hashes = torch.tensor([_hash(p) for p in parameters.values()], dtype=torch.int64)
+    hashes = torch.tensor([*(_hash(p) for p in parameters.values()), *notes], dtype=torch.int64)
     packet = hashes.view(torch.uint8).to(transport.device)
-    everyone = [received.cpu().view(torch.int64) for received in transport.gather(packet).wait()]
+    received = [message.cpu().view(torch.int64) for message in transport.gather(packet).wait()]
+    everyone = [theirs[: len(parameters)] for theirs in received]
     differing = [rank for rank, theirs in enumerate(everyone) if not torch.equal(theirs, everyone[0])]
     if not differing:
-        return
+        return [[int(note) for note in theirs[len(parameters) :]] for theirs in received]
     names = [
         name
         for position, name in enumerate(parameters)

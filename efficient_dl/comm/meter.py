@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 from efficient_dl.codec import PacketStats
 from efficient_dl.comm.layout import BucketLayout
+
+_RECENT_TRANSFERS = 512
 
 
 @dataclass
@@ -19,6 +22,7 @@ class Totals:
     wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
     local_bytes: uncompressed, to ranks on the same node, by a hierarchical reduction, whose wire_bytes and raw_bytes
         are of what leaves the node.
+    native_bytes: the part of both that torch's own collectives sent, which is calculated, not counted.
     values_sent: values in those packets, up to the owners and down from the owner.
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
     bound_misses: packets that are above the plan's max_error even at the highest rate.
@@ -28,6 +32,7 @@ class Totals:
     wire_bytes: int = 0
     raw_bytes: int = 0
     local_bytes: int = 0
+    native_bytes: int = 0
     values_sent: int = 0
     encoded_values: int = 0
     encoded_bytes: int = 0
@@ -39,6 +44,7 @@ class Totals:
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
     bound_misses: int = 0
+    dropped_blocks: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     transport_seconds: float = 0.0
@@ -112,6 +118,7 @@ class Tally:
         totals.escapes += stats.escapes
         totals.empty_blocks += stats.empty_blocks
         totals.nonfinite_blocks += stats.nonfinite_blocks
+        totals.dropped_blocks += stats.dropped_blocks
 
     def sent(self, shard: Coded, packet_bytes: int, raw_bytes: int, copies: int) -> None:
         """Counts one packet of a shard, or of a part of it, that leaves this rank in so many copies."""
@@ -147,12 +154,17 @@ class Meter:
         self.steps = 0
         self.totals = Totals()
         self.parameters = {name: ParameterTotals() for name in names}
+        self.transfers: deque[tuple[int, float]] = deque(
+            maxlen=_RECENT_TRANSFERS
+        )  # bytes and seconds, in this process
         self._lock = threading.Lock()
 
     def add(self, tally: Tally) -> None:
         """Adds one finished collective; from any thread."""
         with self._lock:
             self.totals.add(tally.totals)
+            if tally.totals.transport_seconds:
+                self.transfers.append((tally.totals.wire_bytes, tally.totals.transport_seconds))
             for name, row in zip(tally.layout.names, tally.parameters, strict=True):
                 self.parameters[name].add(row)
 
@@ -189,7 +201,21 @@ def native_tally(numels: Mapping[str, int], itemsizes: Mapping[str, int], world_
         row.wire_bytes = row.values_sent * itemsizes[name]
         tally.totals.values_sent += row.values_sent
         tally.totals.wire_bytes += int(row.wire_bytes)
-    tally.totals.raw_bytes = tally.totals.wire_bytes
+    tally.totals.raw_bytes = tally.totals.native_bytes = tally.totals.wire_bytes
+    return tally
+
+
+def sparse_tally(name: str, numel: int, num_values: int, num_bytes: int, world_size: int) -> Tally:
+    """What an all-gather of one sparse gradient's entries sends from one rank: n − 1 times its own, calculated.
+
+    numel: of the parameter. num_values, num_bytes: of this rank's entries, the bytes with their indices.
+    """
+    tally = Tally(BucketLayout.of([name], [numel], world_size))
+    copies = world_size - 1
+    row, totals = tally.parameters[0], tally.totals
+    totals.values_sent = row.values_sent = copies * num_values
+    totals.wire_bytes = totals.raw_bytes = totals.native_bytes = copies * num_bytes
+    row.wire_bytes = totals.wire_bytes
     return tally
 
 
@@ -208,11 +234,29 @@ def combined(states: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def since(state: Mapping[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a `Meter.state_dict` has gathered since an earlier one of the same meter (None: since its start)."""
+    if earlier is None:
+        return dict(state)
+    before: Mapping[str, Mapping[str, float]] = earlier["parameters"]
+    return {
+        "steps": state["steps"] - earlier["steps"],
+        "totals": _difference(state["totals"], earlier["totals"]),
+        "parameters": {name: _difference(row, before[name]) for name, row in state["parameters"].items()},
+    }
+
+
+def _difference(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    return {key: value - before.get(key, 0) for key, value in now.items()}
+
+
 def summary(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader wants to know of a `Meter.state_dict`, or of several, combined.
 
-    Returns bytes in total and per step; ratio (raw / wire); bits_per_value (sent, overheads included) and its parts
-    per encoded value; seconds per step; relative_error (of sampled packets); and a row for each parameter.
+    Returns bytes in total and per step (native_bytes: those of torch's own collectives, calculated); ratio (raw /
+    wire); bits_per_value (sent, overheads included) and its parts per encoded value, which are of whole packets and so
+    not known by parameter; seconds in total and per step; relative_error (0.0 unless error_sampled) of sampled packets;
+    and a row for each parameter.
     """
     steps = max(state["steps"], 1)
     t = Totals(**state["totals"])
@@ -222,11 +266,14 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "wire_bytes": t.wire_bytes,
         "raw_bytes": t.raw_bytes,
         "local_bytes": t.local_bytes,
+        "native_bytes": t.native_bytes,
         "wire_bytes_per_step": t.wire_bytes / steps,
         "raw_bytes_per_step": t.raw_bytes / steps,
         "local_bytes_per_step": t.local_bytes / steps,
         "ratio": _quotient(t.raw_bytes, t.wire_bytes, otherwise=1.0),
         "values_sent": t.values_sent,
+        "encoded_values": t.encoded_values,
+        "error_sampled": t.signal_squares > 0.0,
         "bits_per_value": _quotient(8 * t.wire_bytes, t.values_sent),
         "encoded_bits": 8 * t.encoded_bytes / encoded,
         "order0_bits": t.order0_bits / encoded,
@@ -237,6 +284,10 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "empty_blocks": t.empty_blocks,
         "nonfinite_blocks": t.nonfinite_blocks,
         "bound_misses": t.bound_misses,
+        "dropped_blocks": t.dropped_blocks,
+        "codec_seconds": t.encode_seconds + t.decode_seconds,
+        "transport_seconds": t.transport_seconds,
+        "exposed_seconds": t.exposed_seconds,
         "codec_seconds_per_step": (t.encode_seconds + t.decode_seconds) / steps,
         "encode_seconds_per_step": t.encode_seconds / steps,
         "decode_seconds_per_step": t.decode_seconds / steps,
@@ -252,6 +303,7 @@ def _row(row: ParameterTotals) -> dict[str, Any]:
         "values_sent": row.values_sent,
         "wire_bytes_apportioned": row.wire_bytes,
         "bits_per_value": _quotient(8 * row.wire_bytes, row.values_sent),
+        "error_sampled": row.signal_squares > 0.0,
         "relative_error": math.sqrt(_quotient(row.error_squares, row.signal_squares)),
     }
 

@@ -93,6 +93,12 @@ class CompressionConfig(Section):
     check_every: int = setting(
         50, "steps between comparisons of the parameters' hash; 0: never", low=0, high=_MANY
     )
+    max_relative_error: float = setting(
+        1.0, "of the gradients, or of one parameter's, over 20 steps: an alarm", above=0.0, high=1e9
+    )
+    on_alarm: str = setting(
+        "warn", "what an alarm does; disable: also end compression, on all workers", words=("warn", "disable")
+    )
 
     def overrides_by_pattern(self) -> dict[str, str]:
         """`overrides` as {pattern: bits}. Raises ConfigError for text that is no list of such pairs."""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -19,19 +19,27 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
+    Alarm,
     BucketLayout,
     Compressor,
+    KillSwitch,
+    OnAlarm,
     Plan,
     ProcessGroupTransport,
     Residuals,
     Topology,
     Transport,
+    Watch,
     check_equal,
+    check_options,
     combined,
     gather_json,
     handshake,
     native_tally,
+    parameter_scalars,
+    since,
     summary,
+    total_scalars,
 )
 from efficient_dl.comm.plan import Scale
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
@@ -42,12 +50,12 @@ from efficient_dl.integrations.ddp_buckets import (
     HeldStep,
     ShadowEngine,
 )
+from efficient_dl.integrations.ddp_native import NativeReducer, left_to_torch, log_left_to_torch
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
@@ -70,14 +78,17 @@ def compress_ddp(
     kernel: str = "auto",
     extra: Mapping[str, Any] | None = None,
     hierarchy: Hierarchy = None,
+    max_relative_error: float | None = None,
+    on_alarm: OnAlarm = "warn",
 ) -> "Compression":
     """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
 
     Call it once, on every rank, after wrapping the model and before the first backward pass; the ranks compare what
     they are about to do first. The training script stays as it is: gradient accumulation with `no_sync()`, frozen
-    and unused parameters, `static_graph`, clipping and bf16 autocast work as before.
+    and unused parameters, `static_graph`, clipping, GradScaler, bf16 autocast and `torch.compile` work as before.
 
-    model: a DistributedDataParallel over dense float32, bfloat16 or float16 parameters, without a hook of its own.
+    model: a DistributedDataParallel, compiled or not, without a hook of its own. Sparse gradients, and those that are
+        not float32, bfloat16 or float16, go by torch's own all-reduce, which is logged, and count as native_bytes.
     optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself.
     bits: "none" (the native collective, untouched), "identity" (our reduction, uncompressed), "lossless", a number
         of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto".
@@ -109,8 +120,15 @@ def compress_ddp(
         "auto" (the launcher's variables, else host names): full precision inside a node, compressed between nodes; see
         `HierarchicalReduction`. Bytes and ratio are then of what leaves the node, local_bytes of what stays inside.
         Nodes with different numbers of ranks, or with one each, reduce flat, which is logged.
+    max_relative_error: an alarm is raised where the sampled error of a window of 20 steps, or of one parameter in it,
+        is larger; None: 1.0, the error of sending nothing. Other alarms: compression costs more time than it saves,
+        unusually many escapes or zeroed blocks, gradients that are never finite. Each kind is raised once. Times are
+        judged by all ranks together, when they compare their parameters.
+    on_alarm: "warn" logs it, "disable" also turns compression off on all ranks (see `Compression.disable`), but not
+        in the shadow; it needs an optimizer and check_every.
 
-    DDP's join() is not supported. With one rank there is nothing to send: nothing is encoded or quantized.
+    DDP's join() is not supported, nor are optimizers inside of the backward pass. With one rank there is nothing to
+    send: nothing is encoded or quantized.
 
     Raises ConfigError, PackageMissing, UnsupportedTensor, PlanMismatch (ranks differ), TransportError.
 
@@ -119,6 +137,7 @@ def compress_ddp(
         ...                                # train as before
         print(compression.stats()["ratio"])
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile(DistributedDataParallel(...))
     if not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             f"compress_ddp() cannot take a {type(model).__name__}",
@@ -131,6 +150,8 @@ def compress_ddp(
     assert reducing_group is not None  # DDP has one
     control = ProcessGroupTransport(reducing_group, device, timeout)
     facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
+    facts["alarm"] = {"max_relative_error": max_relative_error, "on_alarm": on_alarm}
+    facts["left to torch"] = left_to_torch(model, parameters)
     try:
         _check_supported(model, parameters, check_every)
         wish = NodesWish(hierarchy, control)
@@ -148,6 +169,7 @@ def compress_ddp(
         if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
             plan = dataclasses.replace(plan, error_feedback=True)
         _check_hierarchy(hierarchy, plan, shadow, transport)
+        _check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
         check_transport(transport, control, native=shadow or plan.codec == "none")
@@ -162,7 +184,7 @@ def compress_ddp(
     topology = wish.topology()
     carrier = make_transport(transport, control)
     try:
-        return Compression(
+        compression = Compression(
             model,
             optimizer,
             compressor,
@@ -177,6 +199,8 @@ def compress_ddp(
     finally:
         if isinstance(transport, str):
             carrier.close()  # its siblings, which the compression has, stay open
+    compression._start_watch(max_relative_error, on_alarm)
+    return compression
 
 
 class Compression:
@@ -209,6 +233,14 @@ class Compression:
         self._in_backward = False
         self._parameters = _averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._frozen = {name: p for name, p in self._parameters.items() if not p.requires_grad}
+        self._joins = _join_check(model)
+        self._left_to_torch = left_to_torch(model, self._parameters)
+        self._native = NativeReducer(control, compressor.meter)
+        self._switch = KillSwitch()
+        self._watch: Watch | None = None
+        self._disables_on_alarm = False
+        self._marks: dict[str, dict[str, Any]] = {}
         self._optimizer_steps = 0
         self._checks = 0
         self._pending: list[Future[Any]] = []
@@ -216,6 +248,7 @@ class Compression:
         self._held: HeldStep | None = None
         self._engine = self._make_engine(carrier)
         if self._engine is not None:
+            log_left_to_torch(self._left_to_torch)
             self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
             try:
                 model.register_comm_hook(self, _reduce_bucket)
@@ -229,6 +262,42 @@ class Compression:
                 ) from error
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
+    def disable(self, reason: str) -> None:
+        """Turns compression off on all ranks: from then on gradients go by torch's own all-reduce.
+
+        One rank is enough. It takes effect on all ranks at once, after the next comparison of their parameters: the
+        next optimizer step whose number is a multiple of check_every, or the next `check()`. It costs no message until
+        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`.
+
+        reason: for the logs.
+        """
+        if self._engine is None:
+            _log.warning('there is nothing to disable: bits="none"')
+        elif self._switch.off is None:
+            self._switch.wish = self._switch.wish or reason
+            _log.warning("compression ends with the next comparison of parameters: %s", reason)
+
+    def interval(self, all_ranks: bool = False, name: str = "interval") -> dict[str, Any]:
+        """`stats` of the time since the last call with this name, or since the start; the marks are saved, too."""
+        now = self._compressor.meter.state_dict()
+        state, self._marks[name] = since(now, self._marks.get(name)), now
+        return self._stats(state, all_ranks)
+
+    def log_to(self, writer: Any, step: int, all_ranks: bool = False) -> None:
+        """Writes the time since its last call to TensorBoard, under compression/ and compression/<parameter>/.
+
+        writer: a torch.utils.tensorboard.SummaryWriter, or None on ranks that write nothing.
+        all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
+        """
+        stats = self.interval(all_ranks, "log_to")
+        if writer is None:
+            return
+        for key, value in total_scalars(stats).items():
+            writer.add_scalar(f"compression/{key}", value, step)
+        for name, row in parameter_scalars(stats).items():
+            for key, value in row.items():
+                writer.add_scalar(f"compression/{name}/{key}", value, step)
+
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
         """What was sent, what it cost and how much it erred, since the start or the restored checkpoint.
 
@@ -237,11 +306,16 @@ class Compression:
         Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter:
         wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
-        bits_per_value, entropies, seconds, relative_error and a row for each parameter. A step is one synchronized
-        backward pass. bytes_source says where the bytes come from: "counted"; "shadow" (would have been sent); or
-        "analytic" (bits="none": 2 (n − 1) / n of the gradients' bytes for each optimizer step).
+        bits_per_value, entropies, seconds, relative_error and a row for each parameter; the alarms so far; and
+        disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
+
+        bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
+        sent and which are calculated; "shadow" (would have been sent); or "analytic" (bits="none": 2 (n − 1) / n of
+        the dense gradients' bytes for each optimizer step).
         """
-        state = self._compressor.meter.state_dict()
+        return self._stats(self._compressor.meter.state_dict(), all_ranks)
+
+    def _stats(self, state: dict[str, Any], all_ranks: bool) -> dict[str, Any]:
         if all_ranks:
             state = combined(gather_json(state, self._control))
         kernel, source = self._compressor.codec.kernel_for(self._control.device), "counted"
@@ -263,13 +337,22 @@ class Compression:
             "hierarchy": self._topology.summary() if self._topology else None,
             "checks": self._checks,
             "bytes_source": source,
+            "disabled": self._switch.off,
+            "alarms": self._watch.state_dict() if self._watch else [],
             **summary(state),
         }
 
     def check(self) -> None:
         """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged."""
-        check_equal(self._parameters, self._control, self._optimizer_steps)
+        notes = [int(self._switch.wish is not None), *(self._watch.notes() if self._watch else ())]
+        everyone = check_equal(self._parameters, self._control, self._optimizer_steps, notes)
         self._checks += 1
+        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, self._optimizer_steps)
+        if self._watch is not None and self._switch.off is None:
+            for alarm in self._watch.judge([theirs[1:] for theirs in everyone]):
+                self._log_alarm(alarm)
+                if self._disables_on_alarm:
+                    self._switch.end(alarm.text, self._optimizer_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: plain numbers and strings, keyed by parameter name. Save one for each rank."""
@@ -282,6 +365,9 @@ class Compression:
             "buckets": [list(names) for names in self._record.buckets],
             "buckets_settled": self._record.settled,
             "compressor": self._compressor.state_dict(),
+            "switch": self._switch.state_dict(),
+            "alarms": self._watch.state_dict() if self._watch else [],
+            "marks": dict(self._marks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -308,10 +394,12 @@ class Compression:
         if resized:
             self._load_resized(states)
             self._optimizer_steps = own["optimizer_steps"]
+            self._restore_guards({**own, "marks": {}})
             return
         fresh = self._compressor.meter.state_dict()
         self._compressor.load_state_dict(own["compressor"])
         self._optimizer_steps = own["optimizer_steps"]
+        self._restore_guards(own)
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
         if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
             _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
@@ -319,12 +407,19 @@ class Compression:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
         if own["shadow"] != self.shadow:
             self._compressor.meter.load_state_dict(fresh)
+            self._marks = {}
             _log.warning(
                 "compression state of %s: the byte counters start again from zero",
                 "a shadow run, restored in a real one"
                 if own["shadow"]
                 else "a real run, restored in a shadow",
             )
+
+    def _restore_guards(self, own: Mapping[str, Any]) -> None:
+        self._switch.load_state_dict(own["switch"])
+        self._marks = dict(own["marks"])
+        if self._watch is not None:
+            self._watch.load_state_dict(own["alarms"])
 
     def _load_resized(self, states: Sequence[Mapping[str, Any]]) -> None:
         before = states[0]["world_size"]
@@ -355,6 +450,7 @@ class Compression:
         if not buckets or self.shadow or self._engine is None:
             return
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        trained -= set(self._left_to_torch)
         if trained == {name for names in buckets for name in names}:
             self._record.hold(buckets, settled)
         else:
@@ -373,6 +469,13 @@ class Compression:
         if self._engine is not None and self._finalizer.detach():
             self._engine.close(timeout)
 
+    def _start_watch(self, max_relative_error: float | None, on_alarm: OnAlarm) -> None:
+        exact = self._compressor.exact
+        times = not self.shadow and self.plan.codec != "identity"
+        if self._engine is not None and self._control.world_size > 1:
+            self._watch = Watch(self._compressor.meter, max_relative_error, times=times, exact=exact)
+        self._disables_on_alarm = on_alarm == "disable" and not self.shadow
+
     def _make_engine(self, carrier: Transport) -> BucketEngine | None:
         if self.plan.codec == "none":
             return None
@@ -383,16 +486,26 @@ class Compression:
         return CompressedEngine.flat(self._compressor, carrier)
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        if self._joins():
+            raise ConfigError(
+                "gradients cannot be compressed inside of DDP's join()",
+                fix="give every rank the same number of steps, without join(); or use bits='none'",
+            )
         parameters = bucket.parameters()
         names = [self._names[id(parameter)] for parameter in parameters]
         if not self._in_backward:
             self._in_backward = True
             scaler = self._scaler
             self._compressor.begin_step(scaler.get_scale() if scaler and scaler.is_enabled() else 1.0)
-        self._record.add(names)
+        native = self._switch.off is not None or any(name in self._left_to_torch for name in names)
+        if not native:
+            self._record.add(names)
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
+        elif native:
+            result, done = self._native.start(bucket.buffer(), dict(zip(names, parameters, strict=True)))
+            self._pending.append(done)
         elif self._record.holds:
             self._held = self._held or HeldStep(self._record.buckets)
             result = self._held.hold(bucket.buffer(), self._layout(names, [p.numel() for p in parameters]))
@@ -429,11 +542,29 @@ class Compression:
         start = time.perf_counter()
         self._wait()
         self._pending = []
-        self._record.end_step()
         self._in_backward = False
+        if self._switch.off is None:
+            self._record.end_step()
         self._compressor.end_step(time.perf_counter() - start)
         if self._commits_itself:
             self._compressor.commit_step()
+        self._check_unfrozen()
+        if self._watch is not None and self._switch.off is None:
+            for alarm in self._watch.stepped():
+                self._log_alarm(alarm)
+                if self._disables_on_alarm:
+                    self.disable(alarm.text)
+
+    def _log_alarm(self, alarm: Alarm) -> None:
+        _log.warning("rank %d, step %d: %s", self._control.rank, alarm.step, alarm.text)
+
+    def _check_unfrozen(self) -> None:
+        for name, parameter in self._frozen.items():
+            if parameter.requires_grad and parameter.grad is not None and self._control.world_size > 1:
+                raise ConfigError(
+                    f"parameter {name!r} was frozen when DDP was made, which does not average its gradients now",
+                    fix="after unfreezing it, wrap the bare model again, and call compress() again",
+                )
 
     def _wait(self) -> None:
         try:
@@ -448,7 +579,11 @@ class Compression:
         self._optimizer_steps += 1
         self._compressor.commit_step()
         if self._engine is None:
-            trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+            trained = {
+                name: p
+                for name, p in self._parameters.items()
+                if p.requires_grad and not (p.grad is not None and p.grad.is_sparse)
+            }
             numels = {name: p.numel() for name, p in trained.items()}
             itemsizes = {name: p.element_size() for name, p in trained.items()}
             self._compressor.meter.add(native_tally(numels, itemsizes, self._control.world_size))
@@ -463,8 +598,9 @@ def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures
 
 
 def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
+    """By the names that they have without torch.compile, so that state fits with and without it."""
     return {
-        name: parameter
+        name.replace("_orig_mod.", ""): parameter
         for name, parameter in model.module.named_parameters()
         if name not in model.parameters_to_ignore
     }
@@ -479,6 +615,32 @@ def _residuals(plan: Plan, parameters: Mapping[str, nn.Parameter], device: torch
     if not plan.error_feedback:
         return None
     return Residuals({name: parameter.numel() for name, parameter in parameters.items()}, device)
+
+
+def _check_alarms(
+    max_relative_error: float | None,
+    on_alarm: OnAlarm,
+    optimizer: torch.optim.Optimizer | None,
+    check_every: int,
+) -> None:
+    check_options(max_relative_error, on_alarm)
+    if on_alarm == "disable" and not (optimizer and check_every):
+        raise ConfigError(
+            'on_alarm="disable" needs the comparison of parameters',
+            expected="an optimizer and check_every above 0: the ranks agree on it on the way",
+            fix="give compress() the optimizer, and a check_every above 0",
+        )
+
+
+def _join_check(model: DistributedDataParallel) -> Callable[[], bool]:
+    """Whether DDP is inside of its join() now; keeps no reference to the model."""
+    reference = weakref.ref(model)
+
+    def joins() -> bool:
+        model = reference()
+        return model is not None and model._join_config.enable
+
+    return joins
 
 
 def _facts(
@@ -519,6 +681,17 @@ def _check_hierarchy(
 def _check_supported(
     model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], check_every: int
 ) -> None:
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters.values()):
+        raise ConfigError(
+            "the optimizer steps inside of the backward pass",
+            found="torch's _apply_optimizer_in_backward, which needs DDP's only communication hook",
+            fix="step the optimizer after backward(), or leave compress() out",
+        )
+    if getattr(model, "_use_python_reducer", False):
+        raise ConfigError(
+            "DDP was made with torch._dynamo.config.optimize_ddp = 'python_reducer', which has no buckets",
+            fix="make it with optimize_ddp = 'ddp_optimizer', torch's default",
+        )
     if getattr(model, "_comm_hooks", None):
         raise ConfigError(
             "the model has a communication hook already", fix="call compress() once, and no other hook"
@@ -528,18 +701,3 @@ def _check_supported(
     devices = sorted({str(parameter.device) for parameter in parameters.values()})
     if len(devices) > 1:
         raise UnsupportedTensor("the model's parameters must be on one device", found=", ".join(devices))
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and parameter.dtype not in _DTYPES:
-            raise UnsupportedTensor(
-                f"the gradients of parameter {name!r} cannot be compressed",
-                expected="float32, bfloat16 or float16",
-                found=str(parameter.dtype),
-                fix="convert the model, or exclude the parameter from DDP",
-            )
-    for name, child in model.module.named_modules():
-        if getattr(child, "sparse", False):
-            raise UnsupportedTensor(
-                f"module {name!r} has sparse gradients",
-                expected="dense gradients",
-                fix="build the embedding with sparse=False",
-            )

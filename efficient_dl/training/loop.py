@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from efficient_dl.comm import parameter_scalars, total_scalars
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp import Compression, compress_ddp
@@ -109,6 +110,8 @@ class Trainer:
             error_feedback=_ERROR_FEEDBACK[config.error_feedback],
             shadow=config.shadow,
             check_every=config.check_every,
+            max_relative_error=config.max_relative_error,
+            on_alarm="disable" if config.on_alarm == "disable" else "warn",
             timeout=self.config.run.timeout_seconds,
             extra={"data": self.data.fingerprint},
         )
@@ -174,13 +177,21 @@ class Trainer:
         row = {"step": self.step, **{f"val_{name}": value / count for name, value in total.items()}}
         self.val_loss = row["val_loss"]
         self.folder.log(row)
+        self.folder.log_parameters(
+            self.step, parameter_scalars(self.compression.interval(all_ranks=True, name="parameters"))
+        )
         self.progress.row(row)
+
+    def _per_rank(self, key: str, value: float) -> float:
+        """Bytes are summed over ranks, seconds averaged."""
+        return value / self.world_size if "seconds" in key else value
 
     def _log(self, row: dict[str, Tensor | float]) -> None:
         shown = {"step": self.step, **{key: float(value) for key, value in row.items()}}
         shown["loss"] = self._mean_over_ranks(shown["loss"])
         shown["step_seconds"] = self.clock.median(last=self.config.train.log_every)
-        shown |= {key: value for key, value in self._traffic().items() if key in _LOGGED_TRAFFIC}
+        traffic = total_scalars(self.compression.interval(all_ranks=True, name="metrics"))
+        shown |= {key: self._per_rank(key, value) for key, value in traffic.items()}
         self.folder.log(shown)
         self.progress.row(shown)
 
@@ -285,4 +296,3 @@ class Trainer:
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
 _ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
-_LOGGED_TRAFFIC = ("wire_bytes_per_step", "bits_per_value")

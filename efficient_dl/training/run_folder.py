@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, tensorboard/, checkpoints/, summary.json."""
+"""The folder of a run: config.toml, metrics.jsonl, parameters.jsonl, tensorboard/, checkpoints/, summary.json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from efficient_dl.comm.scalars import ENTROPIES, TOTALS
 from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.training.disk import disk_full
 
-CONFIG, METRICS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
+CONFIG, METRICS, PARAMETERS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "config.toml",
     "metrics.jsonl",
+    "parameters.jsonl",
     "summary.json",
     "tensorboard",
     "checkpoints",
@@ -66,6 +68,7 @@ class RunFolder:
         self.path = path
         self.writes = writes
         self._metrics: Any = None
+        self._parameters: Any = None
         self._tensorboard: Any = None
 
     @property
@@ -82,9 +85,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
-            kept = [row for row in self.rows() if row["step"] <= step]
-            self._replace(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+            for name in (METRICS, PARAMETERS):
+                kept = [row for row in self.rows(name) if row["step"] <= step]
+                self._replace(name, "".join(json.dumps(row) + "\n" for row in kept))
             self._metrics = (self.path / METRICS).open("a", buffering=1)
+            self._parameters = (self.path / PARAMETERS).open("a", buffering=1)
             self._tensorboard = SummaryWriter(str(self.path / TENSORBOARD), purge_step=step + 1)
 
     def log(self, row: Mapping[str, float | int]) -> None:
@@ -98,10 +103,20 @@ class RunFolder:
                 if key != "step":
                     self._tensorboard.add_scalar(_tag(key), value, row["step"])
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The complete rows of metrics.jsonl, none if there is no file; a line cut off by a crash is left out."""
+    def log_parameters(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
+        """Append a row {"step", "parameters": {name: numbers}} to parameters.jsonl, and the numbers to TensorBoard."""
+        if self._parameters is None or not rows:
+            return
+        with disk_full(self.path, "the last checkpoint is intact"):
+            self._parameters.write(json.dumps({"step": step, "parameters": rows}) + "\n")
+            for name, row in rows.items():
+                for key, value in row.items():
+                    self._tensorboard.add_scalar(f"compression/{name}/{key}", value, step)
+
+    def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
+        """The complete rows of a file, none if there is none; a line cut off by a crash is left out."""
         try:
-            lines = (self.path / METRICS).read_text().splitlines()
+            lines = (self.path / name).read_text().splitlines()
         except FileNotFoundError:
             return []
         rows = []
@@ -131,9 +146,11 @@ class RunFolder:
         """Close the files; `log` needs `open` first again."""
         if self._metrics is not None:
             self._metrics.close()
+        if self._parameters is not None:
+            self._parameters.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        self._metrics = self._tensorboard = None
+        self._metrics = self._parameters = self._tensorboard = None
 
     def summary(self) -> Summary | None:
         """The finished run's summary, None if it has not finished."""
@@ -245,7 +262,6 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 def _tag(key: str) -> str:
-    group = (
-        "validation" if key.startswith("val_") else "bytes" if "bytes" in key or "bits" in key else "training"
-    )
+    of_compression = key in (*TOTALS, *ENTROPIES, "relative_error")
+    group = "validation" if key.startswith("val_") else "compression" if of_compression else "training"
     return f"{group}/{key}"

@@ -87,6 +87,9 @@ def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str
     rows = [[without_times(row) for row in RunFolder(one, writes=False).rows()] for one in (whole, crashed)]
     if rows[0] != rows[1] or len(rows[0]) != 9:
         differences.append(f"metrics: {rows}")
+    rows = [RunFolder(one, writes=False).rows("parameters.jsonl") for one in (whole, crashed)]
+    if rows[0] != rows[1] or len(rows[0]) != 3:
+        differences.append(f"parameters: {rows}")
     return differences
 
 
@@ -125,6 +128,33 @@ def test_more_workers_take_over_what_fewer_had_not_sent(tmp_path: Path) -> None:
     assert (
         "restored on 4: the byte counters start again from zero; residuals are redistributed" in second[0].err
     )
+
+
+def metrics_of_intervals(rank: int, out: Path) -> None:
+    settings = ["compression.bits=2.0", "train.steps=24", "train.log_every=4", "train.eval_every=12"]
+    run(tiny(out, *settings))
+
+
+def test_metrics_are_of_the_steps_since_the_row_before(tmp_path: Path) -> None:
+    run_ranks(metrics_of_intervals, 2, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run", writes=False)
+    rows = [row for row in folder.rows() if "lr" in row]
+    assert [row["step"] for row in rows if "relative_error" in row] == [4, 24]  # steps 1 and 21 are measured
+    for row in rows:
+        assert 1.5 < row["model_bits"] < row["bits_per_value"] < 8.0
+        assert abs(row["order0_bits"] - row["model_bits"]) < 0.3
+        assert row["ratio"] > 4
+        for key in ("codec_seconds_per_step", "transport_seconds_per_step", "exposed_seconds_per_step"):
+            assert row[key] > 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    mean = sum(row["wire_bytes_per_step"] for row in rows) / len(rows)
+    assert mean == pytest.approx(summary["wire_bytes_per_step"])
+    assert len({row["wire_bytes_per_step"] for row in rows}) > 1
+    parts = folder.rows("parameters.jsonl")
+    assert [part["step"] for part in parts] == [12, 24]
+    sent = sum(row["wire_bytes_apportioned"] for part in parts for row in part["parameters"].values())
+    assert sent == pytest.approx(24 * mean, rel=0.02)  # but for the messages of sizes
+    assert all("relative_error" in row for part in parts for row in part["parameters"].values())
 
 
 def test_a_run_at_its_last_step_is_not_trained_again(tmp_path: Path) -> None:
