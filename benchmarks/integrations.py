@@ -42,7 +42,7 @@ CASES = {
     ],
 }  # fmt: skip
 _EVAL_BATCHES = 32
-_UNCOUNTED_STEPS = 5  # PowerSGD and DDP's buckets settle
+_UNCOUNTED_STEPS = 12  # DDP's buckets settle, and PowerSGD starts in step 10
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _one(
         run.step(task.loss(run.forward(inputs.to(device)), targets.to(device)))
         seconds.append(time.perf_counter() - begin)
     dist.barrier()
-    counted = torch.tensor([sent_bytes(worker.rank) - sent], dtype=torch.float64)
+    counted = torch.tensor([sent_bytes(worker.rank) - sent], dtype=torch.float64, device=device)
     dist.all_reduce(counted)
     loss = _validation_loss(run, model, config, data, device)
     stats = run.stats()
@@ -207,7 +207,7 @@ def main(
     engines: Annotated[str, typer.Option(help="of " + ", ".join(ENGINES))] = ",".join(ENGINES),
     cases: Annotated[str, typer.Option(help="semicolons between; of " + "; ".join(CASES))] = ";".join(CASES),
     seeds: Annotated[int, typer.Option(help="paired runs of each system", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="optimizer steps a run", min=10)] = 200,
+    steps: Annotated[int, typer.Option(help="optimizer steps a run", min=20)] = 200,
     workers: Annotated[int, typer.Option(help="workers, started here unless a launcher has", min=2)] = 2,
     quick: Annotated[bool, typer.Option(help="one seed, 30 steps, the GPT alone")] = False,
 ) -> None:

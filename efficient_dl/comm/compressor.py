@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -24,8 +25,10 @@ from efficient_dl.errors import CheckpointError, PlanMismatch
 
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 2
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-20, 1e30  # between them float32 sums of squares are sound
 _FUSED_FEEDBACK = "bits:"  # these codecs add the residual and replace it while they encode
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
+_log = logging.getLogger(__name__)
 
 
 class Compressor:
@@ -49,7 +52,9 @@ class Compressor:
         self.residuals = residuals
         self._kernel = kernel
         self._codecs: dict[str, Codec] = {}
-        self._controlled_bytes = self._other_bytes = 0
+        self._controlled_bytes = 0
+        self._bytes_before = 0
+        self._unscaled: frozenset[str] = frozenset()
         self._lock = threading.Lock()
         # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
         self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
@@ -64,21 +69,36 @@ class Compressor:
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """The largest message of a shard."""
-        sections = sections_of(shard, self.plan)
+        sections = self._sections(shard)
         packets = sum(messages.padded(self._max_packet_bytes(section, dtype)) for section in sections)
         return messages.directory_bytes(len(sections)) + packets
 
-    def begin_step(self, loss_scale: float = 1.0) -> None:
-        """Starts the packets of a step, whose gradients are scaled by loss_scale."""
+    def begin_step(self, loss_scale: float = 1.0, unscaled: frozenset[str] = frozenset()) -> None:
+        """Starts the packets of a step, whose gradients are scaled by loss_scale.
+
+        unscaled: see `sections_of`; equal on all ranks.
+        """
+        self._unscaled = unscaled
         if self.residuals is not None:
             self.residuals.begin(loss_scale)
 
     def end_step(self, exposed_seconds: float) -> None:
         """Counts a step, whose backward pass waited so long for its last buckets, and sets the next one's rates."""
         self.meter.stepped(exposed_seconds)
+        sent = self.meter.totals.wire_bytes
         with self._lock:
-            self.rates.stepped(self._controlled_bytes, self._other_bytes)
-            self._controlled_bytes = self._other_bytes = 0
+            controlled, self._controlled_bytes = self._controlled_bytes, 0
+        missed = self.rates.stepped(controlled, sent - self._bytes_before - controlled)
+        self._bytes_before = sent
+        if missed:
+            if self.meter.totals.budget_misses == 0:
+                _log.warning(
+                    "bytes_per_step=%d cannot be kept: %d bytes were sent at the lowest rate; raise it, use larger "
+                    "buckets or fewer overrides (counted as budget_misses)",
+                    self.plan.bytes_per_step,
+                    sent - self._bytes_before + controlled,
+                )
+            self.meter.totals.budget_misses += 1
 
     def commit_step(self) -> None:
         """The optimizer has applied the step: its residuals count (see `Residuals`)."""
@@ -93,7 +113,7 @@ class Compressor:
         room: uint8, at least `max_bytes`; the message is its front.
         residual_units: 1 for contributions, the number of ranks for their average (`Residuals.take`).
         """
-        sections = sections_of(shard, self.plan)
+        sections = self._sections(shard)
         start = messages.directory_bytes(len(sections))
         lengths: list[int] = []
         stop = start
@@ -105,11 +125,13 @@ class Compressor:
             codec, length = self._encode(values, room[start:], section, tally, stats, residual_units)
             tally.encoded(stats, time.perf_counter() - begun)
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
-            if self.samples_error(codec) and self.residuals is None:
+            if self.samples_error(codec) and not self._knows_error(codec, section):
                 self._measure_error(codec, values, room[start : start + length], section, tally)
             lengths.append(length)
             stop = start + length
-            self._count(codec, section, length * copies)
+            if section.is_default:
+                with self._lock:
+                    self._controlled_bytes += length * copies
         messages.write_directory(room, lengths)
         framing = stop - sum(lengths)
         tally.totals.wire_bytes += framing * copies
@@ -120,10 +142,14 @@ class Compressor:
     ) -> None:
         """Decodes the message of a shard into out, or adds it to out. Raises CorruptPacket."""
         start = time.perf_counter()
-        sections = sections_of(shard, self.plan)
+        sections = self._sections(shard)
         packets = messages.split_message(message, len(sections))
         for section, packet in zip(sections, packets, strict=True):
-            values = section.gather(out)
+            values = (
+                section.gather(out)
+                if accumulate or len(section.pieces) == 1
+                else out.new_empty(section.numel)
+            )
             codec = self._codec(section.codec)
             codec.decode(packet, values, accumulate=accumulate, side=section.side)
             section.scatter(values, out)
@@ -147,9 +173,17 @@ class Compressor:
         """
         self.check_state(state)
         self.meter.load_state_dict(state["meter"])
+        self._bytes_before = self.meter.totals.wire_bytes
         self.rates.load_state_dict(state["rates"])
         if self.residuals is not None:
             self.residuals.load_state_dict(state["residuals"])
+
+    def start_afresh(self, meter: Mapping[str, Any]) -> None:
+        """Forgets residuals and takes this meter's state: what was counted and left out belongs to another run."""
+        self.meter.load_state_dict(meter)
+        self._bytes_before = self.meter.totals.wire_bytes
+        if self.residuals is not None:
+            self.residuals.load_state_dict({"scale": 1.0, "parameters": {}})
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]], residuals: bool = True) -> None:
         """Continues from states of another number of ranks; the meter starts again from zero.
@@ -195,7 +229,7 @@ class Compressor:
         return codec
 
     def _max_packet_bytes(self, section: Section, dtype: torch.dtype) -> int:
-        varies = self.plan.varies_rates and section.codec == self.plan.codec
+        varies = self.plan.varies_rates and section.is_default
         family = section.codec.partition(":")[0]
         rates = [f"{family}:{rate}" for rate in _RATES_WITH_LARGEST_PACKETS]
         specs = rates if varies else [section.codec]
@@ -211,14 +245,15 @@ class Compressor:
         residual_units: float,
     ) -> tuple[Codec, int]:
         """Encodes a section's values; returns the codec that was used and the packet's bytes."""
-        codec = self._codec(self.rates.codec(section.codec, section.names))
-        bounded = self.plan.max_error is not None and section.codec == self.plan.codec
-        feeds_back = self.residuals is not None and not codec.exact
-        if not bounded and not feeds_back:
+        spec = self.rates.codec(section.codec, section.names) if section.is_default else section.codec
+        codec = self._codec(spec)
+        bounded = self.plan.max_error is not None and section.is_default
+        residuals = self.residuals if not codec.exact and x.numel() else None
+        if not self._knows_error(codec, section) or not x.numel():
             return codec, int(codec.encode_into(x, room, section.side, stats))
         before = (
-            self.residuals.take(section, residual_units)
-            if self.residuals is not None
+            residuals.take(section, residual_units)
+            if residuals is not None
             else torch.zeros_like(x, dtype=torch.float32)
         )
         signal = x.float() + before if bounded or self.samples_error(codec) else None
@@ -233,10 +268,10 @@ class Compressor:
         if bounded:
             self.rates.settled(codec.name, section.names, error)
             tally.totals.bound_misses += self._misses(error)
-        if self.residuals is not None:
-            self.residuals.give(section, residual, residual_units)
-            if signal is not None and self.samples_error(codec):
-                tally.erred(section, _squares(residual, section), _squares(signal, section))
+        if residuals is not None:
+            residuals.give(section, residual, residual_units)
+        if signal is not None and self.samples_error(codec):
+            tally.erred(section, _squares(residual, section), _squares(signal, section))
         return codec, length
 
     def _encode_with_residual(
@@ -253,17 +288,18 @@ class Compressor:
         wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
 
+    def _sections(self, shard: Shard) -> tuple[Section, ...]:
+        return sections_of(shard, self.plan, self._unscaled)
+
+    def _knows_error(self, codec: Codec, section: Section) -> bool:
+        """Whether encoding a section also gives what its packet leaves out."""
+        return not codec.exact and (
+            self.residuals is not None or (self.plan.max_error is not None and section.is_default)
+        )
+
     def _misses(self, error: float) -> int:
         bound = self.plan.max_error
         return int(bound is not None and error > bound)
-
-    def _count(self, codec: Codec, section: Section, sent_bytes: int) -> None:
-        controlled = self.plan.varies_rates and section.codec == self.plan.codec
-        with self._lock:
-            if controlled:
-                self._controlled_bytes += sent_bytes
-            else:
-                self._other_bytes += sent_bytes
 
     def _measure_error(self, codec: Codec, x: Tensor, packet: Tensor, section: Section, tally: Tally) -> None:
         signal = x.float()
@@ -280,4 +316,10 @@ def _squares(x: Tensor, section: Section) -> list[float]:
 def _relative(error: Tensor, signal: Tensor) -> float:
     """‖error‖ / ‖signal‖; 0 without a signal, or with one that is not finite."""
     square = float(signal.dot(signal))
-    return math.sqrt(float(error.dot(error)) / square) if 0 < square < math.inf else 0.0
+    if not _SMALLEST_SQUARE < square < _LARGEST_SQUARE:
+        largest = float(signal.abs().amax()) if signal.numel() else 0.0
+        if not 0 < largest < math.inf:
+            return 0.0
+        error, signal = error.double() / largest, signal.double() / largest
+        square = float(signal.dot(signal))
+    return math.sqrt(float(error.dot(error)) / square)

@@ -25,7 +25,8 @@ class Totals:
     native_bytes: the part of both that torch's own collectives sent, which is calculated, not counted.
     values_sent: values in those packets, up to the owners and down from the owner.
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
-    bound_misses: packets that are above the plan's max_error even at the highest rate.
+    bound_misses: packets that are above the plan's max_error even at the highest rate. budget_misses: steps that sent
+        more than its bytes_per_step even at the lowest one.
     error_squares, signal_squares: sums of squares of the sampled packets' errors and of what they encode.
     """
 
@@ -44,6 +45,7 @@ class Totals:
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
     bound_misses: int = 0
+    budget_misses: int = 0
     dropped_blocks: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -284,6 +286,7 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "empty_blocks": t.empty_blocks,
         "nonfinite_blocks": t.nonfinite_blocks,
         "bound_misses": t.bound_misses,
+        "budget_misses": t.budget_misses,
         "dropped_blocks": t.dropped_blocks,
         "codec_seconds": t.encode_seconds + t.decode_seconds,
         "transport_seconds": t.transport_seconds,

@@ -6,15 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
-
-import xxhash
+from typing import Any, Literal, get_args
 
 from efficient_dl.codec import make_codec
 from efficient_dl.errors import ConfigError
 
 AUTO_BITS = 2.0
-MIN_RATE, MAX_RATE = 0.1, 7.0  # bits a value: what "bits:RATE" takes
+MIN_RATE, MAX_RATE = 0.125, 7.0  # bits a value, of rates that are controlled
 Scale = Literal["local", "global", "second_moment"]
 MIN_MAX_ERROR = 0.0125  # at 7 bits a value the relative error is 0.010 on Gaussian values
 
@@ -29,6 +27,7 @@ class Plan:
     overrides: (pattern, codec) pairs; the first pattern that a parameter's name matches decides for it.
     max_error: the largest relative error of a packet, ‖decoded − x‖ / ‖x‖; the rates follow it.
     bytes_per_step: what a rank may send in a step; the rate follows it.
+    first_rate: where a controlled rate starts; no part of `facts`, because it depends on the number of ranks.
     error_feedback: what a lossy packet leaves out is added to the same parameter's next one.
     scale: what a rate's step sizes follow. "local": the spread of blocks of 256 values (codec "bits"). "global": one
         step for a whole packet (codec "grid"), least squared error. "second_moment": one step, after division by √v.
@@ -42,6 +41,7 @@ class Plan:
     bytes_per_step: int | None = None
     error_feedback: bool = False
     scale: Scale = "local"
+    first_rate: float = AUTO_BITS
 
     @staticmethod
     def of(
@@ -63,15 +63,18 @@ class Plan:
         Raises ConfigError for an unknown name, an impossible rate or wishes that contradict each other.
         """
         wish = _canonical(bits)
+        if scale not in get_args(Scale):
+            raise ConfigError("unknown scale", expected=", ".join(get_args(Scale)), found=str(scale))
         _check(wish, overrides or {}, max_error, bytes_per_step, error_feedback)
         rules = tuple(
             (pattern, _override(pattern, value, scale)) for pattern, value in (overrides or {}).items()
         )
         codec, reason = _decision(wish)
+        first_rate = AUTO_BITS
         if max_error is not None:
             reason = f"as many bits as a relative error of {max_error:g} a packet takes"
         elif bytes_per_step is not None:
-            codec = _codec(f"bits:{_first_rate(bytes_per_step, values_per_step)}")
+            first_rate = _first_rate(bytes_per_step, values_per_step)
             reason = f"as many bits as {bytes_per_step} bytes a step and rank allow"
         name, _, rate = codec.partition(":")
         if scale != "local" and name == "bits":
@@ -87,7 +90,7 @@ class Plan:
                 'error_feedback and scale="second_moment" exclude each other: the scale changes in every step',
                 fix="error_feedback=False",
             )
-        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback, scale)
+        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback, scale, first_rate)
 
     @property
     def varies_rates(self) -> bool:
@@ -101,7 +104,11 @@ class Plan:
 
     def codec_for(self, name: str) -> str:
         """The codec of the parameter of this name."""
-        return next((codec for pattern, codec in self.overrides if fnmatchcase(name, pattern)), self.codec)
+        return self.override_for(name) or self.codec
+
+    def override_for(self, name: str) -> str | None:
+        """The codec that an override names for this parameter; None if none does."""
+        return next((codec for pattern, codec in self.overrides if fnmatchcase(name, pattern)), None)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raises ConfigError if a pattern matches no parameter."""
@@ -117,12 +124,9 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """All that decides what travels, for comparisons between ranks and with checkpoints."""
         facts = asdict(self)
-        del facts["reason"], facts["bits"]
-        return facts | {"overrides": dict(self.overrides)}
-
-    def fingerprint(self) -> str:
-        """Eight hexadecimal digits, equal for plans that do the same, whatever their reasons."""
-        return f"{xxhash.xxh3_64_intdigest(repr(self.facts()).encode()) & 0xFFFFFFFF:08x}"
+        del facts["reason"], facts["bits"], facts["first_rate"]
+        # A list, because the first pattern counts: their order matters.
+        return facts | {"overrides": [f"{pattern} = {codec}" for pattern, codec in self.overrides]}
 
 
 def _canonical(bits: str | float) -> str:

@@ -28,52 +28,52 @@ class Rates:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._family = plan.codec.partition(":")[0]
-        self._first = _rate(plan.codec) if plan.varies_rates else 0.0
-        self._rate = self._first
+        self._first = self._rate = plan.first_rate
         self._by_name: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def codec(self, codec: str, names: Sequence[str]) -> str:
-        """The codec of the next packet of these parameters, whose plan says `codec`."""
-        if not self._plan.varies_rates or codec != self._plan.codec:
+        """The codec of the next packet of these parameters, for which the plan's default would be `codec`."""
+        if not self._plan.varies_rates:
             return codec
         if self._plan.bytes_per_step is not None:
-            return self._named(self._rate)
+            return _named(codec, self._rate)
         with self._lock:
-            return self._named(
-                max((self._by_name.get(name, self._first) for name in names), default=self._first)
-            )
+            rate = max((self._by_name.get(name, self._first) for name in names), default=self._first)
+        return _named(codec, rate)
 
     def raised(self, codec: str, error: float) -> str | None:
         """The codec to try next if a packet's error is above the bound; None if it is not, or nothing is left."""
         bound, rate = self._plan.max_error, _rate(codec)
         if bound is None or not error > bound or rate >= MAX_RATE:
             return None
-        return self._named(rate + math.log2(error / bound) + _MARGIN)
+        return _named(codec, rate + math.log2(error / bound) + _MARGIN)
 
     def settled(self, codec: str, names: Sequence[str], error: float) -> None:
         """Notes what packet went out, so that the next one starts from there, a little lower if there is room."""
         bound = self._plan.max_error
-        if bound is None or not 0 < error <= bound:
+        if bound is None or error == 0:
             return
         room = min(math.log2(bound / error) - _MARGIN, 0.5)
         with self._lock:
             for name in names:
                 self._by_name[name] = max(MIN_RATE, _rate(codec) - max(room, 0.0))
 
-    def stepped(self, controlled_bytes: int, other_bytes: int) -> None:
-        """Corrects the rate after a step. controlled_bytes: of packets whose rate is ours; other_bytes: all others."""
+    def stepped(self, controlled_bytes: int, other_bytes: int) -> bool:
+        """Corrects the rate after a step; whether the lowest rate is still above the budget.
+
+        controlled_bytes: sent in packets whose rate is ours. other_bytes: all else that was sent.
+        """
         budget = self._plan.bytes_per_step
-        if budget is None or controlled_bytes == 0:
-            return
+        if budget is None or controlled_bytes + other_bytes == 0:
+            return False
+        if controlled_bytes == 0:
+            return other_bytes > budget
+        missed = self._rate <= MIN_RATE and controlled_bytes + other_bytes > budget
         wanted = max(budget - other_bytes, 0) / controlled_bytes
         change = min(max(wanted, 1 / _LARGEST_CHANGE), _LARGEST_CHANGE)
         self._rate = min(max(self._rate * change, MIN_RATE), MAX_RATE)
-
-    def _named(self, rate: float) -> str:
-        steps = math.ceil(min(max(rate, MIN_RATE), MAX_RATE) * _STEPS_A_BIT - 1e-9)
-        return f"{self._family}:{min(steps / _STEPS_A_BIT, MAX_RATE)}"
+        return missed
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, exactly."""
@@ -93,6 +93,12 @@ class Rates:
             for state in states:
                 for name, rate in state["parameters"].items():
                     self._by_name[name] = max(rate, self._by_name.get(name, MIN_RATE))
+
+
+def _named(codec: str, rate: float) -> str:
+    family = codec.partition(":")[0]
+    steps = math.ceil(min(max(rate, MIN_RATE), MAX_RATE) * _STEPS_A_BIT - 1e-9)
+    return f"{family}:{min(steps / _STEPS_A_BIT, MAX_RATE)}"
 
 
 def _rate(codec: str) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.comm.sections import Section
+from efficient_dl.errors import CheckpointError
 
 
 class Residuals:
@@ -24,8 +25,9 @@ class Residuals:
 
     numels: values of each parameter. device: where they live. Takes 4 bytes a value, 8 from the first step on.
 
-    A step is: `begin`, then `take` and `give` for each packet, then `commit`. Without `commit` (a step that a
-    GradScaler has skipped) the next `begin` forgets the step: the state is as if it had not run.
+    A step is: `begin`, then `take` and `give` for each packet, then `commit`. Where `commit` did not come, the step was
+    either skipped by a GradScaler, whose scale has then fallen: it is forgotten, as if it had not run. Or it was one of
+    several synchronized backward passes before one optimizer step: the next one goes on from it.
     """
 
     def __init__(self, numels: Mapping[str, int], device: torch.device) -> None:
@@ -40,7 +42,9 @@ class Residuals:
 
     def begin(self, scale: float = 1.0) -> None:
         """Starts a step whose gradients are scaled by `scale` (of a GradScaler)."""
-        self._written.clear()
+        if scale < self._scale:
+            self._written.clear()  # skipped
+        self.commit()
         self._scale = scale
 
     def take(self, section: Section, units: float) -> Tensor:
@@ -90,7 +94,14 @@ class Residuals:
         return {"scale": self._committed_scale, "parameters": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict` of the same parameters."""
+        """Continues from a `state_dict` of the same parameters. Raises CheckpointError for other sizes."""
+        for name, values in state["parameters"].items():
+            if values.numel() != self._numels[name]:
+                raise CheckpointError(
+                    f"the residual of parameter {name!r} is of another model",
+                    expected=f"{self._numels[name]} values",
+                    found=f"{values.numel()}",
+                )
         with self._lock:
             self._written.clear()
             self._pending.clear()

@@ -29,11 +29,13 @@ _ALIGNMENT = 16
 class Section:
     """The values of a shard that one codec codes together, in one packet.
 
+    is_default: no override names its codec, so that the plan's control of rates applies.
     pieces: (start, stop) within the shard; neighbours are joined.
     parameters, names, offsets: of its segments, as in `Shard`.
     """
 
     codec: str
+    is_default: bool
     pieces: tuple[tuple[int, int], ...]
     parameters: tuple[int, ...]
     names: tuple[str, ...]
@@ -66,28 +68,39 @@ class Section:
 
 
 @lru_cache(maxsize=4096)
-def sections_of(shard: Shard, plan: Plan) -> tuple[Section, ...]:
-    """The sections of a shard, at least one; an empty shard has one of the plan's codec."""
-    codecs = [plan.codec_for(name) for name in shard.names]
-    if len(set(codecs)) <= 1:
-        codec = codecs[0] if codecs else plan.codec
+def sections_of(shard: Shard, plan: Plan, unscaled: frozenset[str] = frozenset()) -> tuple[Section, ...]:
+    """The sections of a shard, at least one; an empty shard has one of the plan's codec.
+
+    unscaled: parameters of the default codec "grid:RATE" that have no scale yet; they take "bits:RATE", because their
+        values would be lost beside scaled ones.
+    """
+    rules = [_rule(plan, name, unscaled) for name in shard.names]
+    if len(set(rules)) <= 1:
+        codec, is_default = rules[0] if rules else (plan.codec, True)
         whole = ((0, shard.numel),)
-        return (Section(codec, whole, shard.parameters, shard.names, shard.offsets, shard.side),)
-    return tuple(_section(shard, codecs, codec) for codec in dict.fromkeys(codecs))
+        return (Section(codec, is_default, whole, shard.parameters, shard.names, shard.offsets, shard.side),)
+    return tuple(_section(shard, rules, rule) for rule in dict.fromkeys(rules))
 
 
-def _section(shard: Shard, codecs: Sequence[str], codec: str) -> Section:
-    chosen = [position for position, one in enumerate(codecs) if one == codec]
+def _rule(plan: Plan, name: str, unscaled: frozenset[str]) -> tuple[str, bool]:
+    override = plan.override_for(name)
+    if override is None and name in unscaled:
+        return plan.codec.replace("grid", "bits"), True
+    return override or plan.codec, override is None
+
+
+def _section(shard: Shard, rules: Sequence[tuple[str, bool]], rule: tuple[str, bool]) -> Section:
+    chosen = [position for position, one in enumerate(rules) if one == rule]
     pieces: list[tuple[int, int]] = []
     start = 0
-    for numel, one in zip(shard.segments, codecs, strict=True):
-        if one == codec:
+    for numel, one in zip(shard.segments, rules, strict=True):
+        if one == rule:
             joins = bool(pieces) and pieces[-1][1] == start
             begin = pieces.pop()[0] if joins else start
             pieces.append((begin, start + numel))
         start += numel
     return Section(
-        codec,
+        *rule,
         tuple(pieces),
         tuple(shard.parameters[i] for i in chosen),
         tuple(shard.names[i] for i in chosen),

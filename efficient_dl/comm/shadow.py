@@ -30,6 +30,8 @@ class ShadowReducer:
         reduction = ShadowReduction(x, layout, self._compressor, self._rank, divisors)
         if self._pipeline.stream is not None:
             reduction.contribution.record_stream(self._pipeline.stream)
+            if divisors is not None:
+                divisors.record_stream(self._pipeline.stream)
         return reduction
 
     def submit(self, reduction: ShadowReduction, wait: Callable[[], object]) -> Future[ShadowReduction]:
@@ -86,7 +88,7 @@ class ShadowReduction:
         copies = len(shards) - 1
         result = self._result[shard.start : shard.stop]
         if self._divisors is not None:
-            result = result / self._divisors[shard.start : shard.stop]
+            result = (result / self._divisors[shard.start : shard.stop]).to(result.dtype)
         packet = self._encode(result, shard, copies, float(len(shards)))
         for _ in shards:
             self._decode(packet, shard)

@@ -86,7 +86,7 @@ class CompressionConfig(Section):
     )
     error_feedback: str = setting(
         "auto",
-        "add what a packet leaves out to the next; auto: for sgd below one bit",
+        "add what a packet leaves out to the next; auto: for sgd",
         words=("auto", "on", "off"),
     )
     shadow: bool = setting(False, "apply the uncompressed result, only measure the compressed one")

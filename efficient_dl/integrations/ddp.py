@@ -163,7 +163,7 @@ def compress_ddp(
             max_error=max_error,
             bytes_per_step=bytes_per_step,
             values_per_step=_values_sent(parameters, wish.sent_share()),
-            error_feedback=error_feedback is True,
+            error_feedback=_feeds_back(error_feedback, scaler, optimizer),
             scale=scale,
         )
         if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
@@ -306,7 +306,8 @@ class Compression:
         Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter:
         wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
-        bits_per_value, entropies, seconds, relative_error and a row for each parameter; the alarms so far; and
+        bits_per_value, entropies, seconds, relative_error and a row for each parameter (with error feedback also
+        residual_norm, the Euclidean norm of this rank's); the alarms so far; and
         disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
@@ -323,6 +324,10 @@ class Compression:
             kernel, source = "none", "analytic"
         elif self.shadow:
             source = "shadow"
+        figures, residuals = summary(state), self._compressor.residuals
+        if residuals is not None:
+            for name, row in figures["parameters"].items():
+                row["residual_norm"] = residuals.norm(name)
         return {
             "bits": self.plan.bits,
             "codec": self.plan.codec,
@@ -339,7 +344,7 @@ class Compression:
             "bytes_source": source,
             "disabled": self._switch.off,
             "alarms": self._watch.state_dict() if self._watch else [],
-            **summary(state),
+            **figures,
         }
 
     def check(self) -> None:
@@ -355,7 +360,8 @@ class Compression:
                     self._switch.end(alarm.text, self._optimizer_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state: plain numbers and strings, keyed by parameter name. Save one for each rank."""
+        """This rank's state, keyed by parameter name: plain numbers and strings, and with error feedback a float32
+        tensor for each parameter. Save one for each rank."""
         return {
             "rank": self._control.rank,
             "world_size": self._control.world_size,
@@ -384,8 +390,10 @@ class Compression:
         """
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
+        if not states:
+            raise CheckpointError("no compression state was given", fix="pass this rank's state_dict()")
         resized = states[0]["world_size"] != control.world_size
-        own = states[0] if resized or len(states) == 1 else states[control.rank]
+        own = states[0] if resized or len(states) <= control.rank else states[control.rank]
         if not resized and own["rank"] != control.rank:
             raise CheckpointError(
                 f"rank {control.rank} was given the compression state of rank {own['rank']}",
@@ -406,10 +414,10 @@ class Compression:
         if not own["buckets_settled"] and not self._compressor.exact:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
         if own["shadow"] != self.shadow:
-            self._compressor.meter.load_state_dict(fresh)
+            self._compressor.start_afresh(fresh)
             self._marks = {}
             _log.warning(
-                "compression state of %s: the byte counters start again from zero",
+                "compression state of %s: the byte counters and residuals start again from zero",
                 "a shadow run, restored in a real one"
                 if own["shadow"]
                 else "a real run, restored in a shadow",
@@ -495,8 +503,7 @@ class Compression:
         names = [self._names[id(parameter)] for parameter in parameters]
         if not self._in_backward:
             self._in_backward = True
-            scaler = self._scaler
-            self._compressor.begin_step(scaler.get_scale() if scaler and scaler.is_enabled() else 1.0)
+            self._begin_step()
         native = self._switch.off is not None or any(name in self._left_to_torch for name in names)
         if not native:
             self._record.add(names)
@@ -566,6 +573,16 @@ class Compression:
                     fix="after unfreezing it, wrap the bare model again, and call compress() again",
                 )
 
+    def _begin_step(self) -> None:
+        scaler = self._scaler
+        follows = self._compressor.residuals is not None and scaler is not None and scaler.is_enabled()
+        scale = scaler.get_scale() if follows and scaler is not None else 1.0
+        if self._second_moment is None:
+            self._compressor.begin_step(scale)
+        else:
+            self._second_moment.begin_step()
+            self._compressor.begin_step(scale, self._second_moment.unscaled)
+
     def _wait(self) -> None:
         try:
             for done in self._pending:
@@ -575,9 +592,12 @@ class Compression:
             self._engine.abort()  # the peers learn of it now, not after a time-out
             raise
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._optimizer_steps += 1
-        self._compressor.commit_step()
+        # A fused optimizer runs in a step that its GradScaler skips, and skips inside.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if self._compressor.residuals is not None and not (found_inf is not None and float(found_inf) > 0):
+            self._compressor.commit_step()
         if self._engine is None:
             trained = {
                 name: p
@@ -604,6 +624,19 @@ def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Paramet
         for name, parameter in model.module.named_parameters()
         if name not in model.parameters_to_ignore
     }
+
+
+def _feeds_back(
+    wish: bool | str, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None
+) -> bool:
+    if wish not in (True, False, "auto"):
+        raise ConfigError("unknown error_feedback", expected='True, False or "auto"', found=repr(wish))
+    if wish is True and scaler is not None and optimizer is None:
+        raise ConfigError(
+            "error feedback with a GradScaler needs the optimizer, to know which steps it skips",
+            fix="compress(model, optimizer, scaler=scaler, ...)",
+        )
+    return wish is True
 
 
 def _values_sent(parameters: Mapping[str, nn.Parameter], share: float) -> int:

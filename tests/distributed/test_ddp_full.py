@@ -148,9 +148,10 @@ def test_on_two_ranks_every_case_has_the_bits_of_native_ddp(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_models_have_the_bits_of_compiled_native_ddp(name: str) -> None:
-    assert run_ranks(trained_alike, 2, name) == [(True, True, True)] * 2
+    assert run_ranks(trained_alike, 2, name, timeout=280) == [(True, True, True)] * 2
 
 
 def test_gradients_accumulated_without_synchronization_may_be_sparse() -> None:

@@ -40,12 +40,12 @@ def batch(step: int, rank: int) -> Tensor:
 class Run:
     """A model in training, with a GradScaler if `scale` is given."""
 
-    def __init__(self, wishes: dict[str, Any], scale: float | None = None) -> None:
+    def __init__(self, wishes: dict[str, Any], scale: float | None = None, fused: bool = False) -> None:
         self.model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
         if wishes.get("scale") == "second_moment":
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
         else:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, fused=fused)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         self.compression = edl.compress(
             self.model, self.optimizer, check_every=1, scaler=self.scaler, **wishes
@@ -85,6 +85,8 @@ def test_ranks_stay_equal_and_learn(world_size: int, wishes: dict[str, Any]) -> 
     stats = results[0][2]
     assert stats["checks"] == 20 and stats["ratio"] > 1.5
     expected = ("global", True) if "scale" not in wishes else (wishes["scale"], False)
+    norms = [row.get("residual_norm", 0.0) for row in stats["parameters"].values()]
+    assert (max(norms) > 0) == stats["error_feedback"]
     assert (stats["scale"], stats["error_feedback"]) == (
         expected[0],
         wishes.get("error_feedback", expected[1]),
@@ -119,15 +121,17 @@ def refused(rank: int, wishes: dict[str, Any]) -> str:
         ({"bits": 2.0, "max_error": 0.1}, "decide the rate themselves"),
         ({"bits": 2.0, "scale": "second_moment"}, "needs an optimizer with a second moment"),
         ({"bits": "lossless", "scale": "second_moment"}, "goes with a number of bits"),
+        ({"bits": 2.0, "scale": "gobal"}, "unknown scale"),
+        ({"bits": 2.0, "error_feedback": "on"}, "unknown error_feedback"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused_on_every_rank(wishes: dict[str, Any], problem: str) -> None:
     assert all(problem in text for text in run_ranks(refused, 2, wishes))
 
 
-def with_overflow(rank: int, overflows: bool) -> tuple[Tensor, dict[str, Any]]:
+def with_overflow(rank: int, overflows: bool, fused: bool) -> tuple[Tensor, dict[str, Any]]:
     """Six steps that count; with an overflow, that step is skipped and halves the scale for those behind it."""
-    run = Run(WISHES["error feedback"], scale=1024.0)
+    run = Run(WISHES["error feedback"], scale=1024.0, fused=fused)
     for step in range(3):
         run.step(step, rank)
     before = run.weights()
@@ -140,9 +144,13 @@ def with_overflow(rank: int, overflows: bool) -> tuple[Tensor, dict[str, Any]]:
     return run.weights(), run.compression.state_dict()["compressor"]["residuals"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_step_that_the_scaler_skips_leaves_the_state_as_if_it_had_not_run(world_size: int) -> None:
-    skipped, straight = (run_ranks(with_overflow, world_size, overflows) for overflows in (True, False))
+@pytest.mark.parametrize(("world_size", "fused"), [(2, False), (3, False), (2, True)])
+def test_a_step_that_the_scaler_skips_leaves_the_state_as_if_it_had_not_run(
+    world_size: int, fused: bool
+) -> None:
+    skipped, straight = (
+        run_ranks(with_overflow, world_size, overflows, fused) for overflows in (True, False)
+    )
     for (weights, kept), (expected, residuals) in zip(skipped, straight, strict=True):
         assert torch.equal(weights, expected)
         assert (kept["scale"], residuals["scale"]) == (512.0, 1024.0)
@@ -204,6 +212,54 @@ def test_residuals_are_redistributed_at_another_world_size() -> None:
         problem.startswith("the compression states are not those of all ranks") for _, problem in results
     )
     torch.testing.assert_close(missing([state for state, _ in results]), missing(states))
+
+
+class ZeroBranch(nn.Module):
+    """A branch whose last layer starts at zero: what comes before it has no gradient at first, and no second moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(20, 50), nn.Linear(20, 50), nn.Linear(50, 50)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.b(self.a(x))
+
+
+def zero_branch(rank: int) -> tuple[float, Tensor]:
+    torch.set_num_threads(1 + rank)  # nothing that is applied may depend on it
+    torch.manual_seed(0)
+    model = DistributedDataParallel(ZeroBranch())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    edl.compress(model, optimizer, bits=2.0, scale="second_moment", check_every=1)
+    before = model.module.a.weight.detach().clone()
+    for step in range(15):
+        optimizer.zero_grad()
+        (model(batch(step, rank)) - 1).square().mean().backward()
+        optimizer.step()
+    weight = model.module.a.weight.detach()
+    return float((weight - before).norm()), weight.clone()
+
+
+def test_parameters_without_a_second_moment_train_beside_those_that_have_one() -> None:
+    (moved, weight), (_, other) = run_ranks(zero_branch, 2)
+    assert moved > 0.5
+    assert torch.equal(weight, other)
+
+
+def small(rank: int) -> bool:
+    model = DistributedDataParallel(nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    edl.compress(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    return True
+
+
+def test_a_model_smaller_than_a_block_trains_with_sgd_by_default() -> None:
+    assert run_ranks(small, 3) == [True, True, True]
 
 
 def chosen(rank: int) -> list[tuple[str, str, bool]]:

@@ -144,7 +144,8 @@ def test_what_a_real_run_sent_is_not_counted_as_shadow() -> None:
     for wire_bytes, messages in run_ranks(restored_in_shadow, 2):
         assert wire_bytes == 0
         assert messages == [
-            "compression state of a real run, restored in a shadow: the byte counters start again from zero"
+            "compression state of a real run, restored in a shadow: "
+            "the byte counters and residuals start again from zero"
         ]
 
 

@@ -57,6 +57,43 @@ def test_a_bound_that_cannot_be_met_is_counted() -> None:
     assert missed > 0
 
 
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-24, 1e-15, 1e19, 1e30])
+def test_the_bound_holds_at_extreme_magnitudes(magnitude: float) -> None:
+    compressor = Compressor(Plan.of(max_error=0.05), NAMES)
+    shard, tally = LAYOUT.shards[0], Tally(LAYOUT)
+    x = torch.randn(shard.numel, generator=torch.Generator().manual_seed(1)) * magnitude
+    room = torch.empty(compressor.max_bytes(shard, torch.float32), dtype=torch.uint8)
+    out = torch.empty_like(x)
+    compressor.decode(compressor.encode(x, room, shard, tally, 1), out, shard, tally)
+    assert float((out.double() - x.double()).norm() / x.double().norm()) <= 0.05
+    assert tally.totals.bound_misses == 0
+
+
+def test_an_override_with_the_default_rate_is_not_controlled() -> None:
+    compressor = Compressor(Plan.of(max_error=0.85, overrides={"head": 2.0}), NAMES)
+    shard = LAYOUT.shards[1]
+    room = torch.empty(compressor.max_bytes(shard, torch.float32), dtype=torch.uint8)
+    for _ in range(6):
+        tally = Tally(LAYOUT)
+        compressor.encode(gradient(0, 0.1)[shard.start :], room, shard, tally, 1)
+    rows = dict(zip(NAMES, tally.parameters, strict=True))
+    assert 8 * rows["head"].wire_bytes / rows["head"].values_sent > 1.9
+    assert 8 * rows["weight"].wire_bytes / rows["weight"].values_sent < 1.5
+
+
+def test_a_budget_that_cannot_be_kept_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def rank(transport: Transport) -> int:
+        plan = Plan.of(bytes_per_step=2_000, values_per_step=sum(NUMELS), overrides={"head": "none"})
+        compressor = Compressor(plan, NAMES)
+        for step in range(12):
+            all_reduce(gradient(step, 0.5), LAYOUT, compressor, transport)
+            compressor.end_step(0.0)
+        return summary(compressor.meter.state_dict())["budget_misses"]
+
+    assert all(misses > 0 for misses in on_ranks(2, rank))
+    assert sum("bytes_per_step=2000 cannot be kept" in message for message in caplog.messages) == 2
+
+
 def test_a_non_finite_gradient_does_not_move_the_rates() -> None:
     compressor = Compressor(Plan.of(max_error=0.1), NAMES)
     shard, tally = LAYOUT.shards[0], Tally(LAYOUT)

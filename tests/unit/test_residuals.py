@@ -88,14 +88,53 @@ def test_a_skipped_step_leaves_no_trace() -> None:
             one.begin_step(1.0)
             all_reduce(x, layout, one, transport)
             one.end_step(0.0)
-        total += steps_on(transport, one, range(3, 6))
+        total += steps_on(transport, one, range(3, 6), scale=0.5 if skip else 1.0) * (2.0 if skip else 1.0)
         assert one.residuals is not None
-        kept = flat(one.residuals.state_dict()["parameters"])
+        kept = flat(one.residuals.state_dict()["parameters"]) * (2.0 if skip else 1.0)
         assert torch.isfinite(kept).all()
         return total, kept
 
     with_skip, without = (on_ranks(2, lambda t, s=s: rank(t, s))[0] for s in (True, False))
     assert torch.equal(with_skip[0], without[0]) and torch.equal(with_skip[1], without[1])
+
+
+def test_several_reductions_before_one_optimizer_step_lose_nothing() -> None:
+    """As DDP without no_sync(): what the first left out goes into the second, and so on."""
+
+    def rank(transport: Transport) -> tuple[Tensor, Tensor]:
+        one, layout = compressor(), BucketLayout.of(NAMES, NUMELS, 2)
+        total = torch.zeros(sum(NUMELS))
+        for step in range(6):
+            x = gradient(step, transport.rank)
+            one.begin_step()
+            all_reduce(x, layout, one, transport)
+            one.end_step(0.0)
+            total += x
+            if step % 3 == 2:
+                one.commit_step()
+        assert one.residuals is not None
+        return total, flat(one.residuals.state_dict()["parameters"])
+
+    results = on_ranks(2, rank)
+    exact = sum(gradient(step, r) for step in range(6) for r in range(2)) / 2
+    missing = sum(residual for _, residual in results) / 2
+    torch.testing.assert_close(results[0][0] + missing, exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [0.5, "grid:0.5"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_without_values_have_no_residuals(world_size: int, bits: str | float) -> None:
+    def rank(transport: Transport) -> Tensor:
+        plan = Plan.of(bits, error_feedback=True)
+        one = Compressor(plan, ["a"], "reference", Residuals({"a": 5}, torch.device("cpu")))
+        x = torch.arange(5.0) + transport.rank
+        one.begin_step()
+        all_reduce(x, BucketLayout.of(["a"], [5], world_size), one, transport)
+        one.commit_step()
+        return x
+
+    results = on_ranks(world_size, rank)
+    assert all(torch.equal(results[0], other) for other in results)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
