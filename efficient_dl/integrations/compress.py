@@ -47,6 +47,7 @@ def compress(
         ...                                # train as before
         print(compression.stats()["ratio"])
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile(DistributedDataParallel(...))
     kind, adapter = _adapter_for(model)
     known = inspect.signature(adapter).parameters
     given = {"bits": bits, "optimizer": optimizer}

@@ -6,17 +6,15 @@ import dataclasses
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import xxhash
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
     Alarm,
@@ -26,12 +24,10 @@ from efficient_dl.comm import (
     OnAlarm,
     Plan,
     ProcessGroupTransport,
-    Residuals,
     Topology,
     Transport,
     Watch,
     check_equal,
-    check_options,
     combined,
     gather_json,
     handshake,
@@ -42,7 +38,7 @@ from efficient_dl.comm import (
     total_scalars,
 )
 from efficient_dl.comm.plan import Scale
-from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
+from efficient_dl.errors import CheckpointError, ConfigError, EdlError
 from efficient_dl.integrations.ddp_buckets import (
     BucketEngine,
     BucketRecord,
@@ -51,6 +47,17 @@ from efficient_dl.integrations.ddp_buckets import (
     ShadowEngine,
 )
 from efficient_dl.integrations.ddp_native import NativeReducer, left_to_torch, log_left_to_torch
+from efficient_dl.integrations.ddp_setup import (
+    averaged_parameters,
+    check_alarms,
+    check_hierarchy,
+    check_supported,
+    facts_of,
+    feeds_back,
+    join_check,
+    make_residuals,
+    values_sent,
+)
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish
 from efficient_dl.integrations.second_moment import SecondMoment
@@ -144,16 +151,16 @@ def compress_ddp(
             expected="a torch.nn.parallel.DistributedDataParallel",
             fix="compress(DistributedDataParallel(model), optimizer)",
         )
-    parameters = _averaged_parameters(model)
+    parameters = averaged_parameters(model)
     device = next(iter(parameters.values())).device
     reducing_group = group or model.process_group
     assert reducing_group is not None  # DDP has one
     control = ProcessGroupTransport(reducing_group, device, timeout)
-    facts = _facts(parameters, shadow, check_every if optimizer else 0, extra or {})
+    facts = facts_of(parameters, shadow, check_every if optimizer else 0, extra or {})
     facts["alarm"] = {"max_relative_error": max_relative_error, "on_alarm": on_alarm}
     facts["left to torch"] = left_to_torch(model, parameters)
     try:
-        _check_supported(model, parameters, check_every)
+        check_supported(model, parameters, check_every)
         wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         scale = ("global" if is_sgd and device.type == "cpu" else "local") if scale == "auto" else scale
@@ -162,16 +169,16 @@ def compress_ddp(
             overrides=overrides,
             max_error=max_error,
             bytes_per_step=bytes_per_step,
-            values_per_step=_values_sent(parameters, wish.sent_share()),
-            error_feedback=_feeds_back(error_feedback, scaler, optimizer),
+            values_per_step=values_sent(parameters, wish.sent_share()),
+            error_feedback=feeds_back(error_feedback, scaler, optimizer),
             scale=scale,
         )
         if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
             plan = dataclasses.replace(plan, error_feedback=True)
-        _check_hierarchy(hierarchy, plan, shadow, transport)
-        _check_alarms(max_relative_error, on_alarm, optimizer, check_every)
+        check_hierarchy(hierarchy, plan, shadow, transport)
+        check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
-        compressor = Compressor(plan, list(parameters), kernel, _residuals(plan, parameters, device))
+        compressor = Compressor(plan, list(parameters), kernel, make_residuals(plan, parameters, device))
         check_transport(transport, control, native=shadow or plan.codec == "none")
     except EdlError as error:
         handshake(facts, control, failure=error)
@@ -231,10 +238,10 @@ class Compression:
         self._second_moment = second_moment
         self._commits_itself = optimizer is None
         self._in_backward = False
-        self._parameters = _averaged_parameters(model)
+        self._parameters = averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._frozen = {name: p for name, p in self._parameters.items() if not p.requires_grad}
-        self._joins = _join_check(model)
+        self._joins = join_check(model)
         self._left_to_torch = left_to_torch(model, self._parameters)
         self._native = NativeReducer(control, compressor.meter)
         self._switch = KillSwitch()
@@ -615,122 +622,3 @@ class Compression:
 def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The hook that DDP calls, in the autograd thread, when a bucket's gradients are ready."""
     return state._reduce(bucket)
-
-
-def _averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
-    """By the names that they have without torch.compile, so that state fits with and without it."""
-    return {
-        name.replace("_orig_mod.", ""): parameter
-        for name, parameter in model.module.named_parameters()
-        if name not in model.parameters_to_ignore
-    }
-
-
-def _feeds_back(
-    wish: bool | str, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None
-) -> bool:
-    if wish not in (True, False, "auto"):
-        raise ConfigError("unknown error_feedback", expected='True, False or "auto"', found=repr(wish))
-    if wish is True and scaler is not None and optimizer is None:
-        raise ConfigError(
-            "error feedback with a GradScaler needs the optimizer, to know which steps it skips",
-            fix="compress(model, optimizer, scaler=scaler, ...)",
-        )
-    return wish is True
-
-
-def _values_sent(parameters: Mapping[str, nn.Parameter], share: float) -> int:
-    """Values that a rank sends in a step: the other ranks' shards, and its own to each of them."""
-    return int(share * sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad))
-
-
-def _residuals(plan: Plan, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Residuals | None:
-    if not plan.error_feedback:
-        return None
-    return Residuals({name: parameter.numel() for name, parameter in parameters.items()}, device)
-
-
-def _check_alarms(
-    max_relative_error: float | None,
-    on_alarm: OnAlarm,
-    optimizer: torch.optim.Optimizer | None,
-    check_every: int,
-) -> None:
-    check_options(max_relative_error, on_alarm)
-    if on_alarm == "disable" and not (optimizer and check_every):
-        raise ConfigError(
-            'on_alarm="disable" needs the comparison of parameters',
-            expected="an optimizer and check_every above 0: the ranks agree on it on the way",
-            fix="give compress() the optimizer, and a check_every above 0",
-        )
-
-
-def _join_check(model: DistributedDataParallel) -> Callable[[], bool]:
-    """Whether DDP is inside of its join() now; keeps no reference to the model."""
-    reference = weakref.ref(model)
-
-    def joins() -> bool:
-        model = reference()
-        return model is not None and model._join_config.enable
-
-    return joins
-
-
-def _facts(
-    parameters: Mapping[str, nn.Parameter], shadow: bool, check_every: int, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    shapes = {
-        name: f"{p.dtype} {list(p.shape)} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
-        for name, p in parameters.items()
-    }
-    return {
-        "wire format": FORMAT_VERSION,
-        "torch": torch.__version__.partition("+")[0],
-        "shadow": shadow,
-        "check_every": check_every,
-        "parameters": shapes,
-        "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
-        "extra": {name: str(value) for name, value in extra.items()},
-    }
-
-
-def _check_hierarchy(
-    hierarchy: Hierarchy, plan: Plan, shadow: bool, transport: Transport | Literal["mpi"] | None
-) -> None:
-    if hierarchy is not None and transport is not None:
-        raise ConfigError(
-            "a hierarchy makes its own groups of ranks, out of the process group",
-            found=f"transport={transport!r}",
-            fix="leave one of the two out",
-        )
-    if hierarchy is not None and (shadow or plan.codec == "none"):
-        raise ConfigError(
-            "a hierarchy needs our own reduction",
-            found="shadow=True" if shadow else 'bits="none"',
-            fix='leave hierarchy out, or use bits="identity" as the yardstick',
-        )
-
-
-def _check_supported(
-    model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], check_every: int
-) -> None:
-    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters.values()):
-        raise ConfigError(
-            "the optimizer steps inside of the backward pass",
-            found="torch's _apply_optimizer_in_backward, which needs DDP's only communication hook",
-            fix="step the optimizer after backward(), or leave compress() out",
-        )
-    if getattr(model, "_use_python_reducer", False):
-        raise ConfigError(
-            "DDP was made with torch._dynamo.config.optimize_ddp = 'python_reducer', which has no buckets",
-            fix="make it with optimize_ddp = 'ddp_optimizer', torch's default",
-        )
-    if getattr(model, "_comm_hooks", None):
-        raise ConfigError(
-            "the model has a communication hook already", fix="call compress() once, and no other hook"
-        )
-    if check_every < 0:
-        raise ConfigError("check_every is negative", expected="optimizer steps, or 0", found=str(check_every))
-    devices = sorted({str(parameter.device) for parameter in parameters.values()})
-    if len(devices) > 1:
-        raise UnsupportedTensor("the model's parameters must be on one device", found=", ".join(devices))
