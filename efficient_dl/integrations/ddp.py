@@ -4,6 +4,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -314,7 +315,7 @@ class Compression:
         wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
         bits_per_value, entropies, seconds, relative_error and a row for each parameter (with error feedback also
-        residual_norm, the Euclidean norm of this rank's); the alarms so far; and
+        residual_norm, Euclidean); the alarms so far; and
         disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
@@ -333,8 +334,10 @@ class Compression:
             source = "shadow"
         figures, residuals = summary(state), self._compressor.residuals
         if residuals is not None:
+            norms = {name: residuals.norm(name) for name in figures["parameters"]}
+            everyone = gather_json(norms, self._control) if all_ranks else [norms]
             for name, row in figures["parameters"].items():
-                row["residual_norm"] = residuals.norm(name)
+                row["residual_norm"] = math.hypot(*(theirs[name] for theirs in everyone))
         return {
             "bits": self.plan.bits,
             "codec": self.plan.codec,

@@ -135,10 +135,10 @@ def slow_codec(rank: int, on_alarm: str) -> tuple[list[tuple[str, str]], Any]:
     model, optimizer, compression = compressed(7.0, bucket_cap_mb=25, check_every=20, on_alarm=on_alarm)
     encode = compression._compressor.encode
 
-    def slowly(x: Tensor, room: Tensor, shard: Any, tally: Any, copies: int) -> Tensor:
+    def slowly(x: Tensor, room: Tensor, shard: Any, tally: Any, *arguments: Any) -> Tensor:
         time.sleep(0.06)
         tally.totals.encode_seconds += 0.06
-        return encode(x, room, shard, tally, copies)
+        return encode(x, room, shard, tally, *arguments)
 
     compression._compressor.encode = slowly  # type: ignore[method-assign]
     for number in range(42):

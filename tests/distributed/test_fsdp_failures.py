@@ -117,7 +117,7 @@ def test_what_cannot_work_is_refused() -> None:
     assert "Linear" in plain
     assert "DistributedDataParallel" in plain
     assert "fully_shard" in plain
-    assert "sends no weights" in weights
+    assert "weights is not supported for DistributedDataParallel" in weights
     assert "shadow is not supported for FSDP2" in shadow
     assert "error_feedback is not supported" in feedback
     assert "check_every is negative" in negative
