@@ -37,17 +37,27 @@ class Watch:
     max_relative_error: the largest error, of all sampled packets and of each parameter, before an alarm; None: 1.0.
     times: whether the meter's seconds are those of real transfers (not in the shadow, not of the yardstick).
     exact: whether the codec is; then only times are watched.
+    escapes_are_usual: for "grid:RATE", whose one step for all values leaves many outside of its alphabet at high rates.
 
     Errors are watched by each rank alone, in windows of `WINDOW_STEPS` steps (`stepped`). Times tell something only
     together: all ranks exchange theirs when they compare their parameters (`notes`, `judge`), and come to the same
     result. The first window of times has everything that happens once, and is not judged.
     """
 
-    def __init__(self, meter: Meter, max_relative_error: float | None, *, times: bool, exact: bool) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        max_relative_error: float | None,
+        *,
+        times: bool,
+        exact: bool,
+        escapes_are_usual: bool = False,
+    ) -> None:
         self.alarms: list[Alarm] = []
         self._meter = meter
         self._limit = ERROR_OF_SENDING_NOTHING if max_relative_error is None else max_relative_error
         self._times, self._exact = times, exact
+        self._escapes_are_usual = escapes_are_usual
         self._begin_errors()
         self._begin_times()
         self._warm = False
@@ -61,6 +71,8 @@ class Watch:
         if self._exact or self._steps < WINDOW_STEPS:
             return []
         found = errs_too_much(since(self._meter.state_dict(), self._before), self._limit)
+        if self._escapes_are_usual:
+            found["escapes"] = None
         found["nonfinite"] = never_finite(self._nonfinite_steps, self._steps)
         self._begin_errors()
         return self._raise(found)

@@ -491,7 +491,13 @@ class Compression:
         exact = self._compressor.exact
         times = not self.shadow and self.plan.codec != "identity"
         if self._engine is not None and self._control.world_size > 1:
-            self._watch = Watch(self._compressor.meter, max_relative_error, times=times, exact=exact)
+            self._watch = Watch(
+                self._compressor.meter,
+                max_relative_error,
+                times=times,
+                exact=exact,
+                escapes_are_usual=self.plan.codec.startswith("grid:"),
+            )
         self._disables_on_alarm = on_alarm == "disable" and not self.shadow
 
     def _make_engine(self, carrier: Transport) -> BucketEngine | None:
