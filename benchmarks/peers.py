@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.nic import sent_bytes
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
-from efficient_dl.integrations.ddp import Compression
+from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.training.console import Progress
 from efficient_dl.training.loop import Trainer
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from efficient_dl.codec import make_codec
     from efficient_dl.integrations.compress import compress
-    from efficient_dl.integrations.ddp import Compression
+    from efficient_dl.integrations.ddp_compression import Compression
     from efficient_dl.integrations.fsdp import FsdpCompression
 
 __all__ = ["Compression", "FsdpCompression", "compress", "make_codec"]
 
 _HOMES = {
-    "Compression": "efficient_dl.integrations.ddp",
+    "Compression": "efficient_dl.integrations.ddp_compression",
     "compress": "efficient_dl.integrations.compress",
     "FsdpCompression": "efficient_dl.integrations.fsdp",
     "make_codec": "efficient_dl.codec",

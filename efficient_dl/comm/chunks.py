@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import Side
-from efficient_dl.comm.layout import BucketLayout, Shard
+from efficient_dl.comm.layout import BucketLayout, Shard, joined
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,6 @@ def _layout(
                 Side(tuple(held[position] for position in own)),
             )
         )
-        pieces.append(_joined([(starts[position], starts[position] + held[position]) for position in own]))
+        pieces.append(joined([(starts[position], starts[position] + held[position]) for position in own]))
     slots = tuple(pairwise(starts))
     return ChunkLayout(BucketLayout(names, numels, tuple(shards)), starts[-1], tuple(pieces), slots)
-
-
-def _joined(pieces: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    joined: list[tuple[int, int]] = []
-    for start, stop in pieces:
-        begin = joined.pop()[0] if joined and joined[-1][1] == start else start
-        joined.append((begin, stop))
-    return tuple(joined)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.transport import Transport, Work
+from efficient_dl.comm.transport import Transport
 
 Op = Literal["avg", "sum"]
 
@@ -65,7 +64,7 @@ class Reduction:
 
     def exchange_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, sums up the own shard and encodes the sum."""
-        incoming = self._transfer(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
+        incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
         self._give_back()
         reduced = self._sum(incoming).to(self.x.dtype)
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
@@ -75,7 +74,9 @@ class Reduction:
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
-        packets = self._transfer(transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1))
+        packets = self._tally.receive(
+            transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1)
+        )
         for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
             self._compressor.decode(packet, part, shard, self._tally)
         if self._divisors is not None:
@@ -95,24 +96,10 @@ class Reduction:
         self._compressor.buffers.give(self._buffers)
         self._buffers = []
 
-    def _transfer(self, work: Work[list[Tensor]], packet_bytes: int) -> list[Tensor]:
-        start = time.perf_counter()
-        incoming = work.wait()
-        self._tally.totals.transport_seconds += time.perf_counter() - start
-        self._tally.announced(work.sent_bytes - packet_bytes)
-        return incoming
-
     def _sum(self, incoming: list[Tensor]) -> Tensor:
-        own = self._shards[self.rank]
+        own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
-        for source, packet in enumerate(incoming):
-            if source != self.rank:
-                shard = self.layout.shards[self.rank]
-                self._compressor.decode(packet, total, shard, self._tally, accumulate=source > 0)
-            elif source == 0:
-                total.copy_(own)
-            else:
-                total.add_(own)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total)
         return total.div_(len(incoming)) if self.op == "avg" else total
 
 

@@ -155,6 +155,23 @@ class Compressor:
             section.scatter(values, out)
         tally.totals.decode_seconds += time.perf_counter() - start
 
+    def sum(
+        self, own: Tensor, incoming: Sequence[Tensor], rank: int, shard: Shard, tally: Tally, total: Tensor
+    ) -> Tensor:
+        """Makes total the sum of all ranks' values of a shard, in float32 and in rank order, and returns it.
+
+        own: this rank's values, which take part unquantized. incoming: by rank, the others' messages; the own one is
+        not read. total: float32, 1-D, shard.numel values of any content.
+        """
+        for source, message in enumerate(incoming):
+            if source != rank:
+                self.decode(message, total, shard, tally, accumulate=source > 0)
+            elif source == 0:
+                total.copy_(own)
+            else:
+                total.add_(own)
+        return total
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
         feedback a float32 tensor for each parameter."""

@@ -14,7 +14,6 @@ to. All ranks call the same function with the same arguments but values. A dead 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,7 +24,7 @@ from efficient_dl.comm.collectives import Op, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout
 from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.transport import Transport, Work
+from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import ConfigError, CorruptPacket, UnsupportedTensor
 
 _SUMMABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,7 +77,7 @@ def all_gather(x: Tensor, compressor: Compressor, transport: Transport, name: st
         return [x.detach().clone()]
     tally = Tally(BucketLayout.of([name], [x.numel()], 1))
     message = _pack(x, compressor, tally, copies=transport.world_size - 1)
-    messages = _wait(transport.gather(message), tally, message.numel() * (transport.world_size - 1))
+    messages = tally.receive(transport.gather(message), message.numel() * (transport.world_size - 1))
     gathered = [_unpack(received, name, compressor, tally) for received in messages]
     compressor.meter.add(tally)
     return gathered
@@ -105,7 +104,7 @@ def all_to_all(
         nothing if target == transport.rank else _pack(x, compressor, tally, copies=1)
         for target, x in enumerate(tensors)
     ]
-    incoming = _wait(transport.exchange(outgoing), tally, sum(map(len, outgoing)))
+    incoming = tally.receive(transport.exchange(outgoing), sum(map(len, outgoing)))
     received = [
         tensors[source].detach().clone()
         if source == transport.rank
@@ -130,7 +129,7 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
         packet = compressor.encode(flat, room, shard, tally, copies=1)
         for peer, piece in zip(peers, packet.tensor_split(len(peers)), strict=True):
             outgoing[peer] = piece
-    pieces = _wait(transport.exchange(outgoing), tally, sum(map(len, outgoing)))
+    pieces = tally.receive(transport.exchange(outgoing), sum(map(len, outgoing)))
     if len(peers) == 1:
         packet = packet if rank == root else pieces[root]
     else:
@@ -138,7 +137,7 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
         onward = [
             nothing if rank == root or peer in (root, rank) else piece for peer in range(transport.world_size)
         ]
-        received = _wait(transport.exchange(onward), tally, sum(map(len, onward)))
+        received = tally.receive(transport.exchange(onward), sum(map(len, onward)))
         if rank != root:
             received[rank] = piece
             packet = torch.cat([received[peer] for peer in peers])
@@ -196,14 +195,6 @@ def _numbers(message: Tensor, position: int, count: int) -> list[int]:
     if part.numel() != 8 * count:
         raise CorruptPacket("a gathered tensor's header is cut off", found=f"{message.numel()} bytes")
     return [int(number) for number in part.view(torch.int64)]
-
-
-def _wait(work: Work[list[Tensor]], tally: Tally, message_bytes: int) -> list[Tensor]:
-    start = time.perf_counter()
-    incoming = work.wait()
-    tally.totals.transport_seconds += time.perf_counter() - start
-    tally.announced(work.sent_bytes - message_bytes)
-    return incoming
 
 
 def _by_dtype(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

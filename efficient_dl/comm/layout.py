@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -59,6 +59,15 @@ class BucketLayout:
     def numel(self) -> int:
         """The number of values in the bucket."""
         return self.shards[-1].stop
+
+
+def joined(pieces: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The same (start, stop) pairs, ascending, with neighbours made one."""
+    result: list[tuple[int, int]] = []
+    for start, stop in pieces:
+        begin = result.pop()[0] if result and result[-1][1] == start else start
+        result.append((begin, stop))
+    return tuple(result)
 
 
 @lru_cache(maxsize=1024)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from efficient_dl.codec import PacketStats
 from efficient_dl.comm.layout import BucketLayout
+from efficient_dl.comm.transport import Work
 
 _RECENT_TRANSFERS = 512
 
@@ -132,6 +136,14 @@ class Tally:
             row = self.parameters[position]
             row.values_sent += numel * copies
             row.wire_bytes += packet_bytes * copies * (numel / shard.numel)
+
+    def receive(self, work: Work[list[Tensor]], packet_bytes: int) -> list[Tensor]:
+        """Waits for a transfer's messages; counts the seconds, and what was sent beside so many bytes of packets."""
+        start = time.perf_counter()
+        incoming = work.wait()
+        self.totals.transport_seconds += time.perf_counter() - start
+        self.announced(work.sent_bytes - packet_bytes)
+        return incoming
 
     def announced(self, size_bytes: int) -> None:
         """Counts the size messages, which the identity codec would send as well."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from efficient_dl.comm.buffers import BufferPool
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout
 from efficient_dl.comm.meter import Tally
@@ -40,32 +38,15 @@ def sum_at_owners(
         else room[:0]
         for owner, (part, room, layout, tally) in enumerate(zip(parts, rooms, layouts, tallies, strict=True))
     ]
-    start = time.perf_counter()
-    work = transport.exchange(outgoing)
-    incoming = work.wait()
     own, layout, tally = parts[rank], layouts[rank], tallies[rank]
-    tally.totals.transport_seconds += time.perf_counter() - start
-    tally.announced(work.sent_bytes - sum(map(len, outgoing)))
+    incoming = tally.receive(transport.exchange(outgoing), sum(map(len, outgoing)))
     compressor.buffers.give(rooms)
-    result = _sum(own, incoming, rank, layout, tally, compressor)
+    room = compressor.buffers.take(4 * own.numel(), device)
+    total = room[: 4 * own.numel()].view(torch.float32)
+    if own.numel():
+        compressor.sum(own, incoming, rank, layout.shards[0], tally, total)
+    result = total.to(own.dtype, copy=True)
+    compressor.buffers.give([room])
     for counted in tallies:
         compressor.meter.add(counted)
-    return result
-
-
-def _sum(
-    own: Tensor, incoming: list[Tensor], rank: int, layout: BucketLayout, tally: Tally, compressor: Compressor
-) -> Tensor:
-    pool: BufferPool = compressor.buffers
-    room = pool.take(4 * own.numel(), own.device)
-    total = room[: 4 * own.numel()].view(torch.float32)
-    for source, packet in enumerate(incoming if own.numel() else []):
-        if source != rank:
-            compressor.decode(packet, total, layout.shards[0], tally, accumulate=source > 0)
-        elif source == 0:
-            total.copy_(own)
-        else:
-            total.add_(own)
-    result = total.to(own.dtype, copy=True)
-    pool.give([room])
     return result

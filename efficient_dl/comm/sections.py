@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from efficient_dl.codec import Side
-from efficient_dl.comm.layout import Shard
+from efficient_dl.comm.layout import Shard, joined
 from efficient_dl.comm.plan import Plan
 from efficient_dl.errors import CorruptPacket
 
@@ -91,17 +92,11 @@ def _rule(plan: Plan, name: str, unscaled: frozenset[str]) -> tuple[str, bool]:
 
 def _section(shard: Shard, rules: Sequence[tuple[str, bool]], rule: tuple[str, bool]) -> Section:
     chosen = [position for position, one in enumerate(rules) if one == rule]
-    pieces: list[tuple[int, int]] = []
-    start = 0
-    for numel, one in zip(shard.segments, rules, strict=True):
-        if one == rule:
-            joins = bool(pieces) and pieces[-1][1] == start
-            begin = pieces.pop()[0] if joins else start
-            pieces.append((begin, start + numel))
-        start += numel
+    stops = (0, *accumulate(shard.segments))
+    pieces = joined([(stops[i], stops[i + 1]) for i in chosen])
     return Section(
         *rule,
-        tuple(pieces),
+        pieces,
         tuple(shard.parameters[i] for i in chosen),
         tuple(shard.names[i] for i in chosen),
         tuple(shard.offsets[i] for i in chosen),

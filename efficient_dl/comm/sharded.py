@@ -16,13 +16,13 @@ from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.pipeline import Pipeline
-from efficient_dl.comm.transport import Transport, Work
+from efficient_dl.comm.transport import Transport
 
 J = TypeVar("J")
 
 
 class _Job:
-    """What both collectives need: a tally, buffers to give back, and a clock on transfers."""
+    """What both collectives need: a tally, and buffers to give back."""
 
     def __init__(self, layout: ChunkLayout, compressor: Compressor, rank: int) -> None:
         self.layout = layout
@@ -38,13 +38,6 @@ class _Job:
     def _take(self, num_bytes: int, device: torch.device) -> Tensor:
         self._buffers.append(self._compressor.buffers.take(num_bytes, device))
         return self._buffers[-1][:num_bytes]
-
-    def _transfer(self, work: Work[list[Tensor]], packet_bytes: int) -> list[Tensor]:
-        start = time.perf_counter()
-        incoming = work.wait()
-        self._tally.totals.transport_seconds += time.perf_counter() - start
-        self._tally.announced(work.sent_bytes - packet_bytes)
-        return incoming
 
     def _finish(self) -> None:
         self._compressor.buffers.give(self._buffers)
@@ -90,18 +83,12 @@ class ReduceScatter(_Job):
 
     def exchange_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, sums up the own chunk, and adds the counts to the meter."""
-        incoming = self._transfer(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
+        incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
         self._outgoing = []
         own = self.layout.take(self._chunks[self.rank], self.rank)
         shard = self.layout.bucket.shards[self.rank]
         total = self._take(4 * own.numel(), own.device).view(torch.float32)
-        for source, message in enumerate(incoming):
-            if source != self.rank:
-                self._compressor.decode(message, total, shard, self._tally, accumulate=source > 0)
-            elif source == 0:
-                total.copy_(own)
-            else:
-                total.add_(own)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total)
         if self._divisor != 1.0:
             total.div_(self._divisor)
         result = self.layout.take(self._out, self.rank)
@@ -173,7 +160,7 @@ class AllGather(_Job):
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 2: sends it to all, decodes everyone's, and adds the counts to the meter."""
         copies = len(self._chunks) - 1
-        incoming = self._transfer(transport.gather(self._message), len(self._message) * copies)
+        incoming = self._tally.receive(transport.gather(self._message), len(self._message) * copies)
         for source, message in enumerate(incoming):
             if source == self.rank and self._compressor.exact:
                 continue

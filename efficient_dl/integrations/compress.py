@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from efficient_dl.errors import ConfigError
-from efficient_dl.integrations.ddp import Compression, compress_ddp
+from efficient_dl.integrations.ddp import compress_ddp
+from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.deepspeed import EngineCompression, compress_engine, is_engine
 from efficient_dl.integrations.fsdp import FsdpCompression, compress_fsdp
 

@@ -1,17 +1,15 @@
-"""What has to be right before a DistributedDataParallel model is compressed: options, parameters, facts to compare."""
+"""What has to be right before a DistributedDataParallel model is compressed: options and parameters."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import OnAlarm, Plan, Residuals, Transport, check_options
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 from efficient_dl.integrations.nodes import Hierarchy
@@ -79,25 +77,6 @@ def join_check(model: DistributedDataParallel) -> Callable[[], bool]:
         return model is not None and model._join_config.enable
 
     return joins
-
-
-def facts_of(
-    parameters: Mapping[str, nn.Parameter], shadow: bool, check_every: int, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What must be equal on all ranks, apart from the plan."""
-    shapes = {
-        name: f"{p.dtype} {list(p.shape)} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
-        for name, p in parameters.items()
-    }
-    return {
-        "wire format": FORMAT_VERSION,
-        "torch": torch.__version__.partition("+")[0],
-        "shadow": shadow,
-        "check_every": check_every,
-        "parameters": shapes,
-        "order of parameters": xxhash.xxh3_64_hexdigest("\n".join(shapes).encode()),
-        "extra": {name: str(value) for name, value in extra.items()},
-    }
 
 
 def check_hierarchy(

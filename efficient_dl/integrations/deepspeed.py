@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import (
     Compressor,
     Plan,
@@ -37,6 +36,7 @@ from efficient_dl.integrations.deepspeed_plugs import (
     remove,
 )
 from efficient_dl.integrations.deepspeed_settings import Settings, check_supported
+from efficient_dl.integrations.facts import common_facts
 
 
 def is_engine(model: object) -> bool:
@@ -258,17 +258,11 @@ def _given(
 def _facts(engine: Any, parameters: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:
     zero = engine._config.zero_config
     return {
-        "wire format": FORMAT_VERSION,
-        "torch": torch.__version__.partition("+")[0],
+        **common_facts(parameters, extra),
         "deepspeed": sys.modules["deepspeed"].__version__,
         "zero stage": int(engine.zero_optimization_stage()),
         "reduce_scatter": bool(zero.reduce_scatter),
         "reduce_bucket_size": int(zero.reduce_bucket_size),
         "communication_data_type": str(engine.communication_data_type),
         "group": dist.get_process_group_ranks(engine.seq_data_parallel_group),
-        "parameters": {
-            name: f"{p.dtype} {list(p.shape)} on {p.device.type}" for name, p in parameters.items()
-        },
-        "order of parameters": list(parameters),
-        "extra": {name: str(value) for name, value in extra.items()},
     }

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from efficient_dl.codec import FORMAT_VERSION
 from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
     Compressor,
@@ -25,6 +24,7 @@ from efficient_dl.comm import (
     summary,
 )
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, UnsupportedTensor
+from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.fsdp_comms import (
     GRADIENT_DTYPES,
     WEIGHT_DTYPES,
@@ -77,7 +77,9 @@ def compress_fsdp(
         )
     units = units_of(model)
     lanes = _lanes(units, timeout)
-    facts = _facts(model, units, check_every if optimizer else 0, extra or {})
+    facts = common_facts(dict(model.named_parameters()), extra or {})
+    facts["check_every"] = check_every if optimizer else 0
+    facts["modules"] = {str(number): " ".join(unit.names) for number, unit in enumerate(units)}
     try:
         _check_supported(units, model, check_every)
         names = list(dict.fromkeys(name for unit in units for name in unit.names))
@@ -310,23 +312,6 @@ def _lanes(units: Sequence[Unit], timeout: float) -> dict[str, Lane]:
 def _values_sent(unit: Unit) -> int:
     """Values of its gradients that a rank sends in a step, the other ranks' chunks: on average, equal on all ranks."""
     return unit.trained_layout().bucket.numel * (unit.world_size - 1) // unit.world_size
-
-
-def _facts(
-    model: nn.Module, units: Sequence[Unit], check_every: int, extra: Mapping[str, Any]
-) -> dict[str, Any]:
-    shapes = {
-        name: f"{p.dtype} {list(p.shape)} on {p.device.type}{'' if p.requires_grad else ', frozen'}"
-        for name, p in model.named_parameters()
-    }
-    return {
-        "wire format": FORMAT_VERSION,
-        "torch": torch.__version__.partition("+")[0],
-        "check_every": check_every,
-        "parameters": shapes,
-        "modules": {str(number): " ".join(unit.names) for number, unit in enumerate(units)},
-        "extra": {name: str(value) for name, value in extra.items()},
-    }
 
 
 def _check_supported(units: Sequence[Unit], model: nn.Module, check_every: int) -> None:

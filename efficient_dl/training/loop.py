@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 from efficient_dl.comm import parameter_scalars, total_scalars
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
-from efficient_dl.integrations.ddp import Compression, compress_ddp
+from efficient_dl.integrations.ddp import compress_ddp
+from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import CheckpointFolder
