@@ -82,6 +82,7 @@ def zero2(model: nn.Module, config: OptimizerConfig, system: str, seed: int) -> 
 
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own data loader would use it
+        "gradient_clipping": 0.0,  # its default is 1.0, the other engines clip nothing
         "steps_per_print": 10**9,
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,

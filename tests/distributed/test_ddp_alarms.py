@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -153,7 +154,8 @@ def test_a_codec_slower_than_the_line_is_reported_alike_by_all_ranks(on_alarm: s
     (alarms, disabled), other = run_ranks(slow_codec, 2, on_alarm)
     ((kind, text),) = alarms
     assert kind == "cost"
-    assert "compression costs more time than it saves: the codec takes 12" in text
+    cost = re.match(r"compression costs more time than it saves: the codec takes (\d+) ms a step", text)
+    assert cost and int(cost[1]) >= 120, text  # two packets
     assert disabled == ({"step": 40, "reason": text} if on_alarm == "disable" else None)
     assert other == (alarms, disabled)
 
