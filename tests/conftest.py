@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 # Several ranks share few cores: one thread each, in this process and in those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A script's background jobs ignore Ctrl-C, and so would the programs that the tests start, and send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a worker more than cores, because tests wait for processes; few where there are many cores."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps tests that share costly processes in one worker, and begins with the slow, so that all end together."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        for name in (
+            "mpi",
+            "netns",
+        ):  # a job of ranks that all share; links whose rates a busy machine disturbs
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,11 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as `edl` sets it; read when torch is imported
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "efficient_dl.integrations.ddp", "efficient_dl.training"]
-)
+from tests.distributed.forks import CONTEXT
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class EdlRanks:
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             streams = (folder / f"{rank}.out", folder / f"{rank}.err")
-            process = _context.Process(target=_edl, args=(list(words), environment, streams, file_bytes))
+            process = CONTEXT.Process(target=_edl, args=(list(words), environment, streams, file_bytes))
             process.start()
             self._ranks.append(process)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import pickle
 import signal
 import tempfile
@@ -18,10 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "efficient_dl.integrations.compress"]
-)
+from tests.distributed.forks import CONTEXT
 
 
 @dataclass
@@ -76,8 +72,8 @@ class _Rank:
         store: Path,
     ) -> None:
         self.rank = rank
-        self.connection, child = _context.Pipe(duplex=False)
-        self.process = _context.Process(
+        self.connection, child = CONTEXT.Pipe(duplex=False)
+        self.process = CONTEXT.Process(
             target=_main, args=(function, rank, world_size, arguments, store, child)
         )
         self.process.start()
