@@ -6,7 +6,8 @@
 # make native build the C++ kernels in place, for work on them
 # make clean  remove what was built; .venv stays (make distclean removes it too)
 #
-# make test ARGS="-k resume" passes arguments to pytest, PYTHON=python3.12 chooses the interpreter.
+# make test ARGS="-k resume" passes arguments to pytest, ARGS="-n 0 --pdb" runs one test after another in this process;
+# PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 ARGS ?=
@@ -18,6 +19,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 KERNELS := efficient_dl/codec/kernels/native
 # What an installation depends on. Python files are not among them: it is an editable one.
 INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt $(KERNELS)/*.cpp $(KERNELS)/*.h $(KERNELS)/*.hpp)
+# One worker more than cores: tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 SCRIPTS := $(shell find .ci benchmarks cluster docker efficient_dl launch tests -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
 
 .PHONY: demo test quick lint fuzz native clean distclean
@@ -27,10 +30,10 @@ demo: .venv/installed
 	$(BIN)/edl demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

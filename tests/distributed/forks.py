@@ -17,6 +17,8 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "pytest",
         "hypothesis.strategies",
+        "efficient_dl.codec.kernels.native.context_bodies",
+        "efficient_dl.codec.kernels.reference.bodies",
         "efficient_dl.integrations.compress",
         "efficient_dl.training",
         "efficient_dl.cli",

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from efficient_dl.codec.kernels.native import library
 
 DRIVERS = Path(__file__).resolve().parent / "native"
 NATIVE = Path(library.__file__).resolve().parent
-SANITIZE = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZE = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def run(*command: str | Path, timeout: float = 280, **environment: str) -> str:
@@ -49,21 +50,46 @@ def vector_flags(source: Path) -> list[str]:
     return found[1].split()
 
 
-def sanitized_library(folder: Path) -> Path:
-    """The library with both sanitizers; skips the test if the compiler lacks them."""
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }")
-    built = subprocess.run(
-        [compiler(), *SANITIZE.split(), probe, "-o", folder / "probe"], capture_output=True, check=False
-    )
-    if built.returncode:
-        pytest.skip("this compiler lacks the address or undefined-behaviour sanitizer")
+@dataclass(frozen=True)
+class Sanitized:
+    """The codecs' library, built so that a wrong access or an undefined operation ends the process.
+
+    fuzzes: whether the compiler has libFuzzer; the library is then instrumented for it.
+    """
+
+    compiler: str
+    library: Path
+    fuzzes: bool
+
+    def linked(self, driver: Path, program: Path, *flags: str) -> Path:
+        """The driver with the same sanitizers, linked against the library that it finds by its path."""
+        return linked(driver, self.library, program, *SANITIZE, *flags, by=self.compiler)
+
+
+def sanitized_library(folder: Path) -> Sanitized:
+    """Builds the library with both sanitizers; skips the test if no compiler has them."""
+    clang = shutil.which(os.environ.get("CLANGXX", "clang++"))
+    fuzzer = "-fsanitize=fuzzer"
+    if clang and can_build(folder, clang, "int LLVMFuzzerTestOneInput(const char*, unsigned long)", fuzzer):
+        found, flags, fuzzes = clang, [*SANITIZE, "-fsanitize=fuzzer-no-link"], True
+    elif can_build(folder, compiler(), "int main()"):
+        found, flags, fuzzes = compiler(), SANITIZE, False
+    else:
+        pytest.skip("this machine's compilers lack the address or undefined-behaviour sanitizer")
     path = folder / "libedl_codec.so"
-    run("sh", NATIVE / "build.sh", path, CXXFLAGS=SANITIZE)
-    return path
+    run("sh", NATIVE / "build.sh", path, CXX=found, CXXFLAGS=" ".join(flags))
+    return Sanitized(found, path, fuzzes)
 
 
-def linked(driver: Path, library_path: Path, program: Path, *flags: str) -> Path:
+def can_build(folder: Path, compiler: str, function: str, *flags: str) -> bool:
+    """Whether this compiler links a program of one function with the sanitizers and these flags."""
+    probe = folder / "probe.cpp"
+    probe.write_text(f'extern "C" {function} {{ return 0; }}')
+    command = [compiler, *SANITIZE, *flags, probe, "-o", folder / "probe"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def linked(driver: Path, library_path: Path, program: Path, *flags: str, by: str | None = None) -> Path:
     """The driver, linked against a library that it finds by its path."""
-    run(compiler(), "-std=c++20", "-pthread", *flags, driver, library_path, "-o", program)
+    run(by or compiler(), "-std=c++20", "-pthread", *flags, driver, library_path, "-o", program)
     return program

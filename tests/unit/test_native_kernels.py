@@ -23,11 +23,9 @@ from efficient_dl.errors import ConfigError, CorruptPacket, NativeLibraryMissing
 from tests.unit.native_build import (
     DRIVERS,
     NATIVE,
-    SANITIZE,
+    Sanitized,
     compiler,
-    linked,
     run,
-    sanitized_library,
     vector_flags,
 )
 
@@ -298,8 +296,9 @@ def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
-    compiler()
-    run("sh", NATIVE / "build.sh", tmp_path / "built.so")
+    run(
+        "sh", NATIVE / "build.sh", tmp_path / "built.so", CXX=compiler(), CXXFLAGS="-O0"
+    )  # the last -O counts
     built: NativeLibrary = load_library("auto", tmp_path / "built.so")
     assert built.isa == load_library().isa
     x, room = laplace_like(5000), torch.empty(30_000, dtype=torch.uint8)
@@ -308,9 +307,8 @@ def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_damaged_packets_are_harmless_under_sanitizers(tmp_path: Path) -> None:
-    built = sanitized_library(tmp_path)
-    program = linked(DRIVERS / "fuzz.cpp", built, tmp_path / "fuzz", *SANITIZE.split())
+@pytest.mark.xdist_group("sanitizers")
+def test_damaged_packets_are_harmless_under_sanitizers(sanitized: Sanitized, tmp_path: Path) -> None:
+    program = sanitized.linked(DRIVERS / "fuzz.cpp", tmp_path / "fuzz")
     outcomes = {run(program, isa, "200", "7") for isa in ISAS}
     assert len(outcomes) == 1 and outcomes.pop().startswith("ok refused ")
