@@ -23,7 +23,7 @@ def hurry() -> None:
     if not options.debug:
         interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
-    replace = interpreter._patch_lang
+    replace, nothing = interpreter._patch_lang, types.SimpleNamespace(restore=lambda: None)
 
     def replace_once(function: types.FunctionType) -> object:
         languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
@@ -31,5 +31,4 @@ def hurry() -> None:
             return nothing
         return replace(function)
 
-    nothing = types.SimpleNamespace(restore=lambda: None)
     interpreter._patch_lang = replace_once
