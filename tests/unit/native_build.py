@@ -19,7 +19,7 @@ NATIVE = Path(library.__file__).resolve().parent
 SANITIZE = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def run(*command: str | Path, timeout: float = 280, **environment: str) -> str:
+def run(*command: str | Path, timeout: float = 600, **environment: str) -> str:
     """What the command prints; the test fails with its output if it fails."""
     done = subprocess.run(
         [str(part) for part in command],

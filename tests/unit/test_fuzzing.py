@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FUZZ = ROOT / "tests" / "fuzz"
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitizers")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanitizers"), pytest.mark.timeout(900)]
 
 
 def test_the_corpus_and_its_damaged_copies_are_harmless_under_sanitizers(
@@ -37,7 +37,7 @@ def test_libfuzzer_finds_nothing_in_a_short_search(sanitized: Sanitized, tmp_pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "number_of_executed_units" in done.stderr

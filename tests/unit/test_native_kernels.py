@@ -308,6 +308,7 @@ def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("sanitizers")
+@pytest.mark.timeout(900)
 def test_damaged_packets_are_harmless_under_sanitizers(sanitized: Sanitized, tmp_path: Path) -> None:
     program = sanitized.linked(DRIVERS / "fuzz.cpp", tmp_path / "fuzz")
     outcomes = {run(program, isa, "200", "7") for isa in ISAS}
