@@ -28,18 +28,30 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)) + 1, 8)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps tests that share costly processes in one worker, and begins with the slow, so that all end together."""
+    """Keeps tests that share something costly in one worker, and begins with the slow, so that all end together."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
+    sharing = {item.path for item in items if _has_module_fixture(item)}
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         for name in (
             "mpi",
             "netns",
         ):  # a job of ranks that all share; links whose rates a busy machine disturbs
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.xdist_group(name))
+        if item.path in sharing:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _has_module_fixture(item: pytest.Item) -> bool:
+    """Whether the test uses a fixture that its module builds once. pytest has no public name for this."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+    return any(definition.scope == "module" for definitions in fixtures for definition in definitions)
 
 
 @pytest.fixture

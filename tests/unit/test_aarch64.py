@@ -17,7 +17,7 @@ EMULATOR = "qemu-aarch64"
 TARGET_ROOT = "/usr/aarch64-linux-gnu"  # the cross compiler's C library
 AARCH64_MACHINE = 183  # of an ELF header
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aarch64"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def needed(program: str, package: str) -> str:
