@@ -37,10 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group"):
             continue
-        for name in (
-            "mpi",
-            "netns",
-        ):  # a job of ranks that all share; links whose rates a busy machine disturbs
+        for name in ("mpi", "netns"):  # one job of ranks for all; links whose rates other links would disturb
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.xdist_group(name))
         if item.path in sharing:

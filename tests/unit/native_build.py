@@ -69,8 +69,8 @@ class Sanitized:
 def sanitized_library(folder: Path) -> Sanitized:
     """Builds the library with both sanitizers; skips the test if no compiler has them."""
     clang = shutil.which(os.environ.get("CLANGXX", "clang++"))
-    fuzzer = "-fsanitize=fuzzer"
-    if clang and can_build(folder, clang, "int LLVMFuzzerTestOneInput(const char*, unsigned long)", fuzzer):
+    fuzzer = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long)'
+    if clang and can_build(folder, clang, fuzzer, "-fsanitize=fuzzer"):
         found, flags, fuzzes = clang, [*SANITIZE, "-fsanitize=fuzzer-no-link"], True
     elif can_build(folder, compiler(), "int main()"):
         found, flags, fuzzes = compiler(), SANITIZE, False
@@ -84,7 +84,7 @@ def sanitized_library(folder: Path) -> Sanitized:
 def can_build(folder: Path, compiler: str, function: str, *flags: str) -> bool:
     """Whether this compiler links a program of one function with the sanitizers and these flags."""
     probe = folder / "probe.cpp"
-    probe.write_text(f'extern "C" {function} {{ return 0; }}')
+    probe.write_text(f"{function} {{ return 0; }}")
     command = [compiler, *SANITIZE, *flags, probe, "-o", folder / "probe"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
