@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficient_dl.coordinator.rounds import ranks_text
+from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import PlanMismatch
 
 
@@ -27,8 +27,8 @@ def require_agreement(stated: Sequence[Mapping[str, Any]]) -> None:
     everyone = sorted({rank for _, ranks in differing.values() for rank in ranks})
     more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
     raise PlanMismatch(
-        f"{ranks_text(others)} would plan from other facts than rank {first}",
+        f"{counted('rank', others)} would plan from other facts than rank {first}",
         differs=f"{key} = {stated[others[0]][key]} (rank {others[0]}), {stated[first][key]} (rank {first}){more}",
-        where=f"different: {ranks_text(everyone)}, of {len(stated)} ranks",
+        where=f"different: {counted('rank', everyone)}, of {len(stated)} ranks",
         fix="start every rank with the same code, model, options and checkpoint",
     )

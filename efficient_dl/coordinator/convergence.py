@@ -48,7 +48,7 @@ def waiting_notes(
         elif rule.converged(state.losses):
             before = next(other for other in range(index) if other not in ended)
             notes.append(
-                f"The loss of {names[index]} stands still too, but {names[before]} before it still changes what it gets."
+                f"The loss of {names[index]} stands still too, but {names[before]} still changes what it gets."
             )
     return notes
 

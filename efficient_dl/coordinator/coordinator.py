@@ -17,8 +17,9 @@ from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import PartitionState, RankFacts, ScheduleOptions
 from efficient_dl.coordinator.history import Entry, History
 from efficient_dl.coordinator.report import Report, merged_costs, merged_losses, merged_ranks, static_facts
-from efficient_dl.coordinator.rounds import StoreRounds, ranks_text
+from efficient_dl.coordinator.rounds import StoreRounds
 from efficient_dl.coordinator.scheduler import schedule
+from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import CheckpointError, PlanMismatch
 
 SCHEDULER_VERSION = 1  # another number for every change by which equal facts may give another decision
@@ -175,7 +176,7 @@ class Coordinator:
         return _Inputs(merged_costs(reports, ranks, before), ranks, merged_losses(reports, len(names)))
 
     def _check_losses(self, reports: Sequence[Report], holds: bool) -> None:
-        """Losses are of the stage that ends: of each partition, from all ranks that trained it, or, after a resume, none."""
+        """Losses are of the stage that ends: from all ranks that trained a partition or, after a resume, from none."""
         last = self.history[-1] if len(self.history) else None
         for index in range(len(reports[0].names)):
             reporting = [rank for rank, report in enumerate(reports) if index in report.losses]
@@ -185,8 +186,10 @@ class Coordinator:
             if reporting and reporting != trained:
                 raise PlanMismatch(
                     f"losses of partition {index} do not come from the ranks that trained it",
-                    expected=f"from {ranks_text(trained)}, or from none" if trained else "none at this step",
-                    found=f"from {ranks_text(reporting)}",
+                    expected=f"from {counted('rank', trained)}, or from none"
+                    if trained
+                    else "none at this step",
+                    found=f"from {counted('rank', reporting)}",
                 )
 
     def _advanced(self, step: int, losses: Sequence[float | None]) -> tuple[PartitionState, ...]:
@@ -218,7 +221,7 @@ class Coordinator:
             differing = [rank for rank, own in enumerate(fingerprints) if own != published]
             if differing:
                 raise PlanMismatch(
-                    f"{ranks_text(differing)} came to another decision than rank 0 from the same facts",
+                    f"{counted('rank', differing)} came to another decision than rank 0 from the same facts",
                     differs=f"fingerprint {fingerprints[differing[0]]} (rank {differing[0]}), {published} (rank 0)",
                     fix="start every rank with the same version of efficient_dl and of Python, on like processors",
                 )

@@ -34,12 +34,3 @@ def held_bytes(
         if index + 1 < len(costs) and index + 1 not in held:
             resident += options.queue_micro_batches * cost.output_bytes
     return resident + passing
-
-
-def size_text(num_bytes: float) -> str:
-    """For people: "1.50 GB"."""
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}" if unit != "bytes" else f"{num_bytes:.0f} bytes"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB"

@@ -9,7 +9,8 @@ from efficient_dl.coordinator.assignment import Assignment
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import PartitionState, RankFacts, ScheduleOptions
 from efficient_dl.coordinator.grouping import Group, RankClass, best_groups, least_memory, rank_classes
-from efficient_dl.coordinator.memory import held_bytes, size_text
+from efficient_dl.coordinator.memory import held_bytes
+from efficient_dl.coordinator.wording import counted, indices_text, size_text, time_text
 from efficient_dl.errors import ConfigError
 
 
@@ -61,7 +62,7 @@ def laid_out(
         now_seconds = step_seconds(now, costs, ranks, training, options)
         if now_seconds <= best_seconds * (1.0 + options.move_gain):
             kept = (
-                f" Partitions stay where they are: {_time(best_seconds)} a step elsewhere would be less than"
+                f" Partitions stay where they are: {time_text(best_seconds)} a step elsewhere would be less than"
                 f" {options.move_gain:.0%} faster."
             )
             return now, _described(
@@ -69,7 +70,7 @@ def laid_out(
             ) + kept
     merged = [each for each in classes if len({ranks[rank] for rank in each.ranks}) > 1]
     note = "".join(
-        f" Ranks {_listed(each.ranks)} count as equally fast ({each.facts.speed:.3g}), to bound the search."
+        f" Ranks {indices_text(each.ranks)} count as equally fast ({each.facts.speed:.3g}), to bound the search."
         for each in merged
     )
     idle_because = (
@@ -162,14 +163,14 @@ def _described(
             partitions.setdefault(group, []).append(index)
     slowest = max(seconds)
     parts = [
-        f"{_counted('partition', held)} on {_counted('rank', group)} ({_time(max(seconds[rank] for rank in group))})"
+        f"{counted('partition', held)} on {counted('rank', group)} ({time_text(max(seconds[rank] for rank in group))})"
         for group, held in partitions.items()
     ]
-    text = f"A step takes {_time(slowest)}, as long as its slowest rank: {', '.join(parts)}."
+    text = f"A step takes {time_text(slowest)}, as long as its slowest rank: {', '.join(parts)}."
     idle = [rank for rank in range(len(ranks)) if not assignment.of_rank(rank)]
     if idle:
         verb = "is" if len(idle) == 1 else "are"
-        text += f" {_counted('Rank', idle)} {verb} idle: {idle_because}."
+        text += f" {counted('Rank', idle)} {verb} idle: {idle_because}."
     unknown = [rank for rank, facts in enumerate(ranks) if facts.memory_bytes is None]
     if unknown:
         text += f" Memory is unknown, hence not checked, on {len(unknown)} of {len(ranks)} ranks."
@@ -202,22 +203,3 @@ def _does_not_fit(
         if alone[largest] > max(memories)
         else "more ranks, a smaller micro-batch, or an optimizer with less state",
     )
-
-
-def _counted(noun: str, indices: Sequence[int]) -> str:
-    return f"{noun}{'s' if len(indices) > 1 else ''} {_listed(indices)}"
-
-
-def _listed(indices: Sequence[int]) -> str:
-    """ "0–3, 6" """
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from efficient_dl import errors
+from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import ConfigError, EdlError, TransportError
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
@@ -72,7 +73,7 @@ class StoreRounds:
             missing = self._missing(keys, self.timeout)
             if missing:
                 raise TransportError(
-                    f"rank 0 heard nothing from {ranks_text([keys.index(key) for key in missing])}"
+                    f"rank 0 heard nothing from {counted('rank', [keys.index(key) for key in missing])}"
                     f" within {self.timeout:g} s",
                     where=f"round {number} of {self._name} over torch's store",
                     fix="see those ranks' own messages; a longer timeout if they were only slow",
@@ -123,8 +124,3 @@ class StoreRounds:
                 where=f"round {self._round} of {self._name}",
                 fix="the process that hosts the store, rank 0 or the launcher, has probably ended; see its message",
             ) from error
-
-
-def ranks_text(ranks: list[int]) -> str:
-    """ "rank 1", "ranks 1, 2" """
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -9,9 +9,10 @@ from efficient_dl.coordinator.assignment import Assignment, Decision
 from efficient_dl.coordinator.convergence import ended_partitions, waiting_notes
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import Kind, PartitionState, RankFacts, ScheduleOptions
-from efficient_dl.coordinator.memory import held_bytes, size_text
+from efficient_dl.coordinator.memory import held_bytes
 from efficient_dl.coordinator.pipelining import laid_out
 from efficient_dl.coordinator.plateau import PlateauRule
+from efficient_dl.coordinator.wording import counted, size_text
 from efficient_dl.errors import ConfigError
 
 __all__ = ["Kind", "PartitionState", "PlateauRule", "RankFacts", "ScheduleOptions", "schedule"]
@@ -50,7 +51,7 @@ def schedule(
 
     trained = left[:1] if options.kind == "sequential" else left
     training = tuple(index in trained for index in range(len(costs)))
-    # What comes after the last partition that trains has nothing to give to it; what comes before the first may be cached.
+    # After the last partition that trains, nothing is needed; what comes before the first may be cached.
     held = range(trained[0] if options.release_frozen else 0, trained[-1] + 1)
     if options.kind == "pipelined":
         assignment, where = laid_out(costs, ranks, states, options, training, held)
@@ -98,11 +99,10 @@ def _on_all(
     place = tuple(range(num_ranks))
     assignment = Assignment(tuple(place if index in held else () for index in range(len(costs))))
     everyone = "The only rank holds" if num_ranks == 1 else f"All {num_ranks} ranks hold"
-    which = f"partition {held[0]}" if len(held) == 1 else f"partitions {held[0]}–{held[-1]}"
     share = micro_batches // num_ranks
     unknown = sum(facts.memory_bytes is None for facts in ranks)
     return assignment, (
-        f"{everyone} {which}; each does {share} of {micro_batches} micro-batches of a step and needs {size_text(need)}"
+        f"{everyone} {counted('partition', held)}; each does {share} of {micro_batches} micro-batches of a step and needs {size_text(need)}"
         + (f" (memory is unknown, hence not checked, on {unknown} of {num_ranks} ranks)." if unknown else ".")
     )
 
