@@ -113,6 +113,10 @@ class Coordinator:
         self._commit(step, inputs, states, decision)
         return decision
 
+    def close(self) -> None:
+        """Call it at the end of the training, on all ranks: until then the others may still read what rank 0 decided."""
+        self._rounds.close()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs, as JSON has it; equal on all ranks."""
         return {

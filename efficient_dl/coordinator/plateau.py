@@ -61,7 +61,7 @@ class PlateauRule:
 
 
 def smoothed(losses: Sequence[float]) -> float:
-    """The mean of a stage's losses without the highest and the lowest tenth; NaN if there is none, or one not finite."""
+    """The mean of a stage's losses without the highest and the lowest tenth; NaN if there is none or one not finite."""
     if not losses or not all(map(math.isfinite, losses)):
         return math.nan
     trimmed = int(len(losses) * TRIMMED_SHARE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +17,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
     0.001,
     0.1,
 )  # between looks at the store; signals are handled in between
+READ_SECONDS = 10.0  # for which rank 0, before it raises, waits for the others to read why
 
 
 class StoreRounds:
@@ -63,12 +64,19 @@ class StoreRounds:
                 fix="see rank 0's own message; a longer timeout if it was only slow",
             )
         reply = json.loads(self._guarded(lambda: self._store.get(key)))
+        self._guarded(lambda: self._store.set(f"{number}/read/{self.rank}", "1"))
         if "error" in reply:
             raise getattr(errors, reply["error"])(reply["problem"], **reply["details"])
         return reply["value"]
 
+    def close(self) -> None:
+        """Ends the rounds. Rank 0, whose end may end the store, waits until the others have read its last answer."""
+        if self.rank == 0 and self._round > 0:
+            self._wait_for_readers(self._round - 1, range(1, self.world_size), self.timeout)
+
     def _answer(self, number: int, answer: Callable[[list[Any]], Any]) -> Any:
         keys = [f"{number}/{rank}" for rank in range(self.world_size)]
+        missing: list[str] = []
         try:
             missing = self._missing(keys, self.timeout)
             if missing:
@@ -83,6 +91,8 @@ class StoreRounds:
             self._reply(
                 number, {"error": type(error).__name__, "problem": error.problem, "details": error.details}
             )
+            present = [rank for rank in range(1, self.world_size) if keys[rank] not in missing]
+            self._wait_for_readers(number, present, min(self.timeout, READ_SECONDS))
             raise
         except Exception as error:
             text = f"rank 0 failed: {type(error).__name__}: {error}"
@@ -90,6 +100,7 @@ class StoreRounds:
                 number,
                 {"error": "TransportError", "problem": text, "details": {"fix": "see rank 0's own message"}},
             )
+            self._wait_for_readers(number, range(1, self.world_size), min(self.timeout, READ_SECONDS))
             raise
         self._reply(number, {"value": value})
         return value
@@ -98,9 +109,13 @@ class StoreRounds:
         self._guarded(lambda: self._store.set(f"{number}/answer", json.dumps(reply)))
         if number > 0:  # whoever posted in this round has read the answer of the one before
             for rank in range(self.world_size):
-                self._guarded(lambda rank=rank: self._store.delete_key(f"{number - 1}/{rank}"))
-        if number > 1:
-            self._guarded(lambda: self._store.delete_key(f"{number - 2}/answer"))
+                for key in (f"{number - 1}/{rank}", f"{number - 1}/read/{rank}"):
+                    self._guarded(lambda key=key: self._store.delete_key(key))
+            self._guarded(lambda: self._store.delete_key(f"{number - 1}/answer"))
+
+    def _wait_for_readers(self, number: int, ranks: Iterable[int], seconds: float) -> None:
+        """For some seconds at most: a reader that has died in the meantime is no error of this rank."""
+        self._missing([f"{number}/read/{rank}" for rank in ranks], seconds)
 
     def _missing(self, keys: list[str], timeout: float) -> list[str]:
         """The keys that are not there after `timeout` seconds."""

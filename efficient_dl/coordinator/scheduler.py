@@ -102,7 +102,8 @@ def _on_all(
     share = micro_batches // num_ranks
     unknown = sum(facts.memory_bytes is None for facts in ranks)
     return assignment, (
-        f"{everyone} {counted('partition', held)}; each does {share} of {micro_batches} micro-batches of a step and needs {size_text(need)}"
+        f"{everyone} {counted('partition', held)}; each does {share} of {micro_batches} micro-batches of a"
+        f" step and needs {size_text(need)}"
         + (f" (memory is unknown, hence not checked, on {unknown} of {num_ranks} ranks)." if unknown else ".")
     )
 

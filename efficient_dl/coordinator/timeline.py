@@ -34,7 +34,7 @@ class Bar:
 
 
 def stages(history: History) -> list[tuple[int, int, Entry]]:
-    """(first step, step after the last, entry) of each stage that took place; a decision may end the one before early."""
+    """(first step, step after the last, entry) of each stage that took place; a later decision may end it early."""
     entries = list(history)
     ends = [entry.step for entry in entries[1:]] + [entries[-1].decision.until_step] if entries else []
     spans = [
@@ -150,6 +150,8 @@ def _cell(entry: Entry, index: int, rows: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def _draw_bars(axis: Axes, drawn: Sequence[Bar], boundaries: Sequence[int], num_ranks: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for bar in drawn:
         height = 0.84 / bar.lanes
         axis.barh(
@@ -166,7 +168,7 @@ def _draw_bars(axis: Axes, drawn: Sequence[Bar], boundaries: Sequence[int], num_
     for step in boundaries:
         axis.axvline(step, color="0.6", linewidth=0.5, zorder=0)
     axis.set(ylabel="rank", ylim=(num_ranks - 0.5, -0.5), title="Which partition trained where, when")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_legend(axis: Axes, names: Sequence[str]) -> None:
