@@ -35,7 +35,7 @@ def new_copy(piece: nn.Module, model: nn.Module) -> nn.Module:
     if callable(initialize := getattr(model, "initialize", None)):
         initialize(clone)
     elif callable(initialize := getattr(model, "_init_weights", None)):
-        clone.apply(initialize)
+        clone.apply(initialize)  # pyright: ignore[reportArgumentType]
     elif undrawn:
         raise ConfigError(
             f"nothing says how a new {type(piece).__name__} begins",

@@ -31,7 +31,8 @@ class StepOptimizer(Protocol):
 class Trained:
     """A partition whose parameters learn from its own loss.
 
-    parameters: that its optimizer steps. forward: the block, or the DistributedDataParallel around it, which averages gradients over the partition's ranks.
+    parameters: that its optimizer steps.
+    forward: the block, or the DistributedDataParallel around it, which averages gradients over the partition's ranks.
     clip: the largest norm of the partition's gradient; 0.0: not clipped.
     """
 
