@@ -229,7 +229,7 @@ class LocalTrainer(RunLoop):
         is in the next stage, if there is one, where this tells whether it evaluates_now.
         """
         steps, evaluation = [self.micro_batches], [len(self._eval_batches())]
-        passes = evaluation if evaluates_now and self._evaluates(self.step) else []
+        passes = [*evaluation] if evaluates_now and self._evaluates(self.step) else []
         for step in range(self.step + 1, until_step + 1):
             passes += steps
             if self._evaluates(step) and (step < until_step or step == self.config.train.steps):
