@@ -26,11 +26,8 @@ class SavedTensors:
     """
 
     def __init__(self, *without: nn.Module) -> None:
-        self._excluded = {
-            one.untyped_storage().data_ptr()
-            for module in without
-            for one in (*module.parameters(), *module.buffers())
-        }
+        self._without = without
+        self._excluded: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         # Re-entrant: a collection of garbage may release a saved tensor in the midst of counting another.
         self._lock = threading.RLock()
@@ -40,6 +37,8 @@ class SavedTensors:
         self.peak_bytes = 0
 
     def __enter__(self) -> SavedTensors:
+        tensors = (one for module in self._without for one in (*module.parameters(), *module.buffers()))
+        self._excluded = {one.untyped_storage().data_ptr() for one in tensors}
         self._hooks.__enter__()
         return self
 
