@@ -88,6 +88,17 @@ def test_gradients_are_the_same_with_the_meter(model: nn.Sequential) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("what", ["activation", "parameter"])
+def test_a_change_in_place_is_refused_as_without_the_meter(model: nn.Sequential, what: str) -> None:
+    x = torch.randn(BATCH, 4)
+    with SavedTensors(model):
+        output = model(x)
+    with torch.no_grad():
+        (x if what == "activation" else model[2].weight).add_(1)
+    with pytest.raises(RuntimeError, match="in place"):
+        output.sum().backward()
+
+
 @pytest.mark.slow  # torch imports its compiler for it
 def test_a_checkpointed_layer_saves_its_input_only(model: nn.Sequential) -> None:
     x = torch.randn(BATCH, 4, requires_grad=True)
