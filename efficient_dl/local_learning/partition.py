@@ -119,8 +119,9 @@ def partition(
     """Cut a model that is a chain of pieces into partitions that can be trained apart.
 
     n: how many partitions, or the names of the pieces that begin partitions 1 to K - 1.
-    example: a batch of inputs on the model's device. With it the chain is verified against the model (bit for bit, in
-    evaluation mode) and costs are measured; generators, buffers, gradients and modes are afterwards what they were.
+    example: a batch of inputs on the model's device. With it the chain is verified against the model, bit for bit, in
+    evaluation and in training mode, and costs are measured, under autocast if it is on; random generators, buffers,
+    gradients and modes are afterwards what they were.
     balance: "time" (forward and backward, median of 5; the default with an example), "memory" (parameters, and what
     is saved for backward) or "parameters" (the default without one). The dearest partition is as cheap as cuts
     between pieces allow. Measured times differ from run to run and from rank to rank: ranks that must agree take the
@@ -135,8 +136,9 @@ def partition(
     pieces = pieces_of(model)
     measured: list[PieceCosts] | None = None
     if example is not None:
-        verify(model, pieces, example)
+        verify(model, pieces, example, training=False)
         measured = measure(model, pieces, example)
+        verify(model, pieces, example, training=True)
     if isinstance(n, int):
         begins = balanced_cuts(pieces, n, by, measured)
     else:

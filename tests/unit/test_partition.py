@@ -363,6 +363,32 @@ def test_a_chain_that_computes_something_else_is_refused_where_it_parts() -> Non
 
 
 @pytest.mark.usefixtures("adapters")
+def test_a_chain_that_forgets_dropout_is_refused() -> None:
+    class Dropping(_Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(
+                nn.functional.dropout(self.second(self.first(x) * self.scale), 0.5, self.training)
+            )
+
+    register_adapter(
+        Dropping,
+        lambda model: [("first", _First(model)), ("second", model.second), ("third", model.third)],
+        "Dropping",
+    )
+    with pytest.raises(ConfigError, match=r"in training(.|\n)*third: third is given another input"):
+        edl.partition(Dropping(), 2, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("balance", ["time", "memory"])
+def test_under_autocast_all_parameters_still_get_gradients(balance: Any) -> None:
+    model, x = _model("mlp")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        partitions = edl.partition(model, 2, x, balance=balance)
+        partitions[1].module(partitions[0].module(x)).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("adapters")
 def test_pieces_that_leave_parameters_out_are_refused() -> None:
     register_adapter(_Scaled, lambda model: [("first", model.first), ("second", model.second)], "Scaled")
     with pytest.raises(ConfigError, match=r"no piece holds 3 .*: scale, third\.weight, third\.bias"):
