@@ -115,10 +115,7 @@ def set_mode(model: nn.Module, pieces: Sequence[Piece], *, training: bool) -> No
 
 @contextmanager
 def unchanged(model: nn.Module, pieces: Sequence[Piece], device: torch.device) -> Iterator[None]:
-    """Restores on leaving: modes, buffers (the same tensors, their values) and random generators.
-
-    Inside of autocast, weights that were cast without gradients, or with them, are cast anew.
-    """
+    """Restores on leaving: modes, buffers (the same tensors, their values) and random generators."""
     modules = {
         id(one): one for root in (model, *(piece.module for piece in pieces)) for one in root.modules()
     }
@@ -129,12 +126,10 @@ def unchanged(model: nn.Module, pieces: Sequence[Piece], device: torch.device) -
         for name, buffer in module.named_buffers(recurse=False)
     ]
     devices = [] if device.type == "cpu" else [device]
-    torch.clear_autocast_cache()
     try:
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             yield
     finally:
-        torch.clear_autocast_cache()
         for module, training in modes:
             module.training = training
         with torch.no_grad():
