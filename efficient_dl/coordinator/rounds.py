@@ -86,6 +86,8 @@ class StoreRounds:
                     where=f"round {number} of {self._name} over torch's store",
                     fix="see those ranks' own messages; a longer timeout if they were only slow",
                 )
+            if number > 0:  # whoever posted in this round has read the answer of the one before
+                self._forget(number - 1)
             value = answer([json.loads(self._guarded(lambda key=key: self._store.get(key))) for key in keys])
         except EdlError as error:
             self._reply(
@@ -107,11 +109,13 @@ class StoreRounds:
 
     def _reply(self, number: int, reply: dict[str, Any]) -> None:
         self._guarded(lambda: self._store.set(f"{number}/answer", json.dumps(reply)))
-        if number > 0:  # whoever posted in this round has read the answer of the one before
-            for rank in range(self.world_size):
-                for key in (f"{number - 1}/{rank}", f"{number - 1}/read/{rank}"):
-                    self._guarded(lambda key=key: self._store.delete_key(key))
-            self._guarded(lambda: self._store.delete_key(f"{number - 1}/answer"))
+
+    def _forget(self, number: int) -> None:
+        keys = [
+            key for rank in range(self.world_size) for key in (f"{number}/{rank}", f"{number}/read/{rank}")
+        ]
+        for key in [*keys, f"{number}/answer"]:
+            self._guarded(lambda key=key: self._store.delete_key(key))
 
     def _wait_for_readers(self, number: int, ranks: Iterable[int], seconds: float) -> None:
         """For some seconds at most: a reader that has died in the meantime is no error of this rank."""
