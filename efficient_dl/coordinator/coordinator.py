@@ -119,12 +119,7 @@ class Coordinator:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs, as JSON has it; equal on all ranks."""
-        return {
-            "history": self.history.to_rows(),
-            "states": [asdict(state) for state in self.states],
-            "costs": [asdict(cost) for cost in self.costs],
-            "speeds": list(self._speeds),
-        }
+        return {"history": self.history.to_rows(), **self._progress()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if it is not what `state_dict` returned."""
@@ -142,6 +137,13 @@ class Coordinator:
             ) from error
         self.history, self.states, self.costs, self._speeds = history, states, costs, speeds
 
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "states": [asdict(state) for state in self.states],
+            "costs": [asdict(cost) for cost in self.costs],
+            "speeds": list(self._speeds),
+        }
+
     def _holding(self, step: int) -> Decision | None:
         """The last decision, if it was for as many ranks and is not over."""
         if not len(self.history):
@@ -153,7 +155,7 @@ class Coordinator:
     def _compared(self, step: int, report: Report, replan: bool) -> dict[str, Any]:
         """What must be equal on all ranks."""
         last = self.history[-1].decision.fingerprint() if len(self.history) else "none"
-        state = json.dumps({key: value for key, value in self.state_dict().items() if key != "history"})
+        state = json.dumps(self._progress())
         return {
             "scheduler version": SCHEDULER_VERSION,
             "step": step,
@@ -237,7 +239,11 @@ class Coordinator:
     ) -> None:
         ended = ended_partitions(states, self.options)
         self.states = tuple(
-            replace(state, frozen=index in ended, ranks=decision.assignment.ranks[index])
+            replace(
+                state,
+                frozen=index in ended and ended[index].for_good,
+                ranks=decision.assignment.ranks[index],
+            )
             for index, state in enumerate(states)
         )
         self.costs = tuple(inputs.costs)

@@ -45,7 +45,12 @@ def schedule(
     left = [index for index in range(len(costs)) if index not in ended]
     sentences = [f"{names[one.index]} is frozen: {one.why}." for one in ended.values() if one.new]
     if not left or step >= options.total_steps:
-        done = "all partitions are trained" if not left else f"the run's {options.total_steps} steps are done"
+        done = "all partitions are trained"
+        if left:
+            short = ", ".join(f"{names[k]} after {states[k].steps}" for k in left)
+            done = (
+                f"the run's {options.total_steps} steps are done, before these reached theirs: {short} steps"
+            )
         text = " ".join([f"Training ends at step {step}: {done}.", *map(_capital, sentences)])
         return Decision(Assignment(((),) * len(costs)), (False,) * len(costs), step, text)
 

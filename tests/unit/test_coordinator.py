@@ -128,6 +128,15 @@ def test_another_number_of_ranks_is_planned_for_at_once() -> None:
     assert [one["steps"] for one in resumed["states"]] == [25] * 3
 
 
+def test_a_finished_run_goes_on_with_more_steps() -> None:
+    one = Coordinator(0, 1, dataclasses.replace(OPTIONS, total_steps=10), store=dist.HashStore())
+    one.decide(0, Report(NAMES, measured()))
+    assert not any(one.decide(10, Report(NAMES)).training)
+    more = Coordinator(0, 1, OPTIONS, store=dist.HashStore())
+    more.load_state_dict(one.state_dict())
+    assert all(more.decide(10, Report(NAMES)).training)
+
+
 def test_a_decision_is_made_anew_on_request() -> None:
     one = Coordinator(0, 1, OPTIONS, store=dist.HashStore())
     first = one.decide(0, Report(NAMES, measured()))

@@ -322,6 +322,16 @@ def test_too_little_memory_names_the_rank_and_the_need() -> None:
     assert where(schedule(parts, ranks, fresh(2), options("sequential", micro_batches=2), 0)) == ((0, 1), ())
 
 
+def test_a_run_that_is_too_short_says_what_was_not_trained_to_its_end() -> None:
+    states = [PartitionState(60, (), True), PartitionState(40)]
+    decision = schedule(costs(1, 1), [RankFacts()], states, options("sequential", partition_steps=60), 100)
+    assert not any(decision.training)
+    assert (
+        "steps are done, before these reached theirs: partition 1 (blocks.1) after 40 steps"
+        in decision.reason
+    )
+
+
 # ---------------------------------------------------------------- convergence
 @pytest.mark.parametrize(
     ("losses", "converged"),
