@@ -137,6 +137,14 @@ def test_a_finished_run_goes_on_with_more_steps() -> None:
     assert all(more.decide(10, Report(NAMES)).training)
 
 
+def test_only_steps_in_which_a_partition_trained_are_counted() -> None:
+    one = Coordinator(0, 1, dataclasses.replace(OPTIONS, kind="sequential"), store=dist.HashStore())
+    for step in (0, 10, 20, 30, 33):  # an even share of 100 steps is 33
+        one.decide(step, Report(NAMES))
+    assert one.decide(43, Report(NAMES)).training == (False, True, False)
+    assert [(state.steps, state.frozen) for state in one.states] == [(33, True), (10, False), (0, False)]
+
+
 def test_a_decision_is_made_anew_on_request() -> None:
     one = Coordinator(0, 1, OPTIONS, store=dist.HashStore())
     first = one.decide(0, Report(NAMES, measured()))

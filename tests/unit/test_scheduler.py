@@ -213,6 +213,24 @@ def test_a_rank_that_cannot_help_is_said_to_be_idle() -> None:
     assert "Rank 2 is idle" in decision.reason and "4 micro-batches" in decision.reason
 
 
+def test_a_slow_rank_that_would_hold_up_a_group_is_left_out() -> None:
+    ranks = [RankFacts(None, 0.5), RankFacts(None, 2.0)]
+    assert where(schedule(costs(1), ranks, fresh(1), options(micro_batches=2), 0)) == ((1,),)
+
+
+def test_memory_counts_state_queues_and_the_largest_activations() -> None:
+    parts = costs(
+        1, 1, 1, 1, parameter_bytes=100, activation_bytes=30, output_bytes=7, head_parameter_bytes=10
+    )
+    chosen = options(queue_micro_batches=2, reserved_bytes=1000)
+    frozen_first = (False, True, True, False)
+    # Partition 3 is nowhere: a queue of inputs, none of outputs.
+    assert held_bytes(parts, frozen_first, [1, 2], chosen) == 1000 + 2 * 110 * 4 + 2 * 7 + (30 + 7)
+    assert held_bytes(parts, frozen_first, [0], chosen) == 1000 + 100 + 2 * 7 + 7
+    assert held_bytes(parts, frozen_first, [1], chosen) == 1000 + 110 * 4 + 2 * 7 + 2 * 7 + (30 + 7)
+    assert held_bytes(parts, frozen_first, [], chosen) == 0
+
+
 def test_memory_moves_a_partition_to_a_rank_where_it_fits() -> None:
     parts = costs(1, 1, 1, 3, parameter_bytes=10)
     roomy = schedule(parts, [RankFacts(400)] * 2, fresh(4), options(), 0)
