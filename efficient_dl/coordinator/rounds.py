@@ -13,10 +13,8 @@ from efficient_dl import errors
 from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import ConfigError, EdlError, TransportError
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
-    0.001,
-    0.1,
-)  # between looks at the store; signals are handled in between
+FIRST_PAUSE_SECONDS = 0.001  # between looks at the store; doubled each time, up to the longest
+LONGEST_PAUSE_SECONDS = 0.1
 READ_SECONDS = 10.0  # for which rank 0, before it raises, waits for the others to read why
 
 
@@ -24,7 +22,7 @@ class StoreRounds:
     """Numbered rounds on a store of which only one object of this name exists on each rank.
 
     All ranks call `exchange` in the same order. Values are what JSON can hold; the store keeps those of the last round
-    only. timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so
+    only. After a TransportError no further round is possible. timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so
     that they learn from it who was missing.
 
     Raises ConfigError if this rank was on this store under this name before.

@@ -117,10 +117,13 @@ def _held_notes(
     costs: Sequence[PartitionCosts], assignment: Assignment, training: Sequence[bool], names: list[str]
 ) -> list[str]:
     forward = [k for k in range(len(costs)) if assignment.ranks[k] and not training[k]]
-    idle = [k for k in range(len(costs)) if not assignment.ranks[k]]
+    cached = [k for k in range(training.index(True)) if not assignment.ranks[k]]
+    idle = [k for k in range(training.index(True), len(costs)) if not assignment.ranks[k]]
     notes: list[str] = []
     if forward:
         notes.append(f"Only forward passes: {', '.join(names[k] for k in forward)}.")
+    if cached:
+        notes.append(f"On no rank, because its output is cached: {', '.join(names[k] for k in cached)}.")
     if idle:
         notes.append(
             f"On no rank, because no partition in training needs it: {', '.join(names[k] for k in idle)}."

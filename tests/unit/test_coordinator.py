@@ -137,6 +137,13 @@ def test_a_finished_run_goes_on_with_more_steps() -> None:
     assert all(more.decide(10, Report(NAMES)).training)
 
 
+def test_other_options_are_planned_for_at_once() -> None:
+    state = decided(1, [0])[0]
+    one = Coordinator(0, 1, dataclasses.replace(OPTIONS, stage_steps=7), store=dist.HashStore())
+    one.load_state_dict(state)
+    assert one.decide(5, Report(NAMES)).until_step == 12
+
+
 def test_only_steps_in_which_a_partition_trained_are_counted() -> None:
     one = Coordinator(0, 1, dataclasses.replace(OPTIONS, kind="sequential"), store=dist.HashStore())
     for step in (0, 10, 20, 30, 33):  # an even share of 100 steps is 33
