@@ -79,8 +79,8 @@ class Coordinator:
         """The decision that holds from `step` on, equal on all ranks; in it nothing trains when the training has ended.
 
         step: how many steps are done. report: what this rank measured since the last decision. As long as the last
-        decision holds for these ranks and options (after a resume in the middle of a stage), it is returned as it is, unless
-        replan is set. Save the state after the call, before partitions move: a resume then finds the decision.
+        decision holds for these ranks and options (after a resume in the middle of a stage), it is returned as it is,
+        unless replan is set. Save the state after the call, before partitions move: a resume then finds the decision.
 
         Raises, on every rank: PlanMismatch if ranks disagree about anything that the decision follows from, or get
         another decision from it; ConfigError if no assignment is possible; TransportError if a rank is missing.
@@ -115,7 +115,7 @@ class Coordinator:
         return decision
 
     def close(self) -> None:
-        """At the end of the training, on all ranks: until then some may still read what rank 0 decided."""
+        """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""
         self._rounds.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -22,8 +23,10 @@ class StoreRounds:
     """Numbered rounds on a store of which only one object of this name exists on each rank.
 
     All ranks call `exchange` in the same order. Values are what JSON can hold; the store keeps those of the last round
-    only. After a TransportError no further round is possible. timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so
-    that they learn from it who was missing.
+    only. After a TransportError no further round is possible.
+
+    timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so that they
+    learn from it who was missing.
 
     Raises ConfigError if this rank was on this store under this name before.
     """
@@ -35,6 +38,7 @@ class StoreRounds:
         self._name = name
         self._store = dist.PrefixStore(f"efficient_dl/{name}", store)
         self._round = 0
+        self._answered = False  # the last round, by this rank, and not with an error
         joined = f"joined/{rank}"
         if self._guarded(lambda: self._store.check([joined])):
             raise ConfigError(
@@ -51,6 +55,7 @@ class StoreRounds:
         """
         number = self._round
         self._round += 1
+        self._answered = False
         self._guarded(lambda: self._store.set(f"{number}/{self.rank}", json.dumps(value)))
         if self.rank == 0:
             return self._answer(number, answer)
@@ -68,9 +73,11 @@ class StoreRounds:
         return reply["value"]
 
     def close(self) -> None:
-        """Ends the rounds. Rank 0, whose end may end the store, waits until the others have read its last answer."""
-        if self.rank == 0 and self._round > 0:
-            self._wait_for_readers(self._round - 1, range(1, self.world_size), self.timeout)
+        """Ends the rounds, at any time. Rank 0 lets the others read its last answer first; its end may end the store."""
+        if self.rank == 0 and self._answered:
+            self._answered = False
+            with suppress(TransportError):  # there is nobody left who could read
+                self._wait_for_readers(self._round - 1, range(1, self.world_size), self.timeout)
 
     def _answer(self, number: int, answer: Callable[[list[Any]], Any]) -> Any:
         keys = [f"{number}/{rank}" for rank in range(self.world_size)]
@@ -103,6 +110,7 @@ class StoreRounds:
             self._wait_for_readers(number, range(1, self.world_size), min(self.timeout, READ_SECONDS))
             raise
         self._reply(number, {"value": value})
+        self._answered = True
         return value
 
     def _reply(self, number: int, reply: dict[str, Any]) -> None:
