@@ -73,7 +73,7 @@ class StoreRounds:
         return reply["value"]
 
     def close(self) -> None:
-        """Ends the rounds, at any time. Rank 0 lets the others read its last answer first; its end may end the store."""
+        """Ends the rounds, at any time. Rank 0, with which the store may end, first lets the others read its answer."""
         if self.rank == 0 and self._answered:
             self._answered = False
             with suppress(TransportError):  # there is nobody left who could read

@@ -241,6 +241,21 @@ def test_a_bug_on_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(second, TransportError) and "rank 0 failed: ZeroDivisionError" in str(second)
 
 
+def test_closing_does_not_wait_for_ranks_that_never_came() -> None:
+    def rank(number: int, store: dist.Store) -> str | None:
+        one = Coordinator(number, 2, OPTIONS, store=store, timeout=0.1 if number == 0 else 0.2)
+        one.close()  # before any round
+        if number == 1:
+            return None
+        with pytest.raises(TransportError) as caught:
+            one.decide(0, Report(NAMES, measured()))
+        one._rounds.timeout = 1000.0
+        one.close()
+        return str(caught.value)
+
+    assert "rank 0 heard nothing from rank 1" in on_ranks(2, rank)[0]
+
+
 def test_two_coordinators_of_one_name_are_refused() -> None:
     store = dist.HashStore()
     Coordinator(0, 1, OPTIONS, store=store)

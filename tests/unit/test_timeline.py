@@ -68,14 +68,11 @@ def test_there_is_a_bar_for_each_rank_and_partition() -> None:
 
 
 @pytest.mark.parametrize("statistics", [[], STATISTICS])
-def test_the_picture_is_svg_with_all_names_and_the_same_each_time(
-    tmp_path: Path, statistics: list[Any]
-) -> None:
-    first = draw_timeline(history(), tmp_path / "a.svg", statistics).read_text()
-    assert first == draw_timeline(history(), tmp_path / "b.svg", statistics).read_text()
-    assert ElementTree.fromstring(first).tag.endswith("svg")
-    assert all(name in first for name in NAMES)
-    assert ("lead (steps)" in first) == bool(statistics)
+def test_the_picture_is_svg_with_all_names(tmp_path: Path, statistics: list[Any]) -> None:
+    picture = draw_timeline(history(), tmp_path / "timeline.svg", statistics).read_text()
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert all(name in picture for name in NAMES)
+    assert ("lead (steps)" in picture) == bool(statistics)
 
 
 def test_an_empty_history_is_an_empty_picture_and_table(tmp_path: Path) -> None:
