@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.thrift import plain
 
 Shape = tuple[int, ...]  # of one sample, without the batch
 
@@ -27,15 +28,16 @@ def new_copy(piece: nn.Module, model: nn.Module) -> nn.Module:
     clone.zero_grad(set_to_none=True)
     undrawn: list[str] = []
     for name, part in clone.named_modules():
+        plain(part)
         resets = [getattr(part, reset) for reset in _RESETS if hasattr(part, reset)]
         if resets:
             resets[0]()
         elif any(True for _ in part.parameters(recurse=False)):
             undrawn.append(f"{name or 'itself'} ({type(part).__name__})")
-    if callable(initialize := getattr(model, "initialize", None)):
-        initialize(clone)
-    elif callable(initialize := getattr(model, "_init_weights", None)):
-        clone.apply(initialize)
+    if hasattr(model, "initialize"):
+        model.initialize(clone)  # type: ignore[operator]
+    elif hasattr(model, "_init_weights"):
+        clone.apply(model._init_weights)  # type: ignore[arg-type]
     elif undrawn:
         raise ConfigError(
             f"nothing says how a new {type(piece).__name__} begins",
