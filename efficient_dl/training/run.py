@@ -18,7 +18,7 @@ from efficient_dl.errors import EdlError
 from efficient_dl.models import build_model, check_model
 from efficient_dl.training import resume
 from efficient_dl.training.console import Progress, progress_for, result_text
-from efficient_dl.training.loop import Trainer
+from efficient_dl.training.end_to_end import Trainer
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_folder import (
     SUMMARY,

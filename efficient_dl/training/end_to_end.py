@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,7 @@ class Trainer(RunLoop):
 
     def _ddp_arguments(self) -> dict[str, Any]:
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
-        return {_SYNC_BUFFERS: bool(self.trained_buffers)}
+        return sync_buffers_argument(bool(self.trained_buffers))
 
     def _settle_buckets(self) -> None:
         """Let DDP arrange its buckets before the first step, so that every step of every run has the same ones.
@@ -68,22 +69,7 @@ class Trainer(RunLoop):
 
     def _compress(self) -> Compression:
         """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
-        config = self.config.compression
-        return compress_ddp(
-            self.ddp,
-            self.optimizer.parts[-1],  # whose step ends a training step
-            bits=config.bits,
-            overrides=config.overrides_by_pattern(),
-            max_error=config.max_error or None,
-            bytes_per_step=config.bytes_per_step or None,
-            error_feedback=_ERROR_FEEDBACK[config.error_feedback],
-            shadow=config.shadow,
-            check_every=config.check_every,
-            max_relative_error=config.max_relative_error,
-            on_alarm="disable" if config.on_alarm == "disable" else "warn",
-            timeout=self.config.run.timeout_seconds,
-            extra={"data": self.data.fingerprint},
-        )
+        return compressed(self.ddp, self.optimizer, self.config, {"data": self.data.fingerprint})
 
     def _train_step(self) -> dict[str, Tensor | float]:
         """One optimizer step on accumulate × batch_size samples of this rank; returns a row of metrics."""
@@ -191,6 +177,33 @@ class Trainer(RunLoop):
         kept = ("bits_per_value", "raw_bytes_per_step", "wire_bytes_per_step", "ratio", "bytes_source")
         codec_seconds = stats["codec_seconds_per_step"] / self.world_size
         return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
+
+
+def compressed(
+    model: DistributedDataParallel, optimizer: Optimizer, config: Config, extra: Mapping[str, Any]
+) -> Compression:
+    """Compression as the configuration says, in DDP's all-reduce. extra: facts that must agree on all ranks."""
+    settings = config.compression
+    return compress_ddp(
+        model,
+        optimizer.parts[-1],  # whose step ends a training step
+        bits=settings.bits,
+        overrides=settings.overrides_by_pattern(),
+        max_error=settings.max_error or None,
+        bytes_per_step=settings.bytes_per_step or None,
+        error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
+        shadow=settings.shadow,
+        check_every=settings.check_every,
+        max_relative_error=settings.max_relative_error,
+        on_alarm="disable" if settings.on_alarm == "disable" else "warn",
+        timeout=config.run.timeout_seconds,
+        extra=extra,
+    )
+
+
+def sync_buffers_argument(wanted: bool) -> dict[str, bool]:
+    """DDP's argument by its name in this torch: whether each forward pass sends the first rank's buffers."""
+    return {_SYNC_BUFFERS: wanted}
 
 
 # torch 2.13 renamed the argument.
