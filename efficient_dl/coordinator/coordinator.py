@@ -114,7 +114,7 @@ class Coordinator:
         return decision
 
     def close(self) -> None:
-        """Call it at the end of the training, on all ranks: until then the others may still read what rank 0 decided."""
+        """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""
         self._rounds.close()
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def new_copy(piece: nn.Module, model: nn.Module) -> nn.Module:
             resets[0]()
         elif any(True for _ in part.parameters(recurse=False)):
             undrawn.append(f"{name or 'itself'} ({type(part).__name__})")
-    if hasattr(model, "initialize"):
-        model.initialize(clone)  # type: ignore[operator]
-    elif hasattr(model, "_init_weights"):
-        clone.apply(model._init_weights)  # type: ignore[arg-type]
+    if callable(initialize := getattr(model, "initialize", None)):
+        initialize(clone)
+    elif callable(initialize := getattr(model, "_init_weights", None)):
+        clone.apply(initialize)  # pyright: ignore[reportArgumentType]
     elif undrawn:
         raise ConfigError(
             f"nothing says how a new {type(piece).__name__} begins",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,7 @@ class StepOptimizer(Protocol):
 class Trained:
     """A partition whose parameters learn from its own loss.
 
+    parameters: that its optimizer steps.
     forward: the block, or the DistributedDataParallel around it, which averages gradients over the partition's ranks.
     clip: the largest norm of the partition's gradient; 0.0: not clipped.
     """
@@ -39,6 +40,7 @@ class Trained:
     block: LocalBlock
     forward: nn.Module
     optimizer: StepOptimizer
+    parameters: Sequence[nn.Parameter]
     clip: float = 0.0
 
     @contextlib.contextmanager
@@ -53,7 +55,7 @@ class Trained:
     def step(self, lr: float) -> None:
         """One optimizer step, after which no gradient is kept."""
         if self.clip > 0:
-            clip_grad_norm_(self.block.parameters(), self.clip)
+            clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
 

@@ -1,9 +1,8 @@
-"""Layer-wise and partition-wise training: partitions with losses of their own, on the ranks that a coordinator chose."""
+"""Layer-wise and partition-wise training: partitions with losses of their own, where the coordinator places them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,28 +15,27 @@ from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Assignment, Decision
 from efficient_dl.coordinator.coordinator import Coordinator
 from efficient_dl.coordinator.costs import PartitionCosts
-from efficient_dl.coordinator.facts import PartitionState, RankFacts, ScheduleOptions
-from efficient_dl.coordinator.history import History
+from efficient_dl.coordinator.facts import Kind, ScheduleOptions
 from efficient_dl.coordinator.plateau import PlateauRule, smoothed
+from efficient_dl.coordinator.report import Report
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
-from efficient_dl.local_learning.block import LocalBlock
-from efficient_dl.local_learning.heads import make_head
-from efficient_dl.local_learning.objectives import make_objective
-from efficient_dl.local_learning.partition import Partitions, partition
+from efficient_dl.local_learning.blocks import Blocks
+from efficient_dl.local_learning.partition import Balance, Partitions, partition
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
-from efficient_dl.training.stage import Groups, Parts, Stage, Traffic, wanted_from
+from efficient_dl.training.stage import Groups, Stage, Traffic, wanted_from
 from efficient_dl.training.task import evaluate_batch, predictions
 
 _AUTO_HEADS = {"tokens": "causal:1", "samples": "auglocal"}
+_KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequential"}
+_BALANCE: dict[str, Balance] = {"time": "time", "memory": "memory", "parameters": "parameters"}
 _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a parameter
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
-_EXAMPLES = 2  # samples that a head is made for: the fewest that batch norm takes
 
 
 class LocalTrainer(RunLoop):
@@ -62,11 +60,7 @@ class LocalTrainer(RunLoop):
             optimizer_bytes_per_parameter_byte=_OPTIMIZER_BYTES[config.optimizer.name],
             queue_micro_batches=local.queue,
         )
-        self.history = History()
         self.stage: Stage | None = None
-        self.steps_trained = [0] * local.partitions
-        self.frozen = [False] * local.partitions
-        self.stage_losses: list[list[float]] = [[] for _ in range(local.partitions)]  # of ended stages
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
         self.rows: list[dict[str, Any]] = []  # not gathered yet
         self.traffic_before = Traffic()  # of ended stages
@@ -77,12 +71,22 @@ class LocalTrainer(RunLoop):
         timeout = self.config.run.timeout_seconds
         self.groups = Groups(timeout)
         self.transport = ProcessGroupTransport(_gloo_group(), timeout=timeout)
-        self.coordinator = Coordinator(timeout_seconds=timeout)
+        self.coordinator = Coordinator(
+            self.rank,
+            self.world_size,
+            self.options,
+            timeout=timeout,
+            facts={"data": self.data.fingerprint, "heads": self.heads, "settings": self.config.fingerprint()},
+        )
+        self.compute_seconds = 0.0
         cut: list[Any] = [self._measured_cut() if self.rank == 0 else None]
         dist.broadcast_object_list(cut, src=0)
-        self.cuts, self.costs = cut[0]
+        self.cuts, self.names, self.costs = cut[0]
+        self.state_names = [dict(one.names) for one in self._fresh()]
         measure.reset_peak_memory(self.device)
-        torch.manual_seed(self.config.train.seed + 1_000_003 * (self.rank + 1))  # dropout differs between ranks
+        torch.manual_seed(
+            self.config.train.seed + 1_000_003 * (self.rank + 1)
+        )  # dropout differs between ranks
 
     def _check(self) -> None:
         config = self.config
@@ -99,13 +103,27 @@ class LocalTrainer(RunLoop):
                 fix="local.activations=identity, or compression.shadow=false",
             )
 
-    def _measured_cut(self) -> tuple[tuple[str, ...], list[PartitionCosts]]:
+    def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
         model = build_model(self.config.model, self.data.spec, self.config.train.seed).to(self.device)
         inputs, _ = self._micro_batch(0)
-        cut = partition(model, self.config.local.partitions, inputs, balance=_BALANCE[self.config.local.balance])
+        cut = partition(
+            model, self.config.local.partitions, inputs, balance=_BALANCE[self.config.local.balance]
+        )
         for line in str(cut).splitlines():
             self.progress.note(line)
-        return cut.cuts, [one.costs for one in cut]
+        costs = self._blocks(cut).costs(*self._micro_batch(0))
+        return cut.cuts, tuple(one.name for one in cut), costs
+
+    def _blocks(self, partitions: Partitions) -> Blocks:
+        return Blocks(
+            partitions,
+            *self._micro_batch(0),
+            self.heads,
+            self.data.spec.classes,
+            self.task.unit,
+            penalty=self.config.local.penalty,
+            seed=self.config.train.seed,
+        )
 
     def _fresh(self) -> Partitions:
         """The model's partitions with the values of the run's start; who holds none of them keeps no memory for it."""
@@ -121,14 +139,14 @@ class LocalTrainer(RunLoop):
             losses = self.stage.host.train_step(step, self.micro_batches, self._micro_batch, self._lr)
         for index, loss in losses.items():
             self.losses.setdefault(index, []).append(loss.item())
-        for index, trained in enumerate(self.stage.decision.training):
-            self.steps_trained[index] += trained
         self.step += 1
         return {f"loss_partition_{index}": loss for index, loss in losses.items()}
 
     def _lr(self, index: int) -> float:
-        budget = self.options.budget(index, len(self.costs))
-        return learning_rate(self.config.optimizer, self.steps_trained[index], budget)
+        last = self.coordinator.history[-1]
+        before = self.coordinator.states[index].steps
+        done = before + (self.step - last.step if last.decision.training[index] else 0)
+        return learning_rate(self.config.optimizer, done, self.options.budget(index, len(self.names)))
 
     def _micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
         """The samples that rank number // accumulate would take end to end as its part number % accumulate."""
@@ -144,52 +162,37 @@ class LocalTrainer(RunLoop):
         return self._on_device(inputs), self._on_device(targets)
 
     def _next_stage(self) -> None:
-        """At a stage's end: checkpoint, ask the coordinator, move what moves, go on."""
+        """At a stage's end: ask the coordinator, checkpoint what it said, move what moves, go on."""
+        losses = {index: smoothed(values) for index, values in self.losses.items()}
+        decision = self._decide(losses)
+        self.losses = {}
         state: Mapping[str, Tensor] | None = None
         if self.stage is not None:
-            self._end_losses()
-            if self.checkpoints.latest() != self.step:
-                self._save()
+            self._save()
             self._end_stage()
-            decision = self._decide()
-            wanted = wanted_from(decision, self._names)
-            state = self.checkpoints.load(self.step, wanted).tensors
-        else:
-            decision = self._decide()
+            state = self.checkpoints.load(self.step, wanted_from(decision, self.state_names)).tensors
         self._begin(decision, state)
 
-    def _decide(self) -> Decision:
-        """Ask the coordinator; what it says of converged partitions is kept."""
-        states = [
-            PartitionState(
-                self.steps_trained[index],
-                tuple(self.stage_losses[index]),
-                self.frozen[index],
-                self.history[-1].decision.assignment.ranks[index] if len(self.history) else (),
-            )
-            for index in range(len(self.costs))
-        ]
-        memory = self.config.local.memory_bytes or None
-        decision = self.coordinator.decide(
-            self.costs, RankFacts(memory_bytes=memory), states, self.options, self.step, self.history
+    def _decide(self, losses: Mapping[int, float]) -> Decision:
+        first = self.rank == 0 and not len(self.coordinator.history)
+        report = Report(
+            self.names,
+            dict(enumerate(self.costs)) if first else {},
+            losses,
+            self.config.local.memory_bytes or None,
         )
-        for index, trained in enumerate(decision.training):
-            was_training = self.steps_trained[index] > 0
-            self.frozen[index] |= was_training and not trained
-        self._note_decision()
+        num_decisions = len(self.coordinator.history)
+        decision = self.coordinator.decide(self.step, report)
+        for entry in list(self.coordinator.history)[num_decisions:]:
+            self.progress.note(f"step {entry.step}: {entry.decision.reason}")
+            self.folder.log_decision(entry.to_row())
         return decision
 
-    def _note_decision(self) -> None:
-        entry = self.history[-1]
-        self.progress.note(f"step {entry.step}: {entry.decision.reason}")
-        self.folder.log_decision(entry.to_row())
-
     def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
-        parts = _Parts(self)
         self.stage = Stage(
             self.config,
             decision,
-            Parts(parts.block, self._names, parts.example),
+            self._blocks(self._fresh()),
             self.groups,
             self.transport,
             state,
@@ -198,13 +201,11 @@ class LocalTrainer(RunLoop):
             self.data.fingerprint,
             self._autocast,
         )
-        held = [self.costs[one.index] for one in self.stage.held]
-        trained = [self.costs[index] for index in self._trained_here()]
-        share = self.micro_batches / max(
-            1, *(len(decision.assignment.ranks[one.index]) for one in self.stage.held), 1
-        )
-        self.compute_seconds = share * (
-            sum(one.forward_seconds for one in held) + sum(one.backward_seconds for one in trained)
+        self.compute_seconds = sum(
+            self.coordinator.costs[index].seconds(decision.training[index])
+            * self.micro_batches
+            / len(decision.assignment.ranks[index])
+            for index in decision.assignment.of_rank(self.rank)
         )
 
     def _passes(self, until_step: int) -> list[int]:
@@ -220,16 +221,6 @@ class LocalTrainer(RunLoop):
     def _eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         config = self.config
         return list(self.data.eval_batches(config.train.eval_batches, config.data.batch_size))
-
-    def _end_losses(self) -> None:
-        """The smoothed loss of every partition trained in this stage, the same on all ranks."""
-        per_rank: list[dict[int, list[float]]] = self._over_ranks(self.losses)
-        for index in range(len(self.costs)):
-            found = [one[index] for one in per_rank if one.get(index)]
-            if found:
-                means = [sum(values) / len(values) for values in zip(*found, strict=True)]
-                self.stage_losses[index].append(smoothed(means))
-        self.losses = {}
 
     def _end_stage(self) -> None:
         assert self.stage is not None
@@ -295,12 +286,8 @@ class LocalTrainer(RunLoop):
 
     def _for_evaluation(self) -> Decision:
         """All partitions as they lay last, none trained."""
-        ranks = self.history[-1].decision.assignment.ranks if len(self.history) else ()
-        known = ranks and self.history[-1].world_size == self.world_size
-        everyone = (tuple(range(self.world_size)),) * len(self.costs)
-        return Decision(
-            Assignment(ranks if known else everyone), (False,) * len(self.costs), self.step, "to evaluate"
-        )
+        everyone = (tuple(range(self.world_size)),) * len(self.names)
+        return Decision(Assignment(everyone), (False,) * len(self.names), self.step, "to evaluate")
 
     def _latest_state(self) -> Mapping[str, Tensor] | None:
         latest = self.checkpoints.latest()
@@ -312,7 +299,7 @@ class LocalTrainer(RunLoop):
         self.stage.sync_buffers()
         tensors = self.stage.tensors()
         held = {index for index, ranks in enumerate(self.stage.decision.assignment.ranks) if ranks}
-        if self.rank == 0 and len(held) < len(self.costs):  # so that the checkpoint holds the whole model
+        if self.rank == 0 and len(held) < len(self.names):  # so that the checkpoint holds the whole model
             waiting = [one for one in self._fresh() if one.index not in held]
             tensors |= {
                 f"model/{one.names[key]}": value
@@ -327,22 +314,17 @@ class LocalTrainer(RunLoop):
         }
         local = {
             "cuts": list(self.cuts),
-            "costs": [asdict(one) for one in self.costs],
-            "steps_trained": self.steps_trained,
-            "frozen": self.frozen,
-            "stage_losses": self.stage_losses,
-            "history": self.history.to_rows(),
+            "names": list(self.names),
+            "coordinator": self.coordinator.state_dict(),
         }
         self.checkpoints.save(self.step, tensors, state, self._about() | {"local": local})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         local = checkpoint.about["local"]
         self.step = checkpoint.step
-        self.cuts = tuple(local["cuts"])
-        self.costs = [PartitionCosts(**one) for one in local["costs"]]
-        self.steps_trained, self.frozen = local["steps_trained"], local["frozen"]
-        self.stage_losses = local["stage_losses"]
-        self.history = History.from_rows(local["history"])
+        self.cuts, self.names = tuple(local["cuts"]), tuple(local["names"])
+        self.state_names = [dict(one.names) for one in self._fresh()]
+        self.coordinator.load_state_dict(local["coordinator"])
         same_ranks = checkpoint.about["ranks"] == self.world_size
         if same_ranks:
             state = checkpoint.rank_states[0]
@@ -351,28 +333,12 @@ class LocalTrainer(RunLoop):
             self.traffic_before = Traffic(**state["traffic"])
         if self.step >= self.config.train.steps:
             return
-        entry = self.history[-1]
-        if same_ranks and self.step < entry.decision.until_step:
-            decision = entry.decision  # in the middle of a stage: what was decided holds
-        else:
-            if not same_ranks:
-                self._forget_losses(checkpoint)
-            decision = self._decide()
+        num_decisions = len(self.coordinator.history)
+        decision = self._decide({})
         self._begin(decision, checkpoint.tensors)
         assert self.stage is not None
-        if same_ranks and decision is entry.decision and self._same_plan(checkpoint):
-            for index, state in checkpoint.rank_states[0]["compression"].items():
-                self.stage.compressions[index].load_state_dict(state)
-            self.stage.count_from_here()
-
-    def _forget_losses(self, checkpoint: Checkpoint) -> None:
-        """The losses of a stage that was cut short count as a stage of their own."""
-        per_rank = [state["losses"] for state in checkpoint.rank_states]
-        for index in range(len(self.costs)):
-            found = [one[index] for one in per_rank if one.get(index)]
-            if found:
-                means = [sum(values) / len(values) for values in zip(*found, strict=True)]
-                self.stage_losses[index].append(smoothed(means))
+        if same_ranks and num_decisions == len(self.coordinator.history) and self._same_plan(checkpoint):
+            self.stage.restore_compressions(checkpoint.rank_states[0]["compression"])
 
     def _traffic(self) -> dict[str, Any]:
         own = self.traffic_before if self.stage is None else self.traffic_before.plus(self.stage.traffic())
@@ -395,52 +361,7 @@ class LocalTrainer(RunLoop):
             self.traffic_before = self.traffic_before.plus(self.stage.traffic())
             self.stage.finish()
             self.stage = None
-
-    def _names(self, index: int) -> Mapping[str, str]:
-        if not hasattr(self, "_all_names"):
-            self._all_names = [dict(one.names) for one in self._fresh()]
-        return self._all_names[index]
-
-
-class _Parts:
-    """Blocks and examples from one fresh copy of the model, as long as a stage is being built."""
-
-    def __init__(self, trainer: LocalTrainer) -> None:
-        self._trainer = trainer
-        self._partitions = trainer._fresh()
-        inputs, targets = trainer._micro_batch(0)
-        self._targets = targets[:_EXAMPLES]
-        self._features = list(_features(self._partitions, inputs[:_EXAMPLES]))
-
-    def block(self, index: int) -> LocalBlock:
-        trainer, local = self._trainer, self._trainer.config.local
-        head = make_head(
-            trainer.heads,
-            index,
-            self._partitions,
-            self._features[index + 1],
-            trainer.data.spec.classes,
-            trainer.task.unit,
-            trainer.config.train.seed,
-        )
-        body = self._partitions[index].module
-        objective = make_objective(trainer.heads, local.penalty, self._partitions, index)
-        return LocalBlock(body, head, objective).train()
-
-    def example(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._features[index], self._targets
-
-
-@torch.no_grad()
-def _features(partitions: Partitions, inputs: Tensor) -> Iterable[Tensor]:
-    """What goes into the first partition, and what comes out of each, in evaluation mode."""
-    features = inputs
-    yield features
-    for one in partitions:
-        one.module.eval()
-        features = one.module(features)
-        one.module.train()
-        yield features
+        self.coordinator.close()
 
 
 def _mean_row(rows: tuple[dict[str, float], ...]) -> dict[str, float]:

@@ -19,10 +19,11 @@ from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.training.disk import disk_full
 
-CONFIG, METRICS, PARAMETERS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
+CONFIG, METRICS, PARAMETERS, DECISIONS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "config.toml",
     "metrics.jsonl",
     "parameters.jsonl",
+    "decisions.jsonl",
     "summary.json",
     "tensorboard",
     "checkpoints",
@@ -85,7 +86,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
-            for name in (METRICS, PARAMETERS):
+            for name in (METRICS, PARAMETERS, DECISIONS):
                 kept = [row for row in self.rows(name) if row["step"] <= step]
                 self._replace(name, "".join(json.dumps(row) + "\n" for row in kept))
             self._metrics = (self.path / METRICS).open("a", buffering=1)
@@ -112,6 +113,13 @@ class RunFolder:
             for name, row in rows.items():
                 for key, value in row.items():
                     self._tensorboard.add_scalar(f"compression/{name}/{key}", value, step)
+
+    def log_decision(self, row: Mapping[str, Any]) -> None:
+        """Append what the coordinator decided, a row with its "step", to decisions.jsonl."""
+        if not self.writes:
+            return
+        with disk_full(self.path, "the last checkpoint is intact"), (self.path / DECISIONS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
         """The complete rows of a file, none if there is none; a line cut off by a crash is left out."""

@@ -17,7 +17,7 @@ from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Decision
 from efficient_dl.errors import CheckpointError
 from efficient_dl.integrations.ddp_compression import Compression
-from efficient_dl.local_learning.block import LocalBlock
+from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
 from efficient_dl.local_learning.host import Host
 from efficient_dl.local_learning.streams import StreamOptions, Streams
@@ -43,19 +43,6 @@ class Traffic:
 
 
 @dataclass
-class Parts:
-    """What a stage is built from: each block is made once a rank holds it, with its values at the run's start.
-
-    block: of a partition, by its index, on the device. names: of its body's state, as the model names it.
-    example: two samples of a partition's input, and their targets.
-    """
-
-    block: Callable[[int], LocalBlock]
-    names: Callable[[int], Mapping[str, str]]
-    example: Callable[[int], tuple[Tensor, Tensor]]
-
-
-@dataclass
 class Groups:
     """The process groups of partitions, made once for each set of ranks and kept for the run; all ranks take part."""
 
@@ -73,6 +60,7 @@ class Groups:
 class Stage:
     """What this rank does until decision.until_step.
 
+    blocks: of a fresh copy of the model, of which this keeps what it holds.
     state: by name, what its partitions start from: a checkpoint's tensors; None: the run's beginning.
     passes: micro-batches of every pass of the stage, steps and evaluations, on all ranks the same.
     """
@@ -81,7 +69,7 @@ class Stage:
         self,
         config: Config,
         decision: Decision,
-        parts: Parts,
+        blocks: Blocks,
         groups: Groups,
         transport: ProcessGroupTransport,
         state: Mapping[str, Tensor] | None,
@@ -91,15 +79,15 @@ class Stage:
         autocast: Callable[[], Any],
     ) -> None:
         self.decision = decision
-        self._config, self._parts, self._device, self._fingerprint = config, parts, device, fingerprint
-        self._transport = transport
+        self._config, self._device, self._fingerprint = config, device, fingerprint
+        self._names = {one.index: dict(one.names) for one in blocks.partitions}
         rank = dist.get_rank()
         assignment = decision.assignment
         groups.make(assignment.ranks)
         self.compressions: dict[int, Compression] = {}
         self.held: list[Held] = []
         for index in assignment.of_rank(rank):
-            self.held.append(self._make(index, groups.made.get(assignment.ranks[index]), state))
+            self.held.append(self._make(index, blocks, groups.made.get(assignment.ranks[index]), state))
         codec = config.local.activations
         self._streams = Streams(
             assignment,
@@ -137,7 +125,7 @@ class Stage:
         """The state of the partitions held here, by name, not copied; buffers are those of a partition's first rank."""
         state: dict[str, Tensor] = {}
         for one in self.held:
-            names = self._parts.names(one.index)
+            names = self._names[one.index]
             state |= {f"model/{names[key]}": value for key, value in body_of(one).state_dict().items()}
             if isinstance(one, Trained):
                 head = one.block.head.state_dict()
@@ -146,6 +134,12 @@ class Stage:
                 own = one.optimizer.state_dict()
                 state |= {f"optimizer/{one.index}/{key}": value for key, value in own.items()}
         return state
+
+    def restore_compressions(self, states: Mapping[int, dict[str, Any]]) -> None:
+        """Their states of a checkpoint from the middle of this stage; bytes are counted from here on."""
+        for index, state in states.items():
+            self.compressions[index].load_state_dict(state)
+        self._before = {index: compression.stats() for index, compression in self.compressions.items()}
 
     def sync_buffers(self) -> None:
         """Take the running statistics of a partition's first rank on all of them, as its next step would."""
@@ -168,42 +162,49 @@ class Stage:
         for compression in self.compressions.values():
             compression.close()
 
-    def _make(self, index: int, group: dist.ProcessGroup | None, state: Mapping[str, Tensor] | None) -> Held:
-        block = self._parts.block(index)
+    def _make(
+        self,
+        index: int,
+        blocks: Blocks,
+        group: dist.ProcessGroup | None,
+        state: Mapping[str, Tensor] | None,
+    ) -> Held:
+        block = blocks.make(index)
         if state is not None:
-            names = self._parts.names(index)
+            names = self._names[index]
             _fill(block.body, {key: f"model/{names[key]}" for key in block.body.state_dict()}, state)
         if not self.decision.training[index]:
             return Frozen(index, block.body)
         if state is not None and any(key.startswith(f"head/{index}/") for key in state):
             _fill(block.head, {key: f"head/{index}/{key}" for key in block.head.state_dict()}, state)
         optimizer = Optimizer(block, self._config.optimizer)
+        parameters = list(block.parameters())
         if state is not None:
             prefix = f"optimizer/{index}/"
             optimizer.load_state_dict(
                 {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
             )
         if group is None:
-            return Trained(index, block, block, optimizer, self._config.optimizer.clip)
+            return Trained(index, block, block, optimizer, parameters, self._config.optimizer.clip)
         ddp = DistributedDataParallel(
             block,
             device_ids=[self._device] if self._device.type == "cuda" else None,
             process_group=group,
-            **sync_buffers_argument(bool(_trained_buffers(block))),
+            **sync_buffers_argument(bool(_trained_buffers(block))),  # pyright: ignore[reportArgumentType]
         )
-        inputs, targets = self._parts.example(index)
+        inputs, targets = blocks.example(index)
         with measure.untouched(block, self._device):  # DDP arranges its buckets
             ddp(inputs, targets)[1].backward()
         self.compressions[index] = compressed(
             ddp, optimizer, self._config, extra={"data": self._fingerprint, "partition": index}
         )
-        return Trained(index, block, ddp, optimizer, self._config.optimizer.clip)
+        return Trained(index, block, ddp, optimizer, parameters, self._config.optimizer.clip)
 
 
-def wanted_from(decision: Decision, names: Callable[[int], Mapping[str, str]]) -> Callable[[str], bool]:
+def wanted_from(decision: Decision, names: Sequence[Mapping[str, str]]) -> Callable[[str], bool]:
     """Which of a checkpoint's tensors this rank needs to carry a decision out."""
     held = decision.assignment.of_rank(dist.get_rank())
-    keys = {f"model/{name}" for index in held for name in names(index).values()}
+    keys = {f"model/{name}" for index in held for name in names[index].values()}
     prefixes = tuple(f"{kind}/{index}/" for index in held for kind in ("head", "optimizer"))
     return lambda key: key in keys or (bool(prefixes) and key.startswith(prefixes))
 
