@@ -40,17 +40,17 @@ CASES = {
         DataConfig(name="fashion-mnist", batch_size=64),
         cuts=("layers.1", "layers.2"),
         heads="linear",
-        steps=600,
+        steps=300,
         lr=1e-3,
-        eval_batches=157,
+        eval_batches=80,
     ),
     "gpt": Case(
         "gpt",
-        ModelConfig(name="gpt", size="nano", context=128, tie_weights=False),
+        ModelConfig(name="gpt", size="nano", context=64, tie_weights=False),
         DataConfig(name="stdlib", batch_size=8),
         cuts=("blocks.1", "blocks.2", "blocks.3"),
         heads="causal:1",
-        steps=600,
+        steps=300,
         lr=3e-3,
         eval_batches=64,
     ),
@@ -60,9 +60,9 @@ CASES = {
         DataConfig(name="fashion-mnist", batch_size=64),
         cuts=("features.1", "features.3", "features.6"),
         heads="predsim",
-        steps=300,
+        steps=100,
         lr=1e-3,
-        eval_batches=32,
+        eval_batches=16,
     ),
 }
 
@@ -107,9 +107,7 @@ def main(
         compare(chosen, names, range(first_seed, first_seed + seeds), budget, file, out)
 
 
-def compare(
-    case: Case, names: list[str], seeds: range, budget: str, file: RowFile, out: Path | None
-) -> None:
+def compare(case: Case, names: list[str], seeds: range, budget: str, file: RowFile, out: Path | None) -> None:
     """Runs what is missing in the rows, appends it, and prints the table of this case."""
     data = load_data(case.data, context=case.model.context, seed=0)
     known = _known(out)
@@ -199,7 +197,17 @@ def _report(
         title=f"{case.title}, equal {budget}",
         caption="loss against backprop: relative, over paired seeds, 95 % interval; saved: for backward, at most",
     )
-    for name in ("system", "seeds", metric, "val loss", "against backprop", "saved", "memory", "flops", "s/step"):
+    for name in (
+        "system",
+        "seeds",
+        metric,
+        "val loss",
+        "against backprop",
+        "saved",
+        "memory",
+        "flops",
+        "s/step",
+    ):
         table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
     reference = values(REFERENCE, "val_loss")
     for name in names:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from efficient_dl.config import DataConfig, ModelConfig
 from efficient_dl.data import Dataset
@@ -48,8 +50,9 @@ class Case:
 
     @property
     def title(self) -> str:
+        window = f" x {self.model.context}" if self.model.name == "gpt" else ""
         return (
-            f"{self.model.name}-{self.model.size} on {self.data.name}, {self.data.batch_size} a batch, "
+            f"{self.model.name}-{self.model.size} on {self.data.name}, {self.data.batch_size}{window} a batch, "
             f"{self.steps} steps, {len(self.cuts) + 1} partitions, heads {self.heads}, adamw {self.lr:g}"
         )
 
@@ -273,6 +276,20 @@ SYSTEMS: dict[str, type[Trainer]] = {
 }
 
 
+class _Flops(TorchDispatchMode):
+    """Counts with torch's formulas. Its own FlopCounterMode fails where autograd.grad asks for a leaf's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def measure_costs(case: Case, data: Dataset, system: str) -> Costs:
     """What a step costs; every probe is a process of its own, forked from this one."""
     if system != "sequential":
@@ -301,11 +318,11 @@ def _count(trainer: Trainer) -> list[float]:
     parameters = nn.ParameterList(
         p for one in trainer.optimizers for group in one.param_groups for p in group["params"]
     )
-    with FlopCounterMode(display=False) as flops:
+    with _Flops() as flops:
         trainer.step(inputs, targets)
     with SavedTensors(trainer.model, parameters) as saved:
         trainer.step(inputs, targets)
-    return [float(flops.get_total_flops()), float(saved.peak_bytes)]
+    return [float(flops.total), float(saved.peak_bytes)]
 
 
 def _growth(make: Callable[[], Trainer]) -> float:
