@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,19 @@ def measure_costs(case: Case, data: Dataset, system: str) -> Costs:
     )
 
 
+@cache
+def _load_lazily_imported() -> None:
+    """torch imports much at the first step of an optimizer: here, not in every probe, whose memory it would fill."""
+    layer = checkpointed(nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    nn.utils.clip_grad_norm_(layer.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def _probe(case: Case, data: Dataset, kind: Callable[[Case, Dataset, int], Trainer]) -> Costs:
+    _load_lazily_imported()
     flops, saved = _forked(lambda: _count(kind(case, data, 0)))
     (memory,) = _forked(lambda: [_growth(lambda: kind(case, data, 0))])
     return Costs(flops, int(saved), int(memory))
