@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.thrift import plain
 
 Shape = tuple[int, ...]  # of one sample, without the batch
 
@@ -27,6 +28,7 @@ def new_copy(piece: nn.Module, model: nn.Module) -> nn.Module:
     clone.zero_grad(set_to_none=True)
     undrawn: list[str] = []
     for name, part in clone.named_modules():
+        plain(part)
         resets = [getattr(part, reset) for reset in _RESETS if hasattr(part, reset)]
         if resets:
             resets[0]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,10 +33,7 @@ class Cut:
         self.pieces = [Piece(name, module, {}) for name, module in pieces]
         names = [name for name, _ in pieces]
         edges = [0, *(names.index(name) for name in begin), len(names)]
-        self.parts = [
-            Part(nn.Sequential(*(module for _, module in pieces[a:b])))
-            for a, b in zip(edges, edges[1:], strict=False)
-        ]
+        self.parts = [Part(nn.Sequential(*(module for _, module in pieces[a:b]))) for a, b in pairwise(edges)]
 
     def __len__(self) -> int:
         return len(self.parts)
