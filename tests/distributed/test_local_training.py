@@ -88,7 +88,7 @@ def test_streamed_partitions_have_the_bits_of_one_rank(tmp_path: Path, place: st
 def test_the_result_is_a_state_of_the_whole_model(tmp_path: Path) -> None:
     (_, tensors), _ = run_ranks(trained, 2, tmp_path / "run", *GPT, "local.mode=partitionwise")
     config = config_of(tmp_path, *GPT)
-    model = build_model(config.model, DataSpec("tokens", (16,), 256), seed=1)
+    model = build_model(config.model, DataSpec("tokens", 256, (16,)), seed=1)
     state = {key.removeprefix("model/"): one for key, one in tensors.items() if key.startswith("model/")}
     assert not torch.equal(
         state["blocks.0.attention.qkv.weight"], model.state_dict()["blocks.0.attention.qkv.weight"]
@@ -205,7 +205,7 @@ def test_another_number_of_ranks_goes_on_with_every_partition(tmp_path: Path) ->
         # The same samples in the same steps: only sums run in another order.
         assert summary.val_loss == pytest.approx(same.val_loss, rel=1e-3)
     history = RunFolder(tmp_path / "4", False).rows(DECISIONS)
-    assert [row["world_size"] for row in history if row["step"] >= 6][0] == 4
+    assert next(row["world_size"] for row in history if row["step"] >= 6) == 4
 
 
 def refused(rank: int, out: Path, settings: list[str], resumed: bool) -> str:
