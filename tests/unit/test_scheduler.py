@@ -290,7 +290,7 @@ def run(kind: str, **fields: Any) -> list[Decision]:
     """All decisions of a run whose losses fall all the time."""
     chosen = options(kind, **fields)
     states, step, decisions = fresh(3), 0, list[Decision]()
-    while not decisions or any(decisions[-1].training):
+    while not decisions or not decisions[-1].ended:
         decision = schedule(costs(1, 1, 1), [RankFacts()] * 2, states, chosen, step)
         assert not any(decision.training) or decision.until_step > step
         states = [
