@@ -13,7 +13,7 @@ from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.training.console import Progress
-from efficient_dl.training.loop import Trainer
+from efficient_dl.training.end_to_end import Trainer
 
 PEERS = {
     "fp16 hook": "torch's fp16_compress_hook",

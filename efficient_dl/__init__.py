@@ -1,4 +1,4 @@
-"""Distributed training with entropy-coded gradients: `compress` a model, or make a codec of your own."""
+"""Distributed training with entropy-coded gradients: `compress` a model, make a codec, `partition` a network."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,14 +7,29 @@ if TYPE_CHECKING:
     from efficient_dl.integrations.compress import compress
     from efficient_dl.integrations.ddp_compression import Compression
     from efficient_dl.integrations.fsdp import FsdpCompression
+    from efficient_dl.local_learning.learner import LocalLearner
+    from efficient_dl.local_learning.partition import Partition, Partitions, partition
 
-__all__ = ["Compression", "FsdpCompression", "compress", "make_codec"]
+__all__ = [
+    "Compression",
+    "FsdpCompression",
+    "LocalLearner",
+    "Partition",
+    "Partitions",
+    "compress",
+    "make_codec",
+    "partition",
+]
 
 _HOMES = {
     "Compression": "efficient_dl.integrations.ddp_compression",
     "compress": "efficient_dl.integrations.compress",
     "FsdpCompression": "efficient_dl.integrations.fsdp",
     "make_codec": "efficient_dl.codec",
+    "LocalLearner": "efficient_dl.local_learning.learner",
+    "Partition": "efficient_dl.local_learning.partition",
+    "Partitions": "efficient_dl.local_learning.partition",
+    "partition": "efficient_dl.local_learning.partition",
 }
 
 

@@ -35,6 +35,10 @@ TRAIN_EXAMPLE = """
 
   edl train --out runs/first --resume --steps 400
 
+  edl train --model gpt-micro --data stdlib --mode layerwise --partitions 4 --out runs/layers
+
+  edl train --model gpt-micro --data stdlib --mode partitionwise --partitions 2 --workers 2 --out runs/parts
+
   torchrun --nproc-per-node 4 -m efficient_dl.cli train --model resnet18 --data fashion-mnist --bits lossless
 
 Settings come from --config (or, with --resume, from the run's folder), then the flags, then --set; later wins.
@@ -78,6 +82,16 @@ def train(
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="end-to-end, layerwise or partitionwise: what is trained at once, and where."),
+    ] = None,
+    partitions: Annotated[
+        int | None, typer.Option(help="Parts that the model is cut into, for layerwise and partitionwise.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="2: a partition also learns from the next one's loss; layerwise.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Local workers to start; under a launcher, the ranks it must have.")
     ] = None,
@@ -100,6 +114,9 @@ def train(
         "data.name": data,
         "optimizer.name": optimizer,
         "compression.bits": bits,
+        "local.mode": mode,
+        "local.partitions": partitions,
+        "local.window": window,
         "run.workers": workers,
         "train.steps": steps,
         "data.batch_size": batch_size,

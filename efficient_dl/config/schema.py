@@ -131,6 +131,55 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
+class LocalConfig(Section):
+    section: ClassVar[str] = "local"
+    mode: str = setting(
+        "end-to-end",
+        "what is trained at once: the whole model by backprop; its partitions by local losses, all on every worker "
+        "(layerwise) or each on workers of its own (partitionwise)",
+        words=("end-to-end", "layerwise", "partitionwise"),
+    )
+    partitions: int = setting(4, "parts that the model is cut into", low=1, high=4096)
+    schedule: str = setting(
+        "simultaneous",
+        "layerwise: all partitions in every step, or one after the other, each a share of the steps",
+        words=("simultaneous", "sequential"),
+    )
+    window: int = setting(
+        1, "2: a partition also learns from the next one's loss; layerwise, simultaneous", low=1, high=2
+    )
+    heads: str = setting(
+        "auto",
+        "auxiliary heads: linear, auglocal, auglocal:DEPTH, predsim (images), causal:BLOCKS (tokens); "
+        "auto: auglocal for images, causal:1 for tokens",
+    )
+    penalty: float = setting(
+        0.0, "1/tau of the penalty on residual branches, (1/2tau)*|branch|^2; 0: none", low=0.0, high=1e6
+    )
+    balance: str = setting(
+        "time", "what a cut makes equal among partitions", words=("time", "memory", "parameters")
+    )
+    activations: float | str = setting(
+        "identity",
+        "bits a value that partitionwise workers send forward, or how exactly",
+        low=1.0,
+        high=7.0,
+        words=("identity", "lossless"),
+    )
+    queue: int = setting(4, "micro-batches that may wait at each end of a stream", low=1, high=1024)
+    stage_steps: int = setting(
+        0, "steps between the coordinator's decisions; 0: a tenth of the run", low=0, high=_MANY
+    )
+    freeze_below: float = setting(
+        0.0,
+        "partitionwise: a partition whose loss falls by a smaller share in a stage is frozen; 0: never",
+        low=0.0,
+        below=1.0,
+    )
+    memory_bytes: int = setting(0, "memory of a worker for its partitions; 0: not limited", low=0, high=2**50)
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     section: ClassVar[str] = "run"
     out: str = setting("", "the run's folder; empty: a name made from the settings")
@@ -149,6 +198,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def settings(self, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -183,5 +233,13 @@ class Config:
 
 SECTIONS: dict[str, type[Section]] = {
     kind.section: kind
-    for kind in (ModelConfig, DataConfig, OptimizerConfig, CompressionConfig, TrainConfig, RunConfig)
+    for kind in (
+        ModelConfig,
+        DataConfig,
+        OptimizerConfig,
+        CompressionConfig,
+        TrainConfig,
+        LocalConfig,
+        RunConfig,
+    )
 }

@@ -135,16 +135,17 @@ class GPT(nn.Module):
         )
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        self._initialize(shape.num_blocks)
+        self.initialize(self)
         if tie_weights:
             self.head.weight = self.embedding.weight
 
-    def _initialize(self, num_blocks: int) -> None:
-        for name, parameter in self.named_parameters():
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the matrices of one of this model's parts, or of a new copy of it, as they begin."""
+        for name, parameter in module.named_parameters():
             if parameter.dim() == 2:
                 # Each block adds twice to the stream; the sum starts with the variance of one matrix.
                 into_stream = name.endswith(".out.weight")
-                std = INIT_STD / math.sqrt(2 * num_blocks) if into_stream else INIT_STD
+                std = INIT_STD / math.sqrt(2 * len(self.blocks)) if into_stream else INIT_STD
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,10 +26,14 @@ class MLP(nn.Module):
             width = next_width
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(width, classes)
-        for module in self.layers.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+        self.initialize(self.layers)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the weights of hidden layers, or of new copies of them, as they begin."""
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+                nn.init.zeros_(part.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (batch, ...) of `numel` numbers a sample. Returns logits (batch, classes)."""

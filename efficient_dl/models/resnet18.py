@@ -60,15 +60,16 @@ class ResNet18(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, classes)
-        self._initialize()
+        self.initialize(self)
 
-    def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, BasicBlock):
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the weights of one of this model's parts, or of a new copy of it, as they begin."""
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(part, BasicBlock):
                 # Every block starts as its shortcut: Goyal et al. 2017, arXiv 1706.02677, section 5.1.
-                nn.init.zeros_(module.bn2.weight)
+                nn.init.zeros_(part.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (batch, channels, height, width). Returns logits (batch, classes)."""

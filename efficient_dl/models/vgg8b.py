@@ -41,9 +41,13 @@ class VGG8B(nn.Module):
             nn.Dropout(dropout),
         )
         self.head = nn.Linear(hidden, classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and module is not self.head:
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        self.initialize(self)
+
+    def initialize(self, module: nn.Module) -> None:
+        """Draw the weights of one of this model's parts, or of a new copy of it, as they begin."""
+        for part in module.modules():
+            if isinstance(part, (nn.Conv2d, nn.Linear)) and part is not self.head:
+                nn.init.kaiming_normal_(part.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (batch, channels, height, width). Returns logits (batch, classes)."""

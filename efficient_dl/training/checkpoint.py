@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ class CheckpointFolder:
     ) -> Path:
         """Write a checkpoint, a collective call; older ones than the newest `keep` are removed.
 
-        tensors: equal on all ranks, written once. rank_state: of each rank, anything torch.save takes and
-        torch.load(weights_only=True) gives back. Raises DiskFull or CheckpointError, leaving earlier ones alone.
+        tensors: by name; one that several ranks give must be equal on them, and is written once. rank_state: of each
+        rank, anything torch.save takes and torch.load(weights_only=True) gives back. Raises DiskFull or
+        CheckpointError, leaving earlier ones alone.
         """
         final = self.folder(step)
         partial = self.path / f".{final.name}.partial"
@@ -109,8 +110,11 @@ class CheckpointFolder:
         with _damaged(self.folder(step)):
             return json.loads((self.folder(step) / _ABOUT).read_text())
 
-    def load(self, step: int) -> Checkpoint:
-        """Read a checkpoint, a collective call. Raises CheckpointError if it is missing or damaged."""
+    def load(self, step: int, wanted_tensor: Callable[[str], bool] = lambda name: True) -> Checkpoint:
+        """Read a checkpoint, a collective call. Raises CheckpointError if it is missing or damaged.
+
+        wanted_tensor: which tensors this rank takes, by name; others are not read.
+        """
         folder = self.folder(step)
         about = self.about(step)
         ranks = [_rank()] if about["ranks"] == _world_size() else range(about["ranks"])
@@ -121,7 +125,7 @@ class CheckpointFolder:
                 key: torch.empty(entry.size, dtype=entry.properties.dtype)
                 for key, entry in entries.items()
                 if isinstance(entry, TensorStorageMetadata)
-                and (key in wanted or not key.startswith("ranks/"))
+                and (key in wanted or (not key.startswith("ranks/") and wanted_tensor(key)))
             }
             dcp.load(tensors, checkpoint_id=folder)
             states = [_from_blob(tensors.pop(key)) for key in wanted]

@@ -33,7 +33,16 @@ _NO_MATTER = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
 )
-_FIXED = ("optimizer.name", "train.seed")
+_FIXED = (
+    "optimizer.name",
+    "train.seed",
+    "local.mode",
+    "local.partitions",
+    "local.schedule",
+    "local.window",
+    "local.heads",
+    "local.penalty",
+)
 
 
 class HasState(Protocol):
@@ -90,22 +99,29 @@ def check_position(checkpoint: Checkpoint, config: Config, world_size: int) -> l
     ]
 
 
-def rank_state(compression: HasState, device: torch.device) -> dict[str, Any]:
-    """This rank's own state: the generators' and the compression's. Nothing here draws from Python's or numpy's."""
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "compression": compression.state_dict(),
-    }
+def generator_state(device: torch.device) -> dict[str, Any]:
+    """The state of torch's generators. Nothing here draws from Python's or numpy's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def restore_rank_state(state: Mapping[str, Any], compression: HasState | None, device: torch.device) -> None:
-    """Undo `rank_state`. compression: None leaves it as it starts, because it follows another plan now."""
+def restore_generators(state: Mapping[str, Any], device: torch.device) -> None:
+    """Undo `generator_state`."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def rank_state(compression: HasState, device: torch.device) -> dict[str, Any]:
+    """This rank's own state: the generators' and the compression's."""
+    return {**generator_state(device), "compression": compression.state_dict()}
+
+
+def restore_rank_state(state: Mapping[str, Any], compression: HasState | None, device: torch.device) -> None:
+    """Undo `rank_state`. compression: None leaves it as it starts, because it follows another plan now."""
+    restore_generators(state, device)
     if compression is not None:
         compression.load_state_dict(state["compression"])
 

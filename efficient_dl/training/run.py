@@ -18,7 +18,8 @@ from efficient_dl.errors import EdlError
 from efficient_dl.models import build_model, check_model
 from efficient_dl.training import resume
 from efficient_dl.training.console import Progress, progress_for, result_text
-from efficient_dl.training.loop import Trainer
+from efficient_dl.training.end_to_end import Trainer
+from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_folder import (
     SUMMARY,
@@ -115,7 +116,8 @@ def _train(
         shown.note(note)
     shown.note(f"run folder: {prepared.config.run.out}")
     try:
-        summary = Trainer(prepared.config, prepared.data, device, shown).train(resumed)
+        kind = Trainer if prepared.config.local.mode == "end-to-end" else LocalTrainer
+        summary = kind(prepared.config, prepared.data, device, shown).train(resumed)
     finally:
         shown.stop()
     path = Path(prepared.config.run.out) / SUMMARY

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, parameters.jsonl, tensorboard/, checkpoints/, summary.json."""
+"""The folder of a run: its configuration, metrics, decisions, checkpoints and summary."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.training.disk import disk_full
 
-CONFIG, METRICS, PARAMETERS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
+CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "config.toml",
     "metrics.jsonl",
     "parameters.jsonl",
+    "decisions.jsonl",
+    "timeline.svg",
     "summary.json",
     "tensorboard",
     "checkpoints",
@@ -72,6 +74,11 @@ class RunFolder:
         self._tensorboard: Any = None
 
     @property
+    def timeline(self) -> Path:
+        """Where it is drawn which partition trained where."""
+        return self.path / TIMELINE
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
@@ -85,7 +92,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
-            for name in (METRICS, PARAMETERS):
+            for name in (METRICS, PARAMETERS, DECISIONS):
                 kept = [row for row in self.rows(name) if row["step"] <= step]
                 self._replace(name, "".join(json.dumps(row) + "\n" for row in kept))
             self._metrics = (self.path / METRICS).open("a", buffering=1)
@@ -112,6 +119,13 @@ class RunFolder:
             for name, row in rows.items():
                 for key, value in row.items():
                     self._tensorboard.add_scalar(f"compression/{name}/{key}", value, step)
+
+    def log_decision(self, row: Mapping[str, Any]) -> None:
+        """Append what the coordinator decided, a row with its "step", to decisions.jsonl."""
+        if not self.writes:
+            return
+        with disk_full(self.path, "the last checkpoint is intact"), (self.path / DECISIONS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def rows(self, name: str = METRICS) -> list[dict[str, Any]]:
         """The complete rows of a file, none if there is none; a line cut off by a crash is left out."""

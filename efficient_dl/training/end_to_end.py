@@ -1,11 +1,10 @@
-"""The training loop: one run from its configuration to its summary, inside workers that have found each other."""
+"""End-to-end training: backprop through the whole model, gradients averaged over all ranks by DDP."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -21,54 +20,24 @@ from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
-from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
 from efficient_dl.training.optimizers import Optimizer
-from efficient_dl.training.run_folder import RunFolder, Summary
+from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
-from efficient_dl.training.task import evaluate_batch, predictions, task_for
+from efficient_dl.training.task import evaluate_batch, predictions
 
 
-class Trainer:
-    """One run on one rank. Every rank makes one with the same configuration and calls `train` once."""
+class Trainer(RunLoop):
+    """Every rank holds the whole model and takes its share of each batch."""
 
     def __init__(self, config: Config, data: Dataset, device: torch.device, progress: Progress) -> None:
-        self.config, self.data, self.device, self.progress = config, data, device, progress
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = RunFolder(Path(config.run.out), writes=self.rank == 0)
-        self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.train.keep_checkpoints)
-        self.task = task_for(data.spec.kind)
+        super().__init__(config, data, device, progress)
+        self.label = f"bits {config.compression.bits}"
         self.model = build_model(config.model, data.spec, config.train.seed).to(device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         persistent = self.model.state_dict().keys()
         self.trained_buffers = [one for name, one in self.model.named_buffers() if name in persistent]
-        self.clock = measure.StepClock(device)
-        self.step = 0
-        self.val_loss = float("nan")
-
-    def train(self, resumed: bool) -> Summary:
-        """Train from the start, or from the latest checkpoint, to the last step."""
-        self._prepare()
-        if resumed:
-            self._load()
-            if self.step >= self.config.train.steps:
-                return self._already_done()
-        self.folder.open(self.config, self.step)
-        self.progress.start(f"bits {self.config.compression.bits}", self.step, self.config.train.steps)
-        with contextlib.closing(self.folder):
-            while self.step < self.config.train.steps:
-                row = self._train_step()
-                if self._due(self.config.train.log_every):
-                    self._log(row)
-                if self._due(self.config.train.eval_every):
-                    self._evaluate()
-                if self._due(self.config.train.checkpoint_every):
-                    self._save()
-                self.progress.advance(self.step)
-            summary = self._summary()
-            self.folder.finish(summary)
-        self.compression.close()
-        return summary
 
     def _prepare(self) -> None:
         """Measure the computation alone, then wrap the model: DDP, and the compression in its all-reduce."""
@@ -87,7 +56,7 @@ class Trainer:
 
     def _ddp_arguments(self) -> dict[str, Any]:
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
-        return {_SYNC_BUFFERS: bool(self.trained_buffers)}
+        return sync_buffers_argument(bool(self.trained_buffers))
 
     def _settle_buckets(self) -> None:
         """Let DDP arrange its buckets before the first step, so that every step of every run has the same ones.
@@ -100,22 +69,7 @@ class Trainer:
 
     def _compress(self) -> Compression:
         """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
-        config = self.config.compression
-        return compress_ddp(
-            self.ddp,
-            self.optimizer.parts[-1],  # whose step ends a training step
-            bits=config.bits,
-            overrides=config.overrides_by_pattern(),
-            max_error=config.max_error or None,
-            bytes_per_step=config.bytes_per_step or None,
-            error_feedback=_ERROR_FEEDBACK[config.error_feedback],
-            shadow=config.shadow,
-            check_every=config.check_every,
-            max_relative_error=config.max_relative_error,
-            on_alarm="disable" if config.on_alarm == "disable" else "warn",
-            timeout=self.config.run.timeout_seconds,
-            extra={"data": self.data.fingerprint},
-        )
+        return compressed(self.ddp, self.optimizer, self.config, {"data": self.data.fingerprint})
 
     def _train_step(self) -> dict[str, Tensor | float]:
         """One optimizer step on accumulate × batch_size samples of this rank; returns a row of metrics."""
@@ -202,67 +156,20 @@ class Trainer:
             dist.broadcast(buffer, src=0)
 
     def _save(self) -> None:
-        about = {
-            "samples_per_step": resume.samples_per_step(self.config, self.world_size),
-            "settings": self.config.settings(),
-        }
         self._sync_buffers()
         state = resume.rank_state(self.compression, self.device)
-        self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, about)
+        self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, self._about())
 
-    def _load(self) -> None:
-        step = self.checkpoints.latest()
-        if step is None:
-            self.progress.note("There is no checkpoint yet: starting at step 0.")
-            return
-        checkpoint = self.checkpoints.load(step)
-        for note in resume.check_position(checkpoint, self.config, self.world_size):
-            self.progress.note(note)
+    def _restore(self, checkpoint: Checkpoint) -> None:
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
-        before, now = checkpoint.about["settings"], self.config.settings()
-        same_plan = all(
-            before.get(key) == now[key]
-            for key in now
-            if key.startswith("compression.") and key != "compression.check_every"
-        )
-        if not same_plan:
-            self.progress.note("Gradients are sent otherwise than before: bytes are counted from here on.")
-        compression = self.compression if same_plan else None
+        compression = self.compression if self._same_plan(checkpoint) else None
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
         elif compression is not None:
             compression.load_state_dict([state["compression"] for state in checkpoint.rank_states])
-        self.step = checkpoint.step
 
-    def _already_done(self) -> Summary:
-        """The summary of a run that has reached its last step; made again if it is gone."""
+    def _close(self) -> None:
         self.compression.close()
-        self.progress.note(
-            f"Step {self.step} of {self.config.train.steps} was reached before: nothing to train."
-        )
-        summary = self.folder.summary()
-        if summary is None:
-            self._evaluate()
-            median = self.folder.step_seconds_median()
-            summary = dataclasses.replace(self._summary(), step_seconds_median=median)
-            self.folder.finish(summary)
-        return summary
-
-    def _summary(self) -> Summary:
-        config = self.config
-        per_sample = self.data.spec.shape[0] if self.task.unit == "tokens" else 1
-        return Summary(
-            val_loss=self.val_loss,
-            steps=self.step,
-            tokens_or_samples=self.step * resume.samples_per_step(config, self.world_size) * per_sample,
-            step_seconds_median=self._mean_over_ranks(self.clock.median()),
-            compute_seconds_median=self._mean_over_ranks(self.compute_seconds),
-            peak_memory_bytes=max(self._over_ranks(measure.peak_memory_bytes(self.device))),
-            bits=config.compression.bits,
-            seed=config.train.seed,
-            world_size=self.world_size,
-            **self._traffic(),
-        )
 
     def _traffic(self) -> dict[str, Any]:
         """Bytes a step, summed over ranks, and the codec's seconds, averaged over them; since the run's start."""
@@ -271,26 +178,32 @@ class Trainer:
         codec_seconds = stats["codec_seconds_per_step"] / self.world_size
         return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
 
-    def _over_ranks(self, value: Any) -> list[Any]:
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
 
-    def _mean_over_ranks(self, value: float) -> float:
-        return sum(self._over_ranks(value)) / self.world_size
+def compressed(
+    model: DistributedDataParallel, optimizer: Optimizer, config: Config, extra: Mapping[str, Any]
+) -> Compression:
+    """Compression as the configuration says, in DDP's all-reduce. extra: facts that must agree on all ranks."""
+    settings = config.compression
+    return compress_ddp(
+        model,
+        optimizer.parts[-1],  # whose step ends a training step
+        bits=settings.bits,
+        overrides=settings.overrides_by_pattern(),
+        max_error=settings.max_error or None,
+        bytes_per_step=settings.bytes_per_step or None,
+        error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
+        shadow=settings.shadow,
+        check_every=settings.check_every,
+        max_relative_error=settings.max_relative_error,
+        on_alarm="disable" if settings.on_alarm == "disable" else "warn",
+        timeout=config.run.timeout_seconds,
+        extra=extra,
+    )
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"
+def sync_buffers_argument(wanted: bool) -> dict[str, bool]:
+    """DDP's argument by its name in this torch: whether each forward pass sends the first rank's buffers."""
+    return {_SYNC_BUFFERS: wanted}
 
 
 # torch 2.13 renamed the argument.

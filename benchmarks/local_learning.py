@@ -1,0 +1,235 @@
+"""Do partitions that learn by local losses reach what backprop reaches, and with how much less memory?
+
+python -m benchmarks.local_learning --out benchmarks/results/local_learning.jsonl          # hours on 2 cores
+python -m benchmarks.local_learning --case mlp --seeds 5 --out ...                         # one of mlp, gpt, vgg8b
+python -m benchmarks.local_learning --budget flops --systems "simultaneous, window 1" ...  # as much work as backprop
+python -m benchmarks.local_learning --quick                                                # a minute
+Runs whose rows are in --out already are not repeated, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.local_systems import SYSTEMS, Case, Costs, evaluate, measure_costs, shrunk
+from benchmarks.pairs import paired_difference
+from benchmarks.rows import Row, RowFile
+from efficient_dl.config import DataConfig, ModelConfig
+from efficient_dl.data import Dataset, load_data
+
+BENCH = "local_learning"
+REFERENCE = "backprop"
+# They compute what backprop does, bit for bit or up to rounding: their cost is what is asked, once.
+ONCE = ("backprop, checkpointing", "backprop, accumulation")
+METRIC = {"tokens": "bits_per_byte", "images": "accuracy"}
+
+CASES = {
+    "mlp": Case(
+        "mlp",
+        ModelConfig(name="mlp", size="base"),
+        DataConfig(name="fashion-mnist", batch_size=64),
+        cuts=("layers.1", "layers.2"),
+        heads="linear",
+        steps=300,
+        lr=1e-3,
+        eval_batches=80,
+    ),
+    "gpt": Case(
+        "gpt",
+        ModelConfig(name="gpt", size="nano", context=64, tie_weights=False),
+        DataConfig(name="stdlib", batch_size=8),
+        cuts=("blocks.1", "blocks.2", "blocks.3"),
+        heads="causal:1",
+        steps=300,
+        lr=3e-3,
+        eval_batches=64,
+    ),
+    "vgg8b": Case(
+        "vgg8b",
+        ModelConfig(name="vgg8b", size="mini"),
+        DataConfig(name="fashion-mnist", batch_size=64),
+        cuts=("features.1", "features.3", "features.6"),
+        heads="predsim",
+        steps=100,
+        lr=1e-3,
+        eval_batches=16,
+    ),
+}
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
+    case: Annotated[str, typer.Option(help="mlp, gpt, vgg8b, or several with commas")] = "mlp,gpt,vgg8b",
+    systems: Annotated[str, typer.Option(help="with semicolons; empty: all")] = "",
+    seeds: Annotated[int, typer.Option(help="paired runs of each system", min=1)] = 5,
+    first_seed: Annotated[int, typer.Option(help="the seeds begin here", min=0)] = 0,
+    budget: Annotated[
+        str, typer.Option(help="what all systems get alike: tokens, or flops (backprop's)")
+    ] = "tokens",
+    steps: Annotated[int, typer.Option(help="instead of the case's; of backprop where flops are equal")] = 0,
+    heads: Annotated[str, typer.Option(help="instead of the case's")] = "",
+    cuts: Annotated[str, typer.Option(help="instead of the case's: pieces, with commas")] = "",
+    lr: Annotated[float, typer.Option(help="instead of the case's")] = 0.0,
+    quick: Annotated[bool, typer.Option(help="tiny models, 2 seeds, a minute")] = False,
+) -> None:
+    """Train every system on the same batches from the same initial values, seed by seed, and compare."""
+    torch.set_num_threads(1)
+    names = [one.strip() for one in systems.split(";") if one.strip()] or list(SYSTEMS)
+    if unknown := [one for one in names if one not in SYSTEMS]:
+        raise typer.BadParameter(f"no system {unknown[0]!r}; there are {'; '.join(SYSTEMS)}")
+    if budget not in ("tokens", "flops"):
+        raise typer.BadParameter(f"no budget {budget!r}: tokens or flops")
+    names = [REFERENCE, *(one for one in names if one != REFERENCE)]
+    file = RowFile(out)
+    for key in case.split(","):
+        if key not in CASES:
+            raise typer.BadParameter(f"no case {key!r}; there are {', '.join(CASES)}")
+        chosen = CASES[key]
+        if quick:
+            chosen, seeds = shrunk(chosen), min(seeds, 2)
+        chosen = replace(
+            chosen,
+            steps=steps or chosen.steps,
+            heads=heads or chosen.heads,
+            lr=lr or chosen.lr,
+            cuts=tuple(cuts.split(",")) if cuts else chosen.cuts,
+        )
+        compare(chosen, names, range(first_seed, first_seed + seeds), budget, file, out)
+
+
+def compare(case: Case, names: list[str], seeds: range, budget: str, file: RowFile, out: Path | None) -> None:
+    """Runs what is missing in the rows, appends it, and prints the table of this case."""
+    data = load_data(case.data, context=case.model.context, seed=0)
+    known = _known(out)
+    costs = {name: _costs(case, data, name, known, file) for name in names}
+    for seed in seeds:
+        # The data's order follows the seed, too; the validation data does not.
+        data = load_data(case.data, context=case.model.context, seed=seed)
+        for name in names:
+            steps = _steps(case, costs, name, budget)
+            label = f"{case.title}, equal {budget}, seed {seed}"
+            if (label, name, "val_loss") in known or (name in ONCE and seed != seeds[0]):
+                continue
+            trainer = SYSTEMS[name](case, data, seed)
+            torch.manual_seed(seed)
+            seconds = trainer.train(steps)
+            found = evaluate(trainer)
+            values = [
+                *((metric, value, _unit(metric), metric == "accuracy") for metric, value in found.items()),
+                ("step_seconds", statistics.median(seconds), "s", False),
+                ("steps", float(len(seconds)), "optimizer steps, over all stages", False),
+                ("total_flops", costs[name].flops * len(seconds), "by torch's counter", False),
+            ]
+            for metric, value, unit, higher in values:
+                file.add(Row(BENCH, label, name, metric, value, unit, higher))
+                known[label, name, metric] = value
+            print(f"{label}: {name}: {found}, {statistics.median(seconds):.3f} s a step", flush=True)
+    _report(case, names, seeds, budget, costs, known, METRIC[data.spec.kind])
+
+
+def _steps(case: Case, costs: dict[str, Costs], name: str, budget: str) -> int:
+    if budget == "tokens":
+        return case.steps
+    return max(len(case.cuts) + 1, round(case.steps * costs[REFERENCE].flops / costs[name].flops))
+
+
+def _costs(
+    case: Case, data: Dataset, name: str, known: dict[tuple[str, str, str], float], file: RowFile
+) -> Costs:
+    metrics = {
+        "step_flops": "by torch's counter, a mean over stages",
+        "saved_peak_bytes": "bytes that autograd holds at once, parameters left out",
+        "peak_memory_bytes": "bytes by which the process grew at most, by the kernel",
+    }
+    label = f"{case.title}, costs"
+    if all((label, name, metric) in known for metric in metrics):
+        flops, saved, memory = (known[label, name, metric] for metric in metrics)
+        return Costs(flops, int(saved), int(memory))
+    costs = measure_costs(case, data, name)
+    values = (costs.flops, float(costs.saved_bytes), float(costs.memory_bytes))
+    for (metric, unit), value in zip(metrics.items(), values, strict=True):
+        file.add(Row(BENCH, label, name, metric, value, unit, False))
+        known[label, name, metric] = value
+    return costs
+
+
+def _known(out: Path | None) -> dict[tuple[str, str, str], float]:
+    if out is None or not out.exists():
+        return {}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return {
+        (row["case"], row["system"], row["metric"]): math.nan if row["value"] is None else row["value"]
+        for row in rows
+        if row["bench"] == BENCH
+    }
+
+
+def _unit(metric: str) -> str:
+    return {"val_loss": "nats", "bits_per_byte": "bits", "accuracy": "fraction"}[metric]
+
+
+def _report(
+    case: Case,
+    names: list[str],
+    seeds: range,
+    budget: str,
+    costs: dict[str, Costs],
+    known: dict[tuple[str, str, str], float],
+    metric: str,
+) -> None:
+    def values(name: str, metric: str) -> dict[int, float]:
+        found = {
+            seed: known.get((f"{case.title}, equal {budget}, seed {seed}", name, metric)) for seed in seeds
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    table = Table(
+        title=f"{case.title}, equal {budget}",
+        caption="loss against backprop: relative, over paired seeds, 95 % interval; saved: for backward, at most",
+    )
+    for name in (
+        "system",
+        "seeds",
+        metric,
+        "val loss",
+        "against backprop",
+        "saved",
+        "memory",
+        "flops",
+        "s/step",
+    ):
+        table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
+    reference = values(REFERENCE, "val_loss")
+    for name in names:
+        losses = values(name, "val_loss")
+        if not losses:
+            continue
+        pairs = {seed: reference[seed] for seed in losses}
+        found = paired_difference(losses, pairs)
+        interval = "" if found.num_pairs < 2 else f" ± {100 * found.half_width:.2f}"
+        table.add_row(
+            name,
+            str(len(losses)),
+            f"{statistics.mean(values(name, metric).values()):.4f}",
+            f"{statistics.mean(losses.values()):.4f}",
+            "" if name == REFERENCE else f"{100 * found.mean:+.2f}{interval} %",
+            f"{costs[name].saved_bytes / costs[REFERENCE].saved_bytes:.2f} ×",
+            f"{costs[name].memory_bytes / costs[REFERENCE].memory_bytes:.2f} ×",
+            f"{costs[name].flops / costs[REFERENCE].flops:.2f} ×",
+            f"{statistics.median(values(name, 'step_seconds').values()):.3f}",
+        )
+    Console(width=max(150, Console().width)).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,125 @@
+"""What each rank reports at a stage's end, and how the reports of all become the scheduler's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, median
+from typing import Any
+
+from efficient_dl.coordinator.costs import PartitionCosts
+from efficient_dl.coordinator.facts import RankFacts
+
+SPEED_GRAIN = 0.05  # measured speeds are rounded to it: two runs of one machine differ by about as much
+
+_STATIC = (
+    "name",
+    "parameter_bytes",
+    "output_bytes",
+    "head_parameter_bytes",
+)  # equal wherever they are measured
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank knows.
+
+    names: of all partitions, in order; equal on all ranks.
+    costs: by partition, those that this rank measured.
+    losses: by partition, the smoothed local loss (a float) of the stage that ends, of those that this rank trained.
+    memory_bytes: what this rank may use; None: unknown.
+    speed: relative to the other ranks; None: found from the partitions that all ranks measured, else as it was before.
+    """
+
+    names: tuple[str, ...]
+    costs: Mapping[int, PartitionCosts] = field(default_factory=dict[int, PartitionCosts])
+    losses: Mapping[int, float] = field(default_factory=dict[int, float])
+    memory_bytes: int | None = None
+    speed: float | None = None
+
+    def __post_init__(self) -> None:
+        for index in [*self.costs, *self.losses]:
+            if not 0 <= index < len(self.names):
+                raise ValueError(f"there is no partition {index} among {len(self.names)}")
+        for index, cost in self.costs.items():
+            if cost.name != self.names[index]:
+                raise ValueError(
+                    f"the costs of {cost.name!r} are given for partition {index}, {self.names[index]!r}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "costs": {str(index): asdict(cost) for index, cost in self.costs.items()},
+            "losses": {str(index): loss for index, loss in self.losses.items()},
+            "memory_bytes": self.memory_bytes,
+            "speed": self.speed,
+        }
+
+    @staticmethod
+    def from_json(names: Sequence[str], value: Mapping[str, Any]) -> Report:
+        return Report(
+            tuple(names),
+            {int(index): PartitionCosts(**cost) for index, cost in value["costs"].items()},
+            {int(index): loss for index, loss in value["losses"].items()},
+            value["memory_bytes"],
+            value["speed"],
+        )
+
+
+def static_facts(report: Report) -> dict[str, Any]:
+    """What must not differ between ranks that measured the same partition."""
+    return {
+        f"costs.{index}.{key}": getattr(cost, key)
+        for index, cost in sorted(report.costs.items())
+        for key in _STATIC
+    }
+
+
+def merged_ranks(reports: Sequence[Report], before: Sequence[float]) -> list[RankFacts]:
+    """The ranks. before: their speeds as last known; empty, or of another number of ranks, if there are none."""
+    common = set(reports[0].costs).intersection(*(report.costs for report in reports))
+    totals = [sum(report.costs[index].seconds(True) for index in common) for report in reports]
+    measured = len(reports) > 1 and min(totals) > 0.0
+    known = list(before) if len(before) == len(reports) else [1.0] * len(reports)
+    if measured:
+        typical = median(totals)
+        known = [max(1, round(typical / total / SPEED_GRAIN)) * SPEED_GRAIN for total in totals]
+    return [
+        RankFacts(report.memory_bytes, report.speed if report.speed is not None else speed)
+        for report, speed in zip(reports, known, strict=True)
+    ]
+
+
+def merged_costs(
+    reports: Sequence[Report], ranks: Sequence[RankFacts], before: Sequence[PartitionCosts]
+) -> list[PartitionCosts]:
+    """The costs, on a rank of speed 1: medians of seconds and the most bytes over the ranks that measured a partition.
+
+    before: as last known, for partitions that no rank measured this time.
+    """
+    merged = list(before)
+    for index in range(len(merged)):
+        found = [
+            (report.costs[index], facts.speed)
+            for report, facts in zip(reports, ranks, strict=True)
+            if index in report.costs
+        ]
+        if found:
+            merged[index] = replace(
+                found[0][0],
+                forward_seconds=median(cost.forward_seconds * speed for cost, speed in found),
+                backward_seconds=median(cost.backward_seconds * speed for cost, speed in found),
+                head_seconds=median(cost.head_seconds * speed for cost, speed in found),
+                activation_bytes=max(cost.activation_bytes for cost, _ in found),
+                head_activation_bytes=max(cost.head_activation_bytes for cost, _ in found),
+            )
+    return merged
+
+
+def merged_losses(reports: Sequence[Report], num_partitions: int) -> list[float | None]:
+    """By partition: the mean over the ranks that trained it; None if none did."""
+    found = [
+        [report.losses[index] for report in reports if index in report.losses]
+        for index in range(num_partitions)
+    ]
+    return [fmean(losses) if losses else None for losses in found]

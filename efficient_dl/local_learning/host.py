@@ -1,0 +1,180 @@
+"""What one rank does in a pass: its partitions on its micro-batches, in order, activations handed on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficient_dl.coordinator.assignment import Assignment
+from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
+from efficient_dl.local_learning.streams import Streams
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+"""(inputs, targets) of a micro-batch of the pass, on the device; on every rank the same for the same number."""
+
+
+@dataclass
+class _Pending:
+    """Window 2: a partition whose backward pass waits for the gradient from the next one."""
+
+    held: Trained
+    features: Tensor
+    loss: Tensor
+    last: bool
+
+
+class Host:
+    """The partitions that one rank holds, for as long as an assignment holds.
+
+    held: in ascending order; which partitions, says the assignment. streams: None where no activation changes ranks.
+    window: 1, every partition learns from its own loss alone; 2, also from the next partition's, whose gradient
+    reaches back over one cut. That needs both on one rank: raises ConfigError otherwise.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        assignment: Assignment,
+        held: Sequence[Held],
+        streams: Streams | None = None,
+        window: int = 1,
+        autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        assert tuple(one.index for one in held) == assignment.of_rank(rank)
+        if window == 2 and any(ranks != assignment.ranks[0] for ranks in assignment.ranks if ranks):
+            raise ConfigError(
+                "window 2 needs neighbouring partitions on the same ranks",
+                expected="one set of ranks for all partitions",
+                found=", ".join(str(list(ranks)) for ranks in assignment.ranks),
+                fix="window=1, or train all partitions on all ranks",
+            )
+        self._rank = rank
+        self._assignment = assignment
+        self._held = list(held)
+        self._streams = streams
+        self._window = window
+        self._autocast = autocast
+
+    def train_step(
+        self, step: int, num_micro_batches: int, batches: Batches, lr: Callable[[int], float]
+    ) -> dict[int, Tensor]:
+        """One optimizer step of every trained partition; the mean local losses of this rank's micro-batches.
+
+        num_micro_batches: of all ranks together; every partition's number of ranks divides it. lr: a partition's
+        learning rate.
+        """
+        losses: dict[int, Tensor] = {}
+        mine = {one.index: self._micro_batches(one.index, num_micro_batches) for one in self._held}
+        for micro_batch in range(num_micro_batches):
+            here = [one for one in self._held if micro_batch in mine[one.index]]
+            if here:
+                self._train_micro_batch(step, micro_batch, here, mine, batches, lr, losses)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(
+        self, step: int, num_micro_batches: int, batches: Batches
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Pass micro-batches through in eval mode: (number, logits, targets) on the ranks of the last partition held.
+
+        Where that is not the model's last one, its auxiliary head makes the logits.
+        """
+        for one in self._held:
+            (one.block if isinstance(one, Trained) else one.body).eval()
+        last = max(index for index, ranks in enumerate(self._assignment.ranks) if ranks)
+        for micro_batch in range(num_micro_batches):
+            made: Tensor | None = None
+            for one in self._held:
+                if self._assignment.rank_for(one.index, micro_batch) != self._rank:
+                    made = None
+                    continue
+                inputs, targets = batches(micro_batch)
+                with self._autocast():
+                    features: Tensor = body_of(one)(self._inputs(one.index, micro_batch, inputs, made))
+                if one.index == last:
+                    yield micro_batch, self._logits(one, features), targets
+                else:
+                    self._hand_on(one.index, micro_batch, features, step)
+                made = features
+        for one in self._held:
+            if isinstance(one, Trained):
+                one.block.train()
+
+    def _logits(self, held: Held, features: Tensor) -> Tensor:
+        if isinstance(held, Frozen):
+            return features
+        with self._autocast():
+            made = held.block.head(features)
+        return made[0] if isinstance(made, tuple) else made
+
+    def _micro_batches(self, partition: int, num_micro_batches: int) -> range:
+        ranks = self._assignment.ranks[partition]
+        assert num_micro_batches % len(ranks) == 0
+        return range(ranks.index(self._rank), num_micro_batches, len(ranks))
+
+    def _train_micro_batch(
+        self,
+        step: int,
+        micro_batch: int,
+        here: Sequence[Held],
+        mine: dict[int, range],
+        batches: Batches,
+        lr: Callable[[int], float],
+        losses: dict[int, Tensor],
+    ) -> None:
+        inputs, targets = batches(micro_batch)
+        made: tuple[int, Tensor] | None = None  # by which partition, and what
+        pending: _Pending | None = None
+        for one in here:
+            index = one.index
+            before = made[1] if made is not None and made[0] == index - 1 else None
+            features: Tensor = self._inputs(index, micro_batch, inputs, before)
+            if isinstance(one, Frozen):
+                with self._autocast():
+                    features = one(features)
+            else:
+                last = micro_batch == mine[index][-1]
+                entering = features.detach().requires_grad_(pending is not None)
+                with one.reducing(last):
+                    with self._autocast():
+                        features, loss = one.forward(entering, targets)
+                    losses[index] = losses.get(index, 0.0) + loss.detach() / len(mine[index])
+                    now = _Pending(one, features, loss / len(mine[index]), last)
+                    if pending is not None:
+                        (gradient,) = torch.autograd.grad(now.loss, entering, retain_graph=True)
+                        self._backward(pending, gradient, lr)
+                    pending = now
+                    if self._window == 1 or index == here[-1].index:
+                        self._backward(pending, None, lr)
+                        pending = None
+                features = features.detach()
+            made = (index, features)
+            if index + 1 < len(self._assignment.ranks) and self._assignment.ranks[index + 1]:
+                self._hand_on(index, micro_batch, features, step)
+
+    def _backward(self, pending: _Pending, gradient: Tensor | None, lr: Callable[[int], float]) -> None:
+        if gradient is None:
+            pending.loss.backward()
+        else:
+            torch.autograd.backward([pending.loss, pending.features], [None, gradient])  # type: ignore[list-item]
+        if pending.last:
+            pending.held.step(lr(pending.held.index))
+
+    def _inputs(self, partition: int, micro_batch: int, inputs: Tensor, features: Tensor | None) -> Tensor:
+        """The batch itself, what the partition before made of it here, or what another rank sends."""
+        if partition == 0:
+            return inputs
+        if features is not None:
+            return features
+        assert self._streams is not None
+        return self._streams.receive(partition, micro_batch)
+
+    def _hand_on(self, partition: int, micro_batch: int, features: Tensor, step: int) -> None:
+        if self._assignment.rank_for(partition + 1, micro_batch) != self._rank:
+            assert self._streams is not None
+            self._streams.send(partition, micro_batch, features, step)

@@ -1,0 +1,139 @@
+"""Local losses: cross-entropy, similarity matching, and a penalty on how far a partition moves its features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.block import LocalObjective
+
+SIMILARITY_WEIGHT = 0.99  # Nøkland & Eidnes 2019, arXiv 1901.06656
+
+
+class CrossEntropy:
+    """The task's own loss: the mean over samples or tokens, in nats, computed in float32.
+
+    The head's logits are (..., classes), the targets int64 of all their axes but the last.
+    """
+
+    def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+        return cross_entropy(head(features), targets)
+
+
+class PredSim:
+    """weight · MSE(S(matching features), S(one-hot targets)) + (1 − weight) · cross-entropy.
+
+    S: the samples' cosine similarities (similarities). Needs a head that returns (logits, matching features), as
+    heads.PredSimHead does, and several samples in a batch. Source: Nøkland & Eidnes 2019.
+    """
+
+    def __init__(self, weight: float = SIMILARITY_WEIGHT) -> None:
+        self.weight = weight
+
+    def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+        answer = head(features)
+        if isinstance(head, nn.Identity):  # of the last partition, which has the task's loss
+            return cross_entropy(answer, targets)
+        if not isinstance(answer, tuple):
+            raise ConfigError(
+                "predsim's loss needs a head with two branches",
+                expected="(logits, matching features)",
+                found=type(head).__name__,
+                fix='make_head("predsim", ...)',
+            )
+        logits, matching = answer
+        classes = F.one_hot(targets, logits.shape[-1]).float()
+        similarity = F.mse_loss(similarities(matching), similarities(classes))
+        return self.weight * similarity + (1 - self.weight) * cross_entropy(logits, targets)
+
+
+class TransportPenalty:
+    """(1 / 2τ) · mean over samples of Σ ‖y − x‖²: how far the partition's residual pieces move what they are given.
+
+    A residual piece is one whose output has its input's shape and dtype: x goes in, y comes out, y − x is its branch.
+    pieces: the partition's, which are observed while they run, so that none runs twice; one objective observes them
+    only for the forward pass right before it is called. Adds the size of each branch to what is saved for backward.
+    With the unit "tokens" the mean is over all positions. Source: after TRGL, Karkar et al. 2023
+    (arXiv 2309.17357).
+    """
+
+    def __init__(self, pieces: Iterable[nn.Module], tau: float, unit: str = "samples") -> None:
+        if not tau > 0:
+            raise ConfigError(
+                "the transport penalty needs a positive tau", found=str(tau), expected="tau > 0"
+            )
+        self.tau = tau
+        moved: dict[int, Tensor] = {}
+        watched = list(pieces)
+        # Closures over plain names: a copy of a piece carries its hooks along, and must not report as the piece.
+        for position, piece in enumerate(watched):
+
+            def observe(
+                module: nn.Module, args: tuple[Tensor, ...], output: Tensor, position: int = position
+            ) -> None:
+                if module is watched[position] and _is_residual(args[0], output):
+                    rows = output.numel() // output.shape[-1] if unit == "tokens" else output.shape[0]
+                    moved[position] = (output - args[0]).float().square().sum() / rows
+
+            piece.register_forward_hook(observe)
+        self._moved = moved
+
+    def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+        total = torch.zeros((), device=features.device)
+        for one in self._moved.values():
+            total = total + one
+        self._moved.clear()
+        return total / (2 * self.tau)
+
+
+class Sum:
+    """Several losses, added."""
+
+    def __init__(self, *objectives: LocalObjective) -> None:
+        self.objectives = objectives
+
+    def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+        total = self.objectives[0](inputs, features, head, targets)
+        for objective in self.objectives[1:]:
+            total = total + objective(inputs, features, head, targets)
+        return total
+
+
+def make_objective(
+    head_kind: str, pieces: Iterable[nn.Module] = (), *, tau: float | None = None, unit: str = "samples"
+) -> LocalObjective:
+    """The loss that belongs to a head of this kind (heads.make_head), with the transport penalty if tau is given.
+
+    pieces: the modules of the partition's pieces, which the penalty observes.
+    """
+    loss: LocalObjective = PredSim() if head_kind.partition(":")[0] == "predsim" else CrossEntropy()
+    return loss if tau is None else Sum(loss, TransportPenalty(pieces, tau, unit))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean in nats, 0-dim float32. logits: (..., classes); targets: int64 (...)."""
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for targets of shape {tuple(targets.shape)}")
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def similarities(x: Tensor) -> Tensor:
+    """Cosine similarities of the rows of x, each centred on its mean: float32 (batch, batch), in [−1, 1].
+
+    Of images (batch, channels, height, width), a row is each channel's standard deviation over the pixels, as in the
+    published code; of other shapes, all its values.
+    """
+    x = x.float()
+    if x.dim() == 4 and x.shape[1] > 3 and x.shape[2] * x.shape[3] > 1:
+        x = x.flatten(2).std(2)
+    rows = x.flatten(1)
+    rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return (rows @ rows.T).clamp(-1, 1)
+
+
+def _is_residual(x: Tensor, y: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.shape == y.shape and x.dtype == y.dtype and x.is_floating_point()

@@ -1,0 +1,177 @@
+"""What every way of training has: steps with metrics, evaluations, checkpoints, a resume, and a summary at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efficient_dl.config import Config
+from efficient_dl.data import Dataset
+from efficient_dl.training import measure, resume
+from efficient_dl.training.checkpoint import Checkpoint, CheckpointFolder
+from efficient_dl.training.console import Progress
+from efficient_dl.training.run_folder import RunFolder, Summary
+from efficient_dl.training.task import task_for
+
+
+class RunLoop(ABC):
+    """One run on one rank. Every rank makes one with the same configuration and calls `train` once.
+
+    What differs between ways of training is abstract below; all of it is called by all ranks in the same order.
+    """
+
+    label: str  # what the progress bar says
+    compute_seconds: float  # of a step without communication, measured by `_prepare`
+
+    def __init__(self, config: Config, data: Dataset, device: torch.device, progress: Progress) -> None:
+        self.config, self.data, self.device, self.progress = config, data, device, progress
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = RunFolder(Path(config.run.out), writes=self.rank == 0)
+        self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.train.keep_checkpoints)
+        self.task = task_for(data.spec.kind)
+        self.clock = measure.StepClock(device)
+        self.step = 0
+        self.last_step = config.train.steps
+        self.val_loss = float("nan")
+
+    def train(self, resumed: bool) -> Summary:
+        """Train from the start, or from the latest checkpoint, to the last step."""
+        self._prepare()
+        if resumed:
+            self._load()
+            if self.step >= self.last_step:
+                return self._already_done()
+        self.folder.open(self.config, self.step)
+        self.progress.start(self.label, self.step, self.config.train.steps)
+        with contextlib.closing(self.folder):
+            while self.step < self.last_step:
+                row = self._train_step()
+                if self._due(self.config.train.log_every):
+                    self._log(row)
+                if self._due(self.config.train.eval_every):
+                    self._evaluate()
+                if self._due(self.config.train.checkpoint_every):
+                    self._save()
+                self.progress.advance(self.step)
+            summary = self._summary()
+            self.folder.finish(summary)
+        self._close()
+        return summary
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make everything ready for the first step."""
+
+    @abstractmethod
+    def _train_step(self) -> dict[str, Tensor | float]:
+        """One step, counted in `step`; a row of metrics."""
+
+    @abstractmethod
+    def _log(self, row: dict[str, Tensor | float]) -> None:
+        """Write a row of metrics, completed by what the ranks know."""
+
+    @abstractmethod
+    def _evaluate(self) -> None:
+        """Set `val_loss` on validation data, and log it."""
+
+    @abstractmethod
+    def _save(self) -> None:
+        """Write a checkpoint."""
+
+    @abstractmethod
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's state."""
+
+    @abstractmethod
+    def _traffic(self) -> dict[str, Any]:
+        """The summary's fields about bytes and the codec, since the run's start."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Give up what only training needs."""
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint's JSON tells of every kind of run."""
+        return {
+            "samples_per_step": resume.samples_per_step(self.config, self.world_size),
+            "settings": self.config.settings(),
+        }
+
+    def _load(self) -> None:
+        step = self.checkpoints.latest()
+        if step is None:
+            self.progress.note("There is no checkpoint yet: starting at step 0.")
+            return
+        checkpoint = self.checkpoints.load(step)
+        for note in resume.check_position(checkpoint, self.config, self.world_size):
+            self.progress.note(note)
+        self._restore(checkpoint)
+        self.step = checkpoint.step
+
+    def _same_plan(self, checkpoint: Checkpoint) -> bool:
+        """Whether gradients were sent in the same way as now, so that the compression's state goes on; notes if not."""
+        before, now = checkpoint.about["settings"], self.config.settings()
+        same = all(
+            before.get(key) == now[key]
+            for key in now
+            if key.startswith("compression.") and key != "compression.check_every"
+        )
+        if not same:
+            self.progress.note("Gradients are sent otherwise than before: bytes are counted from here on.")
+        return same
+
+    def _already_done(self) -> Summary:
+        """The summary of a run that has reached its last step; made again if it is gone."""
+        self._close()
+        self.progress.note(f"Step {self.step} of {self.last_step} was reached before: nothing to train.")
+        summary = self.folder.summary()
+        if summary is None:
+            self._evaluate()
+            median = self.folder.step_seconds_median()
+            summary = dataclasses.replace(self._summary(), step_seconds_median=median)
+            self.folder.finish(summary)
+        return summary
+
+    def _summary(self) -> Summary:
+        config = self.config
+        per_sample = self.data.spec.shape[0] if self.task.unit == "tokens" else 1
+        return Summary(
+            val_loss=self.val_loss,
+            steps=self.step,
+            tokens_or_samples=self.step * resume.samples_per_step(config, self.world_size) * per_sample,
+            step_seconds_median=self._mean_over_ranks(self.clock.median()),
+            compute_seconds_median=self._mean_over_ranks(self.compute_seconds),
+            peak_memory_bytes=max(self._over_ranks(measure.peak_memory_bytes(self.device))),
+            bits=config.compression.bits,
+            seed=config.train.seed,
+            world_size=self.world_size,
+            **self._traffic(),
+        )
+
+    def _over_ranks(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def _mean_over_ranks(self, value: float) -> float:
+        return sum(self._over_ranks(value)) / self.world_size
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.last_step or (every > 0 and self.step % every == 0)
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
