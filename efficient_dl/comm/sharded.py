@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
-
 import torch
 import xxhash
 from torch import Tensor
@@ -15,13 +10,10 @@ from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.transport import Transport
 
-J = TypeVar("J")
 
-
-class _Job:
+class ShardedJob:
     """What both collectives need: a tally, and buffers to give back."""
 
     def __init__(self, layout: ChunkLayout, compressor: Compressor, rank: int) -> None:
@@ -45,7 +37,7 @@ class _Job:
         self._compressor.meter.add(self._tally)
 
 
-class ReduceScatter(_Job):
+class ReduceScatter(ShardedJob):
     """One reduce-scatter, in two steps, so that those of several buffers can overlap.
 
     x: 1-D, contiguous, one chunk a rank, float32, bfloat16 or float16; only read.
@@ -128,7 +120,7 @@ class OwnPacket:
             self._message, self._raw_bytes = message.clone(), raw_bytes
 
 
-class AllGather(_Job):
+class AllGather(ShardedJob):
     """One all-gather, in two steps.
 
     out: 1-D, contiguous, one chunk a rank, of any dtype that the codec takes; the own chunk is what is sent. All
@@ -172,70 +164,6 @@ class AllGather(_Job):
         self._finish()
 
 
-class OverlappedSharding:
-    """Starts reduce-scatters and all-gathers that run in threads of their own, each kind first in, first out.
-
-    exchange, gather: one transport for each kind, on groups that nothing else uses, so that both kinds proceed side by
-        side; they are this object's own from now on. On CUDA devices pass one transport twice: everything then runs in
-        the calling thread, on its current stream, where FSDP has already put it beside backward.
-    """
-
-    def __init__(self, exchange: Transport, gather: Transport) -> None:
-        self._exchange, self._gather = exchange, gather
-        self._scatters: Pipeline[ReduceScatter] | None = None
-        self._gathers: Pipeline[AllGather] | None = None
-        if exchange is not gather:
-
-            def exchange_step(job: ReduceScatter) -> None:
-                job.exchange_and_reduce(exchange)
-
-            def gather_step(job: AllGather) -> None:
-                job.gather_and_decode(gather)
-
-            self._scatters = Pipeline("edl-scatter", [ReduceScatter.encode, exchange_step], exchange.device)
-            self._gathers = Pipeline("edl-gather", [AllGather.encode, gather_step], gather.device)
-
-    def reduce_scatter(self, job: ReduceScatter) -> Future[ReduceScatter]:
-        """Queues a reduce-scatter; in the same order on all ranks."""
-        if self._scatters is not None:
-            return self._scatters.submit(job)
-        job.encode()
-        job.exchange_and_reduce(self._exchange)
-        return _done(job)
-
-    def all_gather(self, job: AllGather) -> Future[AllGather]:
-        """Queues an all-gather; in the same order on all ranks."""
-        if self._gathers is not None:
-            return self._gathers.submit(job)
-        job.encode()
-        job.gather_and_decode(self._gather)
-        return _done(job)
-
-    def abort(self) -> None:
-        """Breaks the connections: the peers get a TransportError now, not after a time-out."""
-        for transport in (self._exchange, self._gather):
-            transport.abort()
-
-    def stop(self, timeout: float) -> None:
-        """Lets what is queued finish and ends the threads; breaks the connections if a peer keeps them waiting."""
-        closings: list[Callable[[float], bool]] = [
-            pipeline.close for pipeline in (self._scatters, self._gathers) if pipeline is not None
-        ]
-        deadline = time.monotonic() + timeout
-        stuck = [close for close in closings if not close(max(deadline - time.monotonic(), 0.0))]
-        if stuck:
-            self.abort()
-            for close in stuck:
-                close(timeout)
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Ends the threads, as `stop`, and closes the transports."""
-        self.stop(timeout)
-        self._exchange.close()
-        if self._gather is not self._exchange:
-            self._gather.close()
-
-
 def reduce_scatter_chunks(
     x: Tensor,
     out: Tensor,
@@ -277,10 +205,5 @@ def sharded_native_tally(layout: ChunkLayout, rank: int, itemsize: int, gathers:
         if shard.numel:
             tally.sent(shard, shard.numel * itemsize, shard.numel * itemsize, copies=1)
         tally.announced((layout.chunk_numel - shard.numel) * itemsize)
+    tally.totals.native_bytes = tally.totals.wire_bytes
     return tally
-
-
-def _done(job: J) -> Future[J]:
-    future: Future[J] = Future()
-    future.set_result(job)
-    return future
