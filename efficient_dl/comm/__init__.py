@@ -38,6 +38,7 @@ from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
+from efficient_dl.comm.gathers import AllGather, GatherSource, OwnPacket, SizeRound, all_gather_chunks
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
@@ -53,14 +54,7 @@ from efficient_dl.comm.replicas import ReplicaReduction, replica_bucket, shard_n
 from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.scalars import parameter_scalars, total_scalars
 from efficient_dl.comm.shadow import ShadowReducer
-from efficient_dl.comm.sharded import (
-    AllGather,
-    OwnPacket,
-    ReduceScatter,
-    all_gather_chunks,
-    reduce_scatter_chunks,
-    sharded_native_tally,
-)
+from efficient_dl.comm.sharded import ReduceScatter, reduce_scatter_chunks, sharded_native_tally
 from efficient_dl.comm.sharded_shadow import ShadowGather, ShadowReplicas, ShadowScatter, ShardedShadow
 from efficient_dl.comm.sharding import GradientReduction, OverlappedSharding, ReplicaTransports
 from efficient_dl.comm.switch import KillSwitch
@@ -74,6 +68,7 @@ __all__ = [
     "BucketLayout",
     "ChunkLayout",
     "Compressor",
+    "GatherSource",
     "GradientReduction",
     "HierarchicalReducer",
     "HierarchicalReduction",
@@ -99,6 +94,7 @@ __all__ = [
     "ShadowScatter",
     "Shard",
     "ShardedShadow",
+    "SizeRound",
     "Topology",
     "Transport",
     "Watch",

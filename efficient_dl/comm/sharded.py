@@ -1,9 +1,8 @@
-"""The compressed reduce-scatter and all-gather: for parameters of which every rank keeps one part."""
+"""The compressed reduce-scatter: for parameters of which every rank keeps one part."""
 
 from __future__ import annotations
 
 import torch
-import xxhash
 from torch import Tensor
 
 from efficient_dl.comm.chunks import ChunkLayout
@@ -90,80 +89,6 @@ class ReduceScatter(ShardedJob):
         self._finish()
 
 
-class OwnPacket:
-    """The packet of the last own chunk, to be used again as long as the chunk's content is the same.
-
-    A sharded model gathers the same weights in forward and again in backward; only an optimizer's step changes them.
-    The content itself is the key (128 bits of xxh3), whatever changed it. On a GPU encoding is faster than hashing on
-    the host: nothing is kept.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[bytes, torch.dtype] | None = None
-        self._message: Tensor | None = None
-        self._raw_bytes = 0
-
-    def get(self, values: Tensor) -> tuple[Tensor, int] | None:
-        """The packet of these values and its bytes uncompressed, or None; then `keep` may follow."""
-        if values.device.type != "cpu":
-            return None
-        content = values.view(torch.uint8).numpy().data if values.numel() else b""
-        key = (xxhash.xxh3_128_digest(content), values.dtype)
-        if key == self._key and self._message is not None:
-            return self._message, self._raw_bytes
-        self._key, self._message = key, None
-        return None
-
-    def keep(self, message: Tensor, raw_bytes: int) -> None:
-        """Keeps a copy of the packet of the values that `get` was last asked for."""
-        if message.device.type == "cpu":
-            self._message, self._raw_bytes = message.clone(), raw_bytes
-
-
-class AllGather(ShardedJob):
-    """One all-gather, in two steps.
-
-    out: 1-D, contiguous, one chunk a rank, of any dtype that the codec takes; the own chunk is what is sent. All
-        chunks are replaced by what was decoded, on the owner too, so that all ranks have the same bits; paddings become
-        zero. With an exact codec that is the native all-gather's result.
-    own_packet: spares the encoding while the own chunk does not change.
-    """
-
-    def __init__(
-        self, out: Tensor, layout: ChunkLayout, compressor: Compressor, rank: int, own_packet: OwnPacket
-    ) -> None:
-        super().__init__(layout, compressor, rank)
-        self._chunks = layout.chunks(out)
-        self._own_packet = own_packet
-        self._message = out.new_empty(0, dtype=torch.uint8)
-
-    def encode(self) -> None:
-        """Step 1: encodes the own chunk, unless its packet is there."""
-        values = self.layout.take(self._chunks[self.rank], self.rank)
-        shard, copies = self.layout.bucket.shards[self.rank], len(self._chunks) - 1
-        kept = self._own_packet.get(values)
-        if kept is None:
-            self._message = self._encode(values, shard, copies)
-            self._own_packet.keep(self._message, self._tally.totals.raw_bytes // copies)
-        else:
-            self._message, raw_bytes = kept
-            self._tally.sent(shard, len(self._message), raw_bytes, copies)
-
-    def gather_and_decode(self, transport: Transport) -> None:
-        """Step 2: sends it to all, decodes everyone's, and adds the counts to the meter."""
-        copies = len(self._chunks) - 1
-        incoming = self._tally.receive(transport.gather(self._message), len(self._message) * copies)
-        for source, message in enumerate(incoming):
-            if source == self.rank and self._compressor.exact:
-                continue
-            chunk = self._chunks[source]
-            values = self.layout.take(chunk, source)
-            self._compressor.decode(message, values, self.layout.bucket.shards[source], self._tally)
-            self.layout.put(values, chunk, source)
-        self._chunks = []
-        self._finish()
-
-
 def reduce_scatter_chunks(
     x: Tensor,
     out: Tensor,
@@ -182,15 +107,6 @@ def reduce_scatter_chunks(
     job = ReduceScatter(x, out, layout, compressor, transport.rank, divisor)
     job.encode()
     job.exchange_and_reduce(transport)
-
-
-def all_gather_chunks(out: Tensor, layout: ChunkLayout, compressor: Compressor, transport: Transport) -> None:
-    """Fills out with all ranks' chunks, of which it has the own one, and waits for it; see `AllGather`."""
-    if transport.world_size == 1:
-        return
-    job = AllGather(out, layout, compressor, transport.rank, OwnPacket())
-    job.encode()
-    job.gather_and_decode(transport)
 
 
 def sharded_native_tally(layout: ChunkLayout, rank: int, itemsize: int, gathers: bool) -> Tally:

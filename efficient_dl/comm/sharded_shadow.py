@@ -10,11 +10,12 @@ from torch import Tensor
 
 from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.gathers import OwnPacket
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.replicas import replica_bucket
 from efficient_dl.comm.shadow import ShadowReduction
-from efficient_dl.comm.sharded import OwnPacket, ShardedJob
+from efficient_dl.comm.sharded import ShardedJob
 
 _SIZE_MESSAGE_BYTES = 8  # as `ProcessGroupTransport` sends one with each packet
 
@@ -97,9 +98,10 @@ class ShadowGather(_Shadow):
         kept = self._own_packet.get(values)
         if kept is None:
             message = self._encode(values, shard, copies)
-            self._own_packet.keep(message, self._tally.totals.raw_bytes // copies)
+            self._own_packet.keep(message)
         else:
-            message, raw_bytes = kept
+            message = kept
+            raw_bytes = self._compressor.raw_bytes(shard, values.dtype)
             self._tally.sent(shard, len(message), raw_bytes, copies)
         out = torch.empty_like(values)
         for _ in range(copies if self._compressor.exact else copies + 1):

@@ -8,9 +8,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+from efficient_dl.comm.gathers import GatherJob
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.replicas import ReplicaReduction
-from efficient_dl.comm.sharded import AllGather, ReduceScatter
+from efficient_dl.comm.sharded import ReduceScatter
 from efficient_dl.comm.transport import Transport
 
 J = TypeVar("J")
@@ -51,14 +52,17 @@ class OverlappedSharding:
         self._exchange, self._gather, self._replicas = exchange, gather, replicas
         self._steps = _steps(exchange, replicas)
         self._reductions: Pipeline[GradientReduction] | None = None
-        self._gathers: Pipeline[AllGather] | None = None
+        self._gathers: Pipeline[GatherJob] | None = None
         if exchange is not gather:
 
-            def gather_step(job: AllGather) -> None:
+            def encode_step(job: GatherJob) -> None:
+                job.encode()
+
+            def gather_step(job: GatherJob) -> None:
                 job.gather_and_decode(gather)
 
             self._reductions = Pipeline("edl-scatter", self._steps, exchange.device)
-            self._gathers = Pipeline("edl-gather", [AllGather.encode, gather_step], gather.device)
+            self._gathers = Pipeline("edl-gather", [encode_step, gather_step], gather.device)
 
     def reduce(self, job: GradientReduction) -> Future[GradientReduction]:
         """Queues the reduction of a buffer; in the same order on all ranks."""
@@ -68,8 +72,8 @@ class OverlappedSharding:
             step(job)
         return _done(job)
 
-    def all_gather(self, job: AllGather) -> Future[AllGather]:
-        """Queues an all-gather; in the same order on all ranks."""
+    def gather(self, job: GatherJob) -> Future[GatherJob]:
+        """Queues an `AllGather`, or a `SizeRound` before some; in the same order on all ranks."""
         if self._gathers is not None:
             return self._gathers.submit(job)
         job.encode()

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm import (
+    AllGather,
     ChunkLayout,
     Compressor,
+    GatherSource,
     GradientReduction,
     OverlappedSharding,
     ProcessGroupTransport,
@@ -23,6 +25,7 @@ from efficient_dl.comm import (
     ShadowReplicas,
     ShadowScatter,
     ShardedShadow,
+    SizeRound,
     sharded_native_tally,
 )
 from efficient_dl.errors import EdlError, UnsupportedTensor
@@ -35,6 +38,8 @@ class Lane:
     """One process group of the model, with that of its replicas, and the groups of our own that were made from them.
 
     control, replica_control: for what is said outside of training steps, on the model's own groups.
+    sources: the weights that are gathered among the group; filled by those who gather.
+    weights_may_have_changed: set at the end of every backward pass that reduces, at the same time on all ranks.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class Lane:
     ) -> None:
         self.control = ProcessGroupTransport(group, device, timeout)
         self.replica_control = ProcessGroupTransport(replicas, device, timeout) if replicas else None
+        self.sources: list[GatherSource] = []
+        self.weights_may_have_changed = True
         self._sharding: OverlappedSharding | None = None
 
     @property
@@ -61,6 +68,14 @@ class Lane:
             replicas = ReplicaTransports(*_siblings(self.replica_control))
         self._sharding = OverlappedSharding(exchange, gather, replicas)
         return self._sharding
+
+    def gather(self, job: AllGather, compressor: Compressor) -> Future[Any]:
+        """Starts an all-gather; the first after weights may have changed exchanges the sizes for all of them."""
+        # On a GPU packets are not kept, so their sizes cannot be told before.
+        if self.weights_may_have_changed and self.control.device.type == "cpu":
+            self.weights_may_have_changed = False
+            self.sharding.gather(SizeRound(self.sources, compressor, self.control.rank))
+        return self.sharding.gather(job)
 
     @property
     def sharding(self) -> OverlappedSharding:
@@ -160,6 +175,7 @@ class GradientReduceScatter(Comm):
         self._shadow = shadow
         self._shadowed: tuple[ShadowReplicas, Tensor] | None = None
         self.replica_bytes = 0
+        self.has_reduced_replicas = False  # in this backward pass
 
     def __call__(
         self,
@@ -182,6 +198,7 @@ class GradientReduceScatter(Comm):
             )
         in_backward = self._backward.opened()
         compresses = self._gradients.plan.codec != "none" and not self._backward.is_off
+        self.has_reduced_replicas |= unit.reduces_replicas
         if unit.reduces_replicas and not unit.is_replacing:
             self._count_native_replicas(output_tensor)
         if compresses or unit.is_replacing:

@@ -278,12 +278,19 @@ class FsdpCompression:
     def _end_step(self, exposed_seconds: float) -> None:
         for gather in self._gathers:
             gather.settle()
-        for key, compressor in self._compressors.items():
-            compressor.end_step(exposed_seconds if key == "gradients" else 0.0)
+        for lane in self._lanes:
+            lane.weights_may_have_changed = True
+        reduced_replicas = any(scatter.has_reduced_replicas for scatter in self._scatters)
+        for scatter in self._scatters:
+            scatter.has_reduced_replicas = False
+        # Passes that are not all-reduced are no steps of the replicas' meter, or it would sample none that are.
+        stepped = [key for key in self._compressors if key != "replicas" or reduced_replicas]
+        for key in stepped:
+            self._compressors[key].end_step(exposed_seconds if key == "gradients" else 0.0)
             if self._commits_itself:
-                compressor.commit_step()
+                self._compressors[key].commit_step()
         if self._guards.switch.off is None:
-            self._guards.stepped()
+            self._guards.stepped(stepped)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._optimizer_steps += 1

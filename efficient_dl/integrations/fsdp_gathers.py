@@ -14,6 +14,7 @@ from efficient_dl.comm import (
     AllGather,
     ChunkLayout,
     Compressor,
+    GatherSource,
     OwnPacket,
     ShadowGather,
     ShardedShadow,
@@ -51,6 +52,7 @@ class WeightAllGather(Comm):
         self._shadowed: Future[Any] | None = None
         self._own_packet = OwnPacket()
         self._layout = unit.gather_layout()
+        lane.sources.append(GatherSource(self._layout, self._own_packet, self._own_chunk))
         self.native_gathers = 0
         self.native_bytes = 0
 
@@ -85,7 +87,7 @@ class WeightAllGather(Comm):
         if own.data_ptr() != input_tensor.data_ptr():
             own.copy_(input_tensor)
         job = AllGather(output_tensor, self._layout, self._compressor, rank, self._own_packet)
-        work = FutureWork(self._lane.sharding.all_gather(job), self._backward)
+        work = FutureWork(self._lane.gather(job, self._compressor), self._backward)
         if not async_op and output_tensor.device.type != "cpu":
             work.wait()
             return None
@@ -93,14 +95,19 @@ class WeightAllGather(Comm):
 
     def gathered(self) -> dict[str, Tensor] | None:
         """Every parameter's gathered values by name, as a forward pass would see them; None where torch gathers."""
-        own = None if self._is_native or self._shadow is not None else self._unit.own_chunk()
-        if own is None or self._why_native(own, self._unit.group):
+        own = None if self._is_native or self._shadow is not None else self._own_chunk()
+        if own is None:
             return None
         buffer = own.new_empty(own.numel() * self._unit.world_size)
         work = self(buffer, own, self._unit.group, async_op=True)
         assert work is not None
         work.wait()
         return self._layout.parameters(buffer)
+
+    def _own_chunk(self) -> Tensor | None:
+        """What this rank contributes to the next gather, a copy; None where torch gathers."""
+        own = self._unit.own_chunk()
+        return None if own is None or self._why_native(own, self._unit.group) else own
 
     def settle(self) -> None:
         """In the shadow: waits until the last gather has been counted; there is at most one."""

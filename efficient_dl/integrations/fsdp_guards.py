@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -62,10 +62,10 @@ class Guards:
             {"about": what, **alarm} for what, watch in self._watches.items() for alarm in watch.state_dict()
         ]
 
-    def stepped(self) -> None:
-        """Looks at this rank's errors after a backward pass."""
-        for watch in self._watches.values():
-            for alarm in watch.stepped():
+    def stepped(self, compressors: Collection[str]) -> None:
+        """Looks at this rank's errors after a backward pass in which these compressors took part."""
+        for what in compressors:
+            for alarm in self._watches[what].stepped() if what in self._watches else ():
                 self._log_alarm(alarm)
                 if self._disables:
                     self.wish(alarm.text)
