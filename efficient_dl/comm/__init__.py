@@ -38,7 +38,14 @@ from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
-from efficient_dl.comm.gathers import AllGather, GatherSource, OwnPacket, SizeRound, all_gather_chunks
+from efficient_dl.comm.gathers import (
+    AllGather,
+    GatherSource,
+    OwnPacket,
+    SizeRound,
+    all_gather_chunks,
+    shadow_round,
+)
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
@@ -115,6 +122,7 @@ __all__ = [
     "parameter_scalars",
     "reduce_scatter_chunks",
     "replica_bucket",
+    "shadow_round",
     "shard_numels",
     "sharded_native_tally",
     "since",

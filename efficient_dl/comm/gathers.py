@@ -186,6 +186,13 @@ class SizeRound:
         self._compressor.meter.add(tally)
 
 
+def shadow_round(sources: Sequence[GatherSource], compressor: Compressor, world_size: int) -> None:
+    """Counts what a `SizeRound` would send."""
+    tally = Tally(sources[0].layout.bucket)
+    tally.announced(_SIZE_BYTES * len(sources) * (world_size - 1))
+    compressor.meter.add(tally)
+
+
 class _Encoding(ShardedJob):
     """Encodes a chunk into its source's packet, and counts what that took; the gather counts what is sent."""
 

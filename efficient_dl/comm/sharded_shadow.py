@@ -82,12 +82,23 @@ class ShadowScatter(_Shadow):
 
 
 class ShadowGather(_Shadow):
-    """What an `AllGather` would take. own: this rank's chunk, copied here and now. own_packet: as there."""
+    """What an `AllGather` would take.
+
+    own: this rank's chunk, copied here and now. own_packet: as there. size_bytes: what a packet needs beside itself: 8,
+        or 1 where its size was told before.
+    """
 
     def __init__(
-        self, own: Tensor, layout: ChunkLayout, compressor: Compressor, rank: int, own_packet: OwnPacket
+        self,
+        own: Tensor,
+        layout: ChunkLayout,
+        compressor: Compressor,
+        rank: int,
+        own_packet: OwnPacket,
+        size_bytes: int,
     ) -> None:
         super().__init__(layout, compressor, rank)
+        self._size_bytes = size_bytes
         self._own = self._take(own.numel() * own.element_size(), own.device).view(own.dtype).copy_(own)
         self._own_packet = own_packet
 
@@ -106,7 +117,7 @@ class ShadowGather(_Shadow):
         out = torch.empty_like(values)
         for _ in range(copies if self._compressor.exact else copies + 1):
             self._compressor.decode(message, out, shard, self._tally)
-        self._tally.announced(copies * _SIZE_MESSAGE_BYTES)
+        self._tally.announced(copies * self._size_bytes)
         self._finish()
 
 

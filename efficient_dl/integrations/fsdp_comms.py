@@ -71,11 +71,20 @@ class Lane:
 
     def gather(self, job: AllGather, compressor: Compressor) -> Future[Any]:
         """Starts an all-gather; the first after weights may have changed exchanges the sizes for all of them."""
-        # On a GPU packets are not kept, so their sizes cannot be told before.
-        if self.weights_may_have_changed and self.control.device.type == "cpu":
-            self.weights_may_have_changed = False
+        if self.starts_round():
             self.sharding.gather(SizeRound(self.sources, compressor, self.control.rank))
         return self.sharding.gather(job)
+
+    def starts_round(self) -> bool:
+        """Whether sizes are to be told before the next gather; asked once for each."""
+        starts = self.weights_may_have_changed and self.tells_sizes
+        self.weights_may_have_changed = False
+        return starts
+
+    @property
+    def tells_sizes(self) -> bool:
+        """Whether they are told for all gathers together: not on a GPU, where packets are not kept."""
+        return self.control.device.type == "cpu"
 
     @property
     def sharding(self) -> OverlappedSharding:

@@ -18,6 +18,7 @@ from efficient_dl.comm import (
     OwnPacket,
     ShadowGather,
     ShardedShadow,
+    shadow_round,
     sharded_native_tally,
 )
 from efficient_dl.integrations.fsdp_comms import GRADIENT_DTYPES, Backward, Comm, FutureWork, Lane
@@ -77,8 +78,11 @@ class WeightAllGather(Comm):
             return native_all_gather(output_tensor, input_tensor, group, async_op)
         if self._shadow is not None:
             self.settle()
+            if self._lane.starts_round():
+                shadow_round(self._lane.sources, self._compressor, group.size())
+            size_bytes = 1 if self._lane.tells_sizes else 8
             watched = ShadowGather(
-                input_tensor, self._layout, self._compressor, group.rank(), self._own_packet
+                input_tensor, self._layout, self._compressor, group.rank(), self._own_packet, size_bytes
             )
             self._shadowed = self._shadow.submit(watched)
             return native_all_gather(output_tensor, input_tensor, group, async_op)
