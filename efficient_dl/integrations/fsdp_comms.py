@@ -247,6 +247,7 @@ class GradientReduceScatter(Comm):
         if self._shadowed is not None and self._shadow is not None:
             watched, chunk = self._shadowed
             self._shadowed = None
+            self._unit.wait_for_reduction()
             watched.reduced(chunk)
             self._backward.wait_at_end(self._shadow.submit(watched))
 

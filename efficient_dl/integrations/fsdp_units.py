@@ -162,6 +162,12 @@ class Unit:
             )
         )
 
+    def wait_for_reduction(self) -> None:
+        """Lets the current stream of a GPU wait for what `post_backward` has started on others."""
+        event = getattr(self._group, "_post_reduce_event", None)
+        if event is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(event)
+
     def _watch(self, *arguments: Any) -> Any:
         group = self._group
         self._reduced = [p for p in group.fsdp_params if self._has_gradient(p)]
