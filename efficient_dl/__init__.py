@@ -6,14 +6,14 @@ if TYPE_CHECKING:
     from efficient_dl.codec import make_codec
     from efficient_dl.integrations.compress import compress
     from efficient_dl.integrations.ddp_compression import Compression
-    from efficient_dl.integrations.fsdp_compression import FsdpCompression
+    from efficient_dl.integrations.fsdp import FsdpCompression
 
 __all__ = ["Compression", "FsdpCompression", "compress", "make_codec"]
 
 _HOMES = {
     "Compression": "efficient_dl.integrations.ddp_compression",
     "compress": "efficient_dl.integrations.compress",
-    "FsdpCompression": "efficient_dl.integrations.fsdp_compression",
+    "FsdpCompression": "efficient_dl.integrations.fsdp",
     "make_codec": "efficient_dl.codec",
 }
 
