@@ -24,8 +24,8 @@ What each part promises:
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
 - `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
 - `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part:
-  `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `OverlappedSharding` runs them in threads
-  of its own.
+  `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `ReplicaReduction` is the all-reduce of a
+  rank's chunk over those that hold the same one (HSDP); `OverlappedSharding` runs them in threads of its own.
 - `sum_at_owners` is the way up alone, for sharded optimizers that need a sum at one rank only.
 - `ShadowReducer` counts what that would have sent, beside the native collective.
 - `Meter` counts what really left: packets with their headers, and size messages; `summary` makes ratios of it.
@@ -38,6 +38,14 @@ from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.collectives import Reduction, all_reduce
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.exchanges import all_gather, all_reduce_coalesced, all_to_all, broadcast
+from efficient_dl.comm.gathers import (
+    AllGather,
+    GatherSource,
+    OwnPacket,
+    SizeRound,
+    all_gather_chunks,
+    shadow_round,
+)
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
@@ -49,18 +57,13 @@ from efficient_dl.comm.owner_sum import sum_at_owners
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS, ProcessGroupTransport
+from efficient_dl.comm.replicas import ReplicaReduction, replica_bucket, shard_numels
 from efficient_dl.comm.residuals import Residuals
 from efficient_dl.comm.scalars import parameter_scalars, total_scalars
 from efficient_dl.comm.shadow import ShadowReducer
-from efficient_dl.comm.sharded import (
-    AllGather,
-    OverlappedSharding,
-    OwnPacket,
-    ReduceScatter,
-    all_gather_chunks,
-    reduce_scatter_chunks,
-    sharded_native_tally,
-)
+from efficient_dl.comm.sharded import ReduceScatter, reduce_scatter_chunks, sharded_native_tally
+from efficient_dl.comm.sharded_shadow import ShadowGather, ShadowReplicas, ShadowScatter, ShardedShadow
+from efficient_dl.comm.sharding import GradientReduction, OverlappedSharding, ReplicaTransports
 from efficient_dl.comm.switch import KillSwitch
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport, Work
@@ -72,6 +75,8 @@ __all__ = [
     "BucketLayout",
     "ChunkLayout",
     "Compressor",
+    "GatherSource",
+    "GradientReduction",
     "HierarchicalReducer",
     "HierarchicalReduction",
     "KillSwitch",
@@ -87,9 +92,16 @@ __all__ = [
     "ProcessGroupTransport",
     "ReduceScatter",
     "Reduction",
+    "ReplicaReduction",
+    "ReplicaTransports",
     "Residuals",
+    "ShadowGather",
     "ShadowReducer",
+    "ShadowReplicas",
+    "ShadowScatter",
     "Shard",
+    "ShardedShadow",
+    "SizeRound",
     "Topology",
     "Transport",
     "Watch",
@@ -109,6 +121,9 @@ __all__ = [
     "native_tally",
     "parameter_scalars",
     "reduce_scatter_chunks",
+    "replica_bucket",
+    "shadow_round",
+    "shard_numels",
     "sharded_native_tally",
     "since",
     "sparse_tally",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from efficient_dl.comm.compressor import SAMPLE_EVERY_STEPS
 from efficient_dl.comm.layout import BLOCK_NUMEL
-from efficient_dl.comm.meter import Meter, since, summary
+from efficient_dl.comm.meter import Meter, Totals, combined, since, summary
 from efficient_dl.errors import ConfigError
 
 OnAlarm = Literal["warn", "disable"]
@@ -33,11 +33,12 @@ class Alarm:
 class Watch:
     """Looks at a rank's meter, at what the steps of a window alone have added to it.
 
-    meter: of this rank.
+    meter: of this rank; several, of the same parameters, are looked at as one, and steps are the first one's.
     max_relative_error: the largest error, of all sampled packets and of each parameter, before an alarm; None: 1.0.
     times: whether the meter's seconds are those of real transfers (not in the shadow, not of the yardstick).
     exact: whether the codec is; then only times are watched.
     escapes_are_usual: for "grid:RATE", whose one step for all values leaves many outside of its alphabet at high rates.
+    what: is encoded, for the texts.
 
     Errors are watched by each rank alone, in windows of `WINDOW_STEPS` steps (`stepped`). Times tell something only
     together: all ranks exchange theirs when they compare their parameters (`notes`, `judge`), and come to the same
@@ -46,15 +47,17 @@ class Watch:
 
     def __init__(
         self,
-        meter: Meter,
+        meter: Meter | Sequence[Meter],
         max_relative_error: float | None,
         *,
         times: bool,
         exact: bool,
         escapes_are_usual: bool = False,
+        what: str = "gradients",
     ) -> None:
         self.alarms: list[Alarm] = []
-        self._meter = meter
+        self._meters = [meter] if isinstance(meter, Meter) else list(meter)
+        self._what = what
         self._limit = ERROR_OF_SENDING_NOTHING if max_relative_error is None else max_relative_error
         self._times, self._exact = times, exact
         self._escapes_are_usual = escapes_are_usual
@@ -65,15 +68,15 @@ class Watch:
     def stepped(self) -> list[Alarm]:
         """Looks at the errors after a step; returns the alarms that are new."""
         self._steps += 1
-        nonfinite = self._meter.totals.nonfinite_blocks
+        nonfinite = self._nonfinite_blocks()
         self._nonfinite_steps += nonfinite > self._nonfinite
         self._nonfinite = nonfinite
         if self._exact or self._steps < WINDOW_STEPS:
             return []
-        found = errs_too_much(since(self._meter.state_dict(), self._before), self._limit)
+        found = errs_too_much(since(self._state(), self._before), self._limit, self._what)
         if self._escapes_are_usual:
             found["escapes"] = None
-        found["nonfinite"] = never_finite(self._nonfinite_steps, self._steps)
+        found["nonfinite"] = never_finite(self._nonfinite_steps, self._steps, self._what)
         self._begin_errors()
         return self._raise(found)
 
@@ -81,10 +84,10 @@ class Watch:
         """This rank's part of the window's times, for `judge`: as many numbers on every rank."""
         if not self._times:
             return []
-        now, before = self._meter.totals, self._totals
+        now, before = self._sums(), self._totals
         sent = now.wire_bytes - now.native_bytes - (before.wire_bytes - before.native_bytes)
         seconds = (
-            sent * _median_seconds_a_byte(list(self._meter.transfers)),
+            sent * _median_seconds_a_byte([one for meter in self._meters for one in meter.transfers]),
             now.encode_seconds + now.decode_seconds - before.encode_seconds - before.decode_seconds,
             now.exposed_seconds - before.exposed_seconds,
             time.perf_counter() - self._start,
@@ -94,7 +97,7 @@ class Watch:
 
     def judge(self, notes: list[list[int]]) -> list[Alarm]:
         """Looks at the times of all ranks, given their `notes`; the same result on all ranks."""
-        steps = self._meter.steps - self._first
+        steps = self._meters[0].steps - self._first
         if not self._times or steps < WINDOW_STEPS:
             return []
         warm, self._warm = self._warm, True
@@ -118,21 +121,36 @@ class Watch:
     def _raise(self, found: Mapping[str, str | None]) -> list[Alarm]:
         known = {alarm.kind for alarm in self.alarms}
         new = [
-            Alarm(kind, self._meter.steps, text) for kind, text in found.items() if text and kind not in known
+            Alarm(kind, self._meters[0].steps, text)
+            for kind, text in found.items()
+            if text and kind not in known
         ]
         self.alarms += new
         return new
 
     def _begin_errors(self) -> None:
-        self._before = self._meter.state_dict()
+        self._before = self._state()
         self._steps = self._nonfinite_steps = 0
-        self._nonfinite = self._meter.totals.nonfinite_blocks
+        self._nonfinite = self._nonfinite_blocks()
 
     def _begin_times(self) -> None:
-        self._first = self._meter.steps
-        self._totals = replace(self._meter.totals)
-        self._meter.transfers.clear()
+        self._first = self._meters[0].steps
+        self._totals = self._sums()
+        for meter in self._meters:
+            meter.transfers.clear()
         self._start = time.perf_counter()
+
+    def _state(self) -> dict[str, Any]:
+        return combined([meter.state_dict() for meter in self._meters])
+
+    def _sums(self) -> Totals:
+        sums = Totals()
+        for meter in self._meters:
+            sums.add(meter.totals)
+        return sums
+
+    def _nonfinite_blocks(self) -> int:
+        return sum(meter.totals.nonfinite_blocks for meter in self._meters)
 
 
 def check_options(max_relative_error: float | None, on_alarm: str) -> None:
@@ -200,7 +218,7 @@ def _median_seconds_a_byte(transfers: list[tuple[int, float]]) -> float:
     return 0.0
 
 
-def errs_too_much(window: Mapping[str, Any], limit: float) -> dict[str, str | None]:
+def errs_too_much(window: Mapping[str, Any], limit: float, what: str = "gradients") -> dict[str, str | None]:
     """By kind of alarm: what is unusual in the errors of a window of a `Meter`, or None."""
     found = summary(window)
     errors = {name: row["relative_error"] for name, row in found["parameters"].items()}
@@ -208,7 +226,7 @@ def errs_too_much(window: Mapping[str, Any], limit: float) -> dict[str, str | No
     fix = "Fix: more bits, a larger batch, or a larger max_relative_error"
     error = None
     if found["relative_error"] > limit:
-        error = f"the gradients' relative error is {found['relative_error']:.3g}, over the limit of {limit:.3g}. {fix}"
+        error = f"the {what}' relative error is {found['relative_error']:.3g}, over the limit of {limit:.3g}. {fix}"
     elif errors and errors[worst] > limit:
         error = (
             f"the relative error of {worst!r} is {errors[worst]:.3g}, over the limit of {limit:.3g}. {fix}"
@@ -225,12 +243,12 @@ def errs_too_much(window: Mapping[str, Any], limit: float) -> dict[str, str | No
     }
 
 
-def never_finite(nonfinite_steps: int, steps: int) -> str | None:
+def never_finite(nonfinite_steps: int, steps: int, what: str = "gradients") -> str | None:
     """An alarm when most steps had a gradient that is not finite: more than a scaler that looks for its scale."""
     if 2 * nonfinite_steps <= steps:
         return None
     return (
-        f"{nonfinite_steps} of {steps} steps had gradients that are not finite: training has diverged, or the loss "
+        f"{nonfinite_steps} of {steps} steps had {what} that are not finite: training has diverged, or the loss "
         "scale is too large. Fix: go back to a checkpoint; shadow=True applies the uncompressed gradients, to compare"
     )
 

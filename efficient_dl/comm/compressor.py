@@ -73,6 +73,10 @@ class Compressor:
         packets = sum(messages.padded(self._max_packet_bytes(section, dtype)) for section in sections)
         return messages.directory_bytes(len(sections)) + packets
 
+    def raw_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
+        """What a shard's message takes with the identity codec, as the meter counts it."""
+        return sum(self._identity.max_bytes(section.numel, dtype) for section in self._sections(shard))
+
     def begin_step(self, loss_scale: float = 1.0, unscaled: frozenset[str] = frozenset()) -> None:
         """Starts the packets of a step, whose gradients are scaled by loss_scale.
 

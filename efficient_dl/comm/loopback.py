@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,14 +75,17 @@ class LoopbackTransport:
 
     def exchange(self, outgoing: list[Tensor]) -> LoopbackWork:
         """See `Transport.exchange`."""
+        return self._start(outgoing, None)
+
+    def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> LoopbackWork:
+        """See `Transport.gather`."""
+        return self._start([packet] * self.world_size, sizes)
+
+    def _start(self, outgoing: list[Tensor], sizes: Sequence[int] | None) -> LoopbackWork:
         for target, message in enumerate(outgoing):
             if target != self.rank:
                 self._hub.send(self.rank, target, message)
-        return LoopbackWork(self._hub, self.rank, outgoing)
-
-    def gather(self, packet: Tensor) -> LoopbackWork:
-        """See `Transport.gather`."""
-        return self.exchange([packet] * self.world_size)
+        return LoopbackWork(self._hub, self.rank, outgoing, sizes)
 
     def sibling(self) -> LoopbackTransport:
         """See `Transport.sibling`."""
@@ -99,20 +103,32 @@ class LoopbackTransport:
 class LoopbackWork:
     """Messages on their way to one rank; implements `Work`."""
 
-    def __init__(self, hub: LoopbackHub, rank: int, outgoing: list[Tensor]) -> None:
+    def __init__(
+        self, hub: LoopbackHub, rank: int, outgoing: list[Tensor], sizes: Sequence[int] | None
+    ) -> None:
         self._hub = hub
         self._rank = rank
         self._own = outgoing[rank]
+        size_bytes = _SIZE_BYTES if sizes is None else 0
+        self._known = sizes
         self.sent_bytes = sum(
-            message.numel() + _SIZE_BYTES for target, message in enumerate(outgoing) if target != rank
+            message.numel() + size_bytes for target, message in enumerate(outgoing) if target != rank
         )
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
         """See `Work.wait`."""
         deadline = time.monotonic() + (self._hub.timeout if timeout is None else timeout)
-        return [
+        incoming = [
             self._own
             if source == self._rank
             else self._hub.receive(source, self._rank, deadline - time.monotonic())
             for source in range(self._hub.world_size)
         ]
+        found = [message.numel() for message in incoming]
+        if self._known is not None and found != list(self._known):
+            raise TransportError(
+                "messages have other sizes than all ranks have agreed on",
+                expected=str(list(self._known)),
+                found=str(found),
+            )
+        return incoming

@@ -23,7 +23,7 @@ from __future__ import annotations
 import socket
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -98,9 +98,9 @@ class MpiTransport:
         """See `Transport.exchange`."""
         return MpiWork(self, outgoing)
 
-    def gather(self, packet: Tensor) -> MpiWork:
+    def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> MpiWork:
         """See `Transport.gather`."""
-        return self.exchange([packet] * self.world_size)
+        return MpiWork(self, [packet] * self.world_size, sizes)
 
     def sibling(self) -> MpiTransport:
         """See `Transport.sibling`."""
@@ -120,7 +120,9 @@ class MpiTransport:
 class MpiWork:
     """Messages on their way; implements `Work`. Sends begin at once, receives when the sizes are known."""
 
-    def __init__(self, transport: MpiTransport, outgoing: list[Tensor]) -> None:
+    def __init__(
+        self, transport: MpiTransport, outgoing: list[Tensor], sizes: Sequence[int] | None = None
+    ) -> None:
         link = self._link = transport.link
         self._transport = transport
         self._incoming = list(outgoing)
@@ -128,11 +130,16 @@ class MpiWork:
         self._sizes = np.empty_like(self._own_sizes)
         self._requests: list[MPI.Request] = []
         self._purposes: list[tuple[str, int]] = []  # of each request: what moves, and the peer
-        self.sent_bytes = sum(outgoing[peer].numel() + _SIZE_BYTES for peer in link.peers)
+        size_bytes = _SIZE_BYTES if sizes is None else 0
+        self.sent_bytes = sum(outgoing[peer].numel() + size_bytes for peer in link.peers)
         for peer in link.peers:
-            self._start(_ITS_SIZE, peer, link.comm.Irecv, self._sizes[peer : peer + 1], _SIZE_TAG)
+            if sizes is None:
+                self._start(_ITS_SIZE, peer, link.comm.Irecv, self._sizes[peer : peer + 1], _SIZE_TAG)
+            else:
+                self._receive(peer, sizes[peer])
         for peer in link.peers:
-            self._start(_OUR_MESSAGE, peer, link.comm.Isend, self._own_sizes[peer : peer + 1], _SIZE_TAG)
+            if sizes is None:
+                self._start(_OUR_MESSAGE, peer, link.comm.Isend, self._own_sizes[peer : peer + 1], _SIZE_TAG)
             self._start_parts(_OUR_MESSAGE, peer, link.comm.Isend, outgoing[peer])
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
@@ -168,10 +175,13 @@ class MpiWork:
             del self._requests[position], self._purposes[position]
         for what, peer in arrived:
             if what == _ITS_SIZE:
-                message = self._transport.receive_buffers.take(peer, int(self._sizes[peer]))
-                self._incoming[peer] = message
-                self._start_parts(_ITS_MESSAGE, peer, self._link.comm.Irecv, message)
+                self._receive(peer, int(self._sizes[peer]))
         return bool(completed)
+
+    def _receive(self, peer: int, size_bytes: int) -> None:
+        message = self._transport.receive_buffers.take(peer, size_bytes)
+        self._incoming[peer] = message
+        self._start_parts(_ITS_MESSAGE, peer, self._link.comm.Irecv, message)
 
     def _start_parts(self, what: str, peer: int, start: Callable[..., MPI.Request], message: Tensor) -> None:
         values = message.numpy()

@@ -68,13 +68,16 @@ class ProcessGroupTransport:
 
     def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
         """See `Transport.exchange`."""
-        if self.device.type == "cpu":
-            return _PairwiseWork(self, outgoing)
-        return _AllToAllWork(self, outgoing)
+        return self._start(outgoing, None)
 
-    def gather(self, packet: Tensor) -> Work[list[Tensor]]:
+    def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> Work[list[Tensor]]:
         """See `Transport.gather`."""
-        return self.exchange([packet] * self.world_size)
+        return self._start([packet] * self.world_size, sizes)
+
+    def _start(self, outgoing: list[Tensor], sizes: Sequence[int] | None) -> Work[list[Tensor]]:
+        if self.device.type == "cpu":
+            return _PairwiseWork(self, outgoing, sizes)
+        return _AllToAllWork(self, outgoing, sizes)
 
     def sibling(self) -> ProcessGroupTransport:
         """See `Transport.sibling`."""
@@ -163,23 +166,31 @@ def _check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
 class _PairwiseWork:
     """All sizes at once; then, in round k, a receive from rank − k, posted before the send to rank + k."""
 
-    def __init__(self, transport: ProcessGroupTransport, outgoing: list[Tensor]) -> None:
+    def __init__(
+        self, transport: ProcessGroupTransport, outgoing: list[Tensor], sizes: Sequence[int] | None
+    ) -> None:
         rank, world_size = transport.rank, transport.world_size
         self._transport = transport
         self._outgoing = outgoing
         self._rounds = [((rank - k) % world_size, (rank + k) % world_size) for k in range(1, world_size)]
+        self._receiving: dict[int, dist.Work | None] = {}
+        self._sending: dict[int, dist.Work | None] = {}
+        self.sent_bytes = sum(outgoing[target].numel() for _, target in self._rounds)
+        if sizes is not None:
+            self._sizes = {source: torch.tensor([sizes[source]]) for source, _ in self._rounds}
+            return
         self._sizes = {source: torch.empty(1, dtype=torch.int64) for source, _ in self._rounds}
         self._own_sizes = {target: torch.tensor([outgoing[target].numel()]) for _, target in self._rounds}
         self._receiving = {source: self._receive(self._sizes[source], source) for source, _ in self._rounds}
         self._sending = {target: self._send(self._own_sizes[target], target) for _, target in self._rounds}
-        self.sent_bytes = sum(outgoing[target].numel() + _SIZE_BYTES for _, target in self._rounds)
+        self.sent_bytes += _SIZE_BYTES * len(self._rounds)
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
         """See `Work.wait`. The messages move in here."""
         deadline = time.monotonic() + (self._transport.timeout if timeout is None else timeout)
         incoming = list(self._outgoing)
         for source, target in self._rounds:
-            self._finish(self._receiving[source], source, deadline)
+            self._finish(self._receiving.get(source), source, deadline)
             message = self._transport.receive_buffers.take(source, int(self._sizes[source]))
             receiving = self._receive(message, source) if message.numel() else None
             sending = self._send(self._outgoing[target], target) if self._outgoing[target].numel() else None
@@ -208,16 +219,22 @@ class _PairwiseWork:
 class _AllToAllWork:
     """Sizes by one all-to-all, then the messages by another; the current CUDA stream orders both."""
 
-    def __init__(self, transport: ProcessGroupTransport, outgoing: list[Tensor]) -> None:
+    def __init__(
+        self, transport: ProcessGroupTransport, outgoing: list[Tensor], sizes: Sequence[int] | None
+    ) -> None:
         self._transport = transport
         self._outgoing = outgoing
+        others = [message.numel() for peer, message in enumerate(outgoing) if peer != transport.rank]
+        self.sent_bytes = sum(others)
+        if sizes is not None:
+            self._sizes = torch.tensor(sizes)
+            return
         self._own_sizes = torch.tensor([message.numel() for message in outgoing], device=transport.device)
         self._sizes = torch.empty_like(self._own_sizes)
         dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]
             self._sizes, self._own_sizes, group=transport.group
         )
-        others = [message.numel() for peer, message in enumerate(outgoing) if peer != transport.rank]
-        self.sent_bytes = sum(others) + _SIZE_BYTES * len(others)
+        self.sent_bytes += _SIZE_BYTES * len(others)
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
         """See `Work.wait`. Waits on the host for the sizes, and on the current stream for the messages."""

@@ -1,27 +1,18 @@
-"""The compressed reduce-scatter and all-gather: for parameters of which every rank keeps one part."""
+"""The compressed reduce-scatter: for parameters of which every rank keeps one part."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
-
 import torch
-import xxhash
 from torch import Tensor
 
 from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.transport import Transport
 
-J = TypeVar("J")
 
-
-class _Job:
+class ShardedJob:
     """What both collectives need: a tally, and buffers to give back."""
 
     def __init__(self, layout: ChunkLayout, compressor: Compressor, rank: int) -> None:
@@ -45,7 +36,7 @@ class _Job:
         self._compressor.meter.add(self._tally)
 
 
-class ReduceScatter(_Job):
+class ReduceScatter(ShardedJob):
     """One reduce-scatter, in two steps, so that those of several buffers can overlap.
 
     x: 1-D, contiguous, one chunk a rank, float32, bfloat16 or float16; only read.
@@ -98,144 +89,6 @@ class ReduceScatter(_Job):
         self._finish()
 
 
-class OwnPacket:
-    """The packet of the last own chunk, to be used again as long as the chunk's content is the same.
-
-    A sharded model gathers the same weights in forward and again in backward; only an optimizer's step changes them.
-    The content itself is the key (128 bits of xxh3), whatever changed it. On a GPU encoding is faster than hashing on
-    the host: nothing is kept.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[bytes, torch.dtype] | None = None
-        self._message: Tensor | None = None
-        self._raw_bytes = 0
-
-    def get(self, values: Tensor) -> tuple[Tensor, int] | None:
-        """The packet of these values and its bytes uncompressed, or None; then `keep` may follow."""
-        if values.device.type != "cpu":
-            return None
-        content = values.view(torch.uint8).numpy().data if values.numel() else b""
-        key = (xxhash.xxh3_128_digest(content), values.dtype)
-        if key == self._key and self._message is not None:
-            return self._message, self._raw_bytes
-        self._key, self._message = key, None
-        return None
-
-    def keep(self, message: Tensor, raw_bytes: int) -> None:
-        """Keeps a copy of the packet of the values that `get` was last asked for."""
-        if message.device.type == "cpu":
-            self._message, self._raw_bytes = message.clone(), raw_bytes
-
-
-class AllGather(_Job):
-    """One all-gather, in two steps.
-
-    out: 1-D, contiguous, one chunk a rank, of any dtype that the codec takes; the own chunk is what is sent. All
-        chunks are replaced by what was decoded, on the owner too, so that all ranks have the same bits; paddings become
-        zero. With an exact codec that is the native all-gather's result.
-    own_packet: spares the encoding while the own chunk does not change.
-    """
-
-    def __init__(
-        self, out: Tensor, layout: ChunkLayout, compressor: Compressor, rank: int, own_packet: OwnPacket
-    ) -> None:
-        super().__init__(layout, compressor, rank)
-        self._chunks = layout.chunks(out)
-        self._own_packet = own_packet
-        self._message = out.new_empty(0, dtype=torch.uint8)
-
-    def encode(self) -> None:
-        """Step 1: encodes the own chunk, unless its packet is there."""
-        values = self.layout.take(self._chunks[self.rank], self.rank)
-        shard, copies = self.layout.bucket.shards[self.rank], len(self._chunks) - 1
-        kept = self._own_packet.get(values)
-        if kept is None:
-            self._message = self._encode(values, shard, copies)
-            self._own_packet.keep(self._message, self._tally.totals.raw_bytes // copies)
-        else:
-            self._message, raw_bytes = kept
-            self._tally.sent(shard, len(self._message), raw_bytes, copies)
-
-    def gather_and_decode(self, transport: Transport) -> None:
-        """Step 2: sends it to all, decodes everyone's, and adds the counts to the meter."""
-        copies = len(self._chunks) - 1
-        incoming = self._tally.receive(transport.gather(self._message), len(self._message) * copies)
-        for source, message in enumerate(incoming):
-            if source == self.rank and self._compressor.exact:
-                continue
-            chunk = self._chunks[source]
-            values = self.layout.take(chunk, source)
-            self._compressor.decode(message, values, self.layout.bucket.shards[source], self._tally)
-            self.layout.put(values, chunk, source)
-        self._chunks = []
-        self._finish()
-
-
-class OverlappedSharding:
-    """Starts reduce-scatters and all-gathers that run in threads of their own, each kind first in, first out.
-
-    exchange, gather: one transport for each kind, on groups that nothing else uses, so that both kinds proceed side by
-        side; they are this object's own from now on. On CUDA devices pass one transport twice: everything then runs in
-        the calling thread, on its current stream, where FSDP has already put it beside backward.
-    """
-
-    def __init__(self, exchange: Transport, gather: Transport) -> None:
-        self._exchange, self._gather = exchange, gather
-        self._scatters: Pipeline[ReduceScatter] | None = None
-        self._gathers: Pipeline[AllGather] | None = None
-        if exchange is not gather:
-
-            def exchange_step(job: ReduceScatter) -> None:
-                job.exchange_and_reduce(exchange)
-
-            def gather_step(job: AllGather) -> None:
-                job.gather_and_decode(gather)
-
-            self._scatters = Pipeline("edl-scatter", [ReduceScatter.encode, exchange_step], exchange.device)
-            self._gathers = Pipeline("edl-gather", [AllGather.encode, gather_step], gather.device)
-
-    def reduce_scatter(self, job: ReduceScatter) -> Future[ReduceScatter]:
-        """Queues a reduce-scatter; in the same order on all ranks."""
-        if self._scatters is not None:
-            return self._scatters.submit(job)
-        job.encode()
-        job.exchange_and_reduce(self._exchange)
-        return _done(job)
-
-    def all_gather(self, job: AllGather) -> Future[AllGather]:
-        """Queues an all-gather; in the same order on all ranks."""
-        if self._gathers is not None:
-            return self._gathers.submit(job)
-        job.encode()
-        job.gather_and_decode(self._gather)
-        return _done(job)
-
-    def abort(self) -> None:
-        """Breaks the connections: the peers get a TransportError now, not after a time-out."""
-        for transport in (self._exchange, self._gather):
-            transport.abort()
-
-    def stop(self, timeout: float) -> None:
-        """Lets what is queued finish and ends the threads; breaks the connections if a peer keeps them waiting."""
-        closings: list[Callable[[float], bool]] = [
-            pipeline.close for pipeline in (self._scatters, self._gathers) if pipeline is not None
-        ]
-        deadline = time.monotonic() + timeout
-        stuck = [close for close in closings if not close(max(deadline - time.monotonic(), 0.0))]
-        if stuck:
-            self.abort()
-            for close in stuck:
-                close(timeout)
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Ends the threads, as `stop`, and closes the transports."""
-        self.stop(timeout)
-        self._exchange.close()
-        if self._gather is not self._exchange:
-            self._gather.close()
-
-
 def reduce_scatter_chunks(
     x: Tensor,
     out: Tensor,
@@ -256,15 +109,6 @@ def reduce_scatter_chunks(
     job.exchange_and_reduce(transport)
 
 
-def all_gather_chunks(out: Tensor, layout: ChunkLayout, compressor: Compressor, transport: Transport) -> None:
-    """Fills out with all ranks' chunks, of which it has the own one, and waits for it; see `AllGather`."""
-    if transport.world_size == 1:
-        return
-    job = AllGather(out, layout, compressor, transport.rank, OwnPacket())
-    job.encode()
-    job.gather_and_decode(transport)
-
-
 def sharded_native_tally(layout: ChunkLayout, rank: int, itemsize: int, gathers: bool) -> Tally:
     """What a ring's reduce-scatter, or all-gather, of such a buffer sends from one rank, calculated.
 
@@ -277,10 +121,5 @@ def sharded_native_tally(layout: ChunkLayout, rank: int, itemsize: int, gathers:
         if shard.numel:
             tally.sent(shard, shard.numel * itemsize, shard.numel * itemsize, copies=1)
         tally.announced((layout.chunk_numel - shard.numel) * itemsize)
+    tally.totals.native_bytes = tally.totals.wire_bytes
     return tally
-
-
-def _done(job: J) -> Future[J]:
-    future: Future[J] = Future()
-    future.set_result(job)
-    return future

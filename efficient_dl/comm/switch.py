@@ -39,9 +39,7 @@ class KillSwitch:
     def end(self, reason: str, step: int) -> None:
         """Ends compression for a reason that all ranks see at the same step."""
         self.wish, self.off = None, {"step": step, "reason": reason}
-        _log.warning(
-            "compression is off after step %d, gradients go by torch's own all-reduce. %s", step, reason
-        )
+        _log.warning("compression is off after step %d, torch's own collectives take over. %s", step, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Whether it is off, since when and why, and what this rank still wishes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -57,8 +58,11 @@ class Transport(Protocol):
         """
         ...
 
-    def gather(self, packet: Tensor) -> Work[list[Tensor]]:
-        """Sends one message to all ranks; the result's i-th message came from rank i."""
+    def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> Work[list[Tensor]]:
+        """Sends one message to all ranks; the result's i-th message came from rank i.
+
+        sizes: the bytes of every rank's message, by rank, where all ranks know them already: then none are sent.
+        """
         ...
 
     def sibling(self) -> Transport:

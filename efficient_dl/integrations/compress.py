@@ -14,7 +14,8 @@ from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.deepspeed import EngineCompression, compress_engine, is_engine
-from efficient_dl.integrations.fsdp import FsdpCompression, compress_fsdp
+from efficient_dl.integrations.fsdp import compress_fsdp
+from efficient_dl.integrations.fsdp_compression import FsdpCompression
 
 
 def compress(
@@ -36,9 +37,10 @@ def compress(
         "lossless", a number of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto", the default.
     options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
         All three: check_every, timeout, kernel, extra.
-        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step.
-        DistributedDataParallel: scale, error_feedback, scaler, shadow, hierarchy, transport, group.
-        FSDP2: weights.
+        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, error_feedback, scaler, shadow,
+        max_relative_error, on_alarm.
+        DistributedDataParallel: scale, hierarchy, transport, group.
+        FSDP2: weights, axes.
 
     Raises ConfigError (also for an option that this kind of model does not have), UnsupportedTensor, PlanMismatch
     (ranks differ), TransportError.

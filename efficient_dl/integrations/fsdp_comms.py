@@ -1,8 +1,7 @@
-"""FSDP2's custom collectives: a reduce-scatter of gradients and an all-gather of weights for each unit."""
+"""FSDP2's custom reduce-scatter of a unit's gradients, and what it shares with the all-gather of its weights."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,36 +15,76 @@ from efficient_dl.comm import (
     AllGather,
     ChunkLayout,
     Compressor,
+    GatherSource,
+    GradientReduction,
     OverlappedSharding,
-    OwnPacket,
     ProcessGroupTransport,
     ReduceScatter,
+    ReplicaReduction,
+    ReplicaTransports,
+    ShadowReplicas,
+    ShadowScatter,
+    ShardedShadow,
+    SizeRound,
     sharded_native_tally,
 )
 from efficient_dl.errors import EdlError, UnsupportedTensor
 from efficient_dl.integrations.fsdp_units import Unit
 
-_log = logging.getLogger(__name__)
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WEIGHT_DTYPES = (*GRADIENT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Lane:
-    """One process group of the model, and the groups of our own that were made from it.
+    """One process group of the model, with that of its replicas, and the groups of our own that were made from them.
 
-    control: for what is said outside of training steps, on the model's own group.
+    control, replica_control: for what is said outside of training steps, on the model's own groups.
+    sources: the weights that are gathered among the group; filled by those who gather.
+    weights_may_have_changed: set at the end of every backward pass that reduces, at the same time on all ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None,
+        device: torch.device,
+        timeout: float,
+    ) -> None:
         self.control = ProcessGroupTransport(group, device, timeout)
+        self.replica_control = ProcessGroupTransport(replicas, device, timeout) if replicas else None
+        self.sources: list[GatherSource] = []
+        self.weights_may_have_changed = True
         self._sharding: OverlappedSharding | None = None
 
-    def start(self) -> OverlappedSharding:
+    @property
+    def controls(self) -> list[ProcessGroupTransport]:
+        """Both, or the one that there is."""
+        return [self.control, *([self.replica_control] if self.replica_control else [])]
+
+    def start(self, reduces_replicas: bool) -> OverlappedSharding:
         """Makes the groups and threads."""
-        exchange = self.control.sibling()
-        gather = self.control.sibling() if self.control.device.type == "cpu" else exchange
-        self._sharding = OverlappedSharding(exchange, gather)
+        exchange, gather = _siblings(self.control)
+        replicas = None
+        if reduces_replicas and self.replica_control is not None:
+            replicas = ReplicaTransports(*_siblings(self.replica_control))
+        self._sharding = OverlappedSharding(exchange, gather, replicas)
         return self._sharding
+
+    def gather(self, job: AllGather, compressor: Compressor) -> Future[Any]:
+        """Starts an all-gather; the first after weights may have changed exchanges the sizes for all of them."""
+        if self.starts_round():
+            self.sharding.gather(SizeRound(self.sources, compressor, self.control.rank))
+        return self.sharding.gather(job)
+
+    def starts_round(self) -> bool:
+        """Whether sizes are to be told before the next gather; asked once for each."""
+        starts = self.weights_may_have_changed and self.tells_sizes
+        self.weights_may_have_changed = False
+        return starts
+
+    @property
+    def tells_sizes(self) -> bool:
+        """Whether they are told for all gathers together: not on a GPU, where packets are not kept."""
+        return self.control.device.type == "cpu"
 
     @property
     def sharding(self) -> OverlappedSharding:
@@ -54,11 +93,23 @@ class Lane:
         return self._sharding
 
 
-class Backward:
-    """The reduce-scatters of the running backward pass: what is to be waited for at its end, and the seconds waited."""
+def _siblings(control: ProcessGroupTransport) -> tuple[ProcessGroupTransport, ProcessGroupTransport]:
+    first = control.sibling()
+    return first, control.sibling() if control.device.type == "cpu" else first
 
-    def __init__(self, abort: Callable[[], None], at_end: Callable[[float], None]) -> None:
+
+class Backward:
+    """The reductions of the running backward pass: what is to be waited for at its end, and the seconds waited.
+
+    is_off: the kill switch was pulled: torch's own collectives do everything.
+    """
+
+    def __init__(
+        self, abort: Callable[[], None], at_begin: Callable[[], None], at_end: Callable[[float], None]
+    ) -> None:
+        self.is_off = False
         self._abort = abort
+        self._at_begin = at_begin
         self._at_end = at_end
         self._pending: list[Future[Any]] = []
         self._is_open = False
@@ -81,6 +132,8 @@ class Backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         except RuntimeError:
             return False
+        if not self._is_open:
+            self._at_begin()
         self._is_open = True
         return True
 
@@ -100,7 +153,7 @@ class Backward:
         self._at_end(seconds)
 
 
-class _Comm:
+class Comm:
     """What torch asks of a custom collective."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -108,15 +161,30 @@ class _Comm:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class GradientReduceScatter(_Comm):
-    """Reduce-scatters the gradients of one unit. compressor: with the plan "none" torch does it, and we count."""
+class GradientReduceScatter(Comm):
+    """Reduce-scatters the gradients of one unit, and with HSDP reduces them between replicas.
 
-    def __init__(self, unit: Unit, compressor: Compressor, lane: Lane, backward: Backward) -> None:
+    gradients, replicas: for each axis; with the plan "none" torch does it, and we count. shadow: torch does both, and
+    the compressors only count.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        gradients: Compressor,
+        replicas: Compressor,
+        lane: Lane,
+        backward: Backward,
+        shadow: ShardedShadow | None,
+    ) -> None:
         self._unit = unit
-        self._compressor = compressor
+        self._gradients, self._replicas = gradients, replicas
         self._lane = lane
         self._backward = backward
+        self._shadow = shadow
+        self._shadowed: tuple[ShadowReplicas, Tensor] | None = None
         self.replica_bytes = 0
+        self.has_reduced_replicas = False  # in this backward pass
 
     def __call__(
         self,
@@ -127,40 +195,89 @@ class GradientReduceScatter(_Comm):
         async_op: bool = False,
     ) -> dist.Work | None:
         """See `ReduceScatter.__call__` of torch."""
-        layout = self._unit.reduce_layout()
-        world_size = self._unit.world_size
+        unit, rank = self._unit, group.rank()
+        layout = unit.reduce_layout()
         if layout.chunk_numel != output_tensor.numel():
             raise EdlError(
                 "a reduce-scatter holds other gradients than those we have seen",
                 expected=f"{layout.chunk_numel} values in a chunk: {', '.join(layout.bucket.names)}",
                 found=f"{output_tensor.numel()} values",
-                where=f"the module of {self._unit.label!r}",
+                where=f"the module of {unit.label!r}",
                 fix="report this with your torch version",
             )
         in_backward = self._backward.opened()
-        self._count_replicas(output_tensor)
-        if self._compressor.plan.codec == "none":
-            tally = sharded_native_tally(layout, group.rank(), input_tensor.element_size(), gathers=False)
-            self._compressor.meter.add(tally)
-            return native_reduce_scatter(output_tensor, input_tensor, group, op, async_op)
-        if input_tensor.dtype not in GRADIENT_DTYPES:
-            raise UnsupportedTensor(
-                f"the gradients of {self._unit.label!r} cannot be compressed",
-                expected="float32, bfloat16 or float16",
-                found=str(input_tensor.dtype),
-                fix="set reduce_dtype in MixedPrecisionPolicy",
+        compresses = self._gradients.plan.codec != "none" and not self._backward.is_off
+        self.has_reduced_replicas |= unit.reduces_replicas
+        if unit.reduces_replicas and not unit.is_replacing:
+            self._count_native_replicas(output_tensor)
+        if compresses or unit.is_replacing:
+            _check_dtype(unit, input_tensor.dtype)
+        scatter = None
+        if compresses and self._shadow is None:
+            divisor = self._divisor(op, unit.world_size)
+            scatter = ReduceScatter(input_tensor, output_tensor, layout, self._gradients, rank, divisor)
+        else:
+            if compresses and self._shadow is not None:
+                watched = ShadowScatter(input_tensor, layout, self._gradients, rank)
+                self._backward.wait_at_end(self._shadow.submit(watched))
+            else:
+                itemsize = input_tensor.element_size()
+                self._gradients.meter.add(sharded_native_tally(layout, rank, itemsize, gathers=False))
+            watches = self._shadow is not None and unit.reduces_replicas and self._compresses_replicas
+            work = native_reduce_scatter(
+                output_tensor, input_tensor, group, op, async_op and not (watches or unit.is_replacing)
             )
-        divisor = self._divisor(op, world_size)
-        job = ReduceScatter(input_tensor, output_tensor, layout, self._compressor, group.rank(), divisor)
-        future = self._lane.sharding.reduce_scatter(job)
+            if watches:
+                self._watch_replicas(output_tensor, layout, rank)
+            if not unit.is_replacing:
+                return work
+        replicas = self._reduction_of_replicas(output_tensor, layout, rank) if unit.is_replacing else None
+        future = self._lane.sharding.reduce(GradientReduction(scatter, replicas))
         if async_op:
             return FutureWork(future, self._backward)
         # torch divides a sum by itself afterwards.
-        if in_backward and op != dist.ReduceOp.SUM and self._unit.may_defer(output_tensor.dtype):
+        if in_backward and op != dist.ReduceOp.SUM and unit.may_defer(output_tensor.dtype):
             self._backward.wait_at_end(future)
         else:
             self._backward.wait(future)
         return None
+
+    def after_pass(self) -> None:
+        """torch has reduced between replicas, too."""
+        if self._shadowed is not None and self._shadow is not None:
+            watched, chunk = self._shadowed
+            self._shadowed = None
+            self._unit.wait_for_reduction()
+            watched.reduced(chunk)
+            self._backward.wait_at_end(self._shadow.submit(watched))
+
+    @property
+    def _compresses_replicas(self) -> bool:
+        return self._replicas.plan.codec != "none" and not self._backward.is_off
+
+    def _reduction_of_replicas(self, chunk: Tensor, layout: ChunkLayout, rank: int) -> ReplicaReduction:
+        unit = self._unit
+        assert unit.replicas is not None
+        partial = unit.partial
+        if partial is not None and partial.shape != chunk.shape:
+            raise EdlError(
+                "passes without an all-reduce had gradients of other parameters than this one",
+                expected=f"{partial.numel()} values in a chunk",
+                found=f"{chunk.numel()}",
+                where=f"the module of {unit.label!r}",
+                fix="use the same parameters in every accumulated pass, or set_reduce_scatter_unused_params(True)",
+            )
+        # A divisor of the user's own has been applied already; else torch, which sees one axis, divides by that.
+        op = "avg" if unit.divide_factor is None else "sum"
+        replica_rank, num_replicas = unit.replicas.rank(), unit.replicas.size()
+        return ReplicaReduction(chunk, layout, rank, self._replicas, replica_rank, num_replicas, op, partial)
+
+    def _watch_replicas(self, chunk: Tensor, layout: ChunkLayout, rank: int) -> None:
+        replicas, partial = self._unit.replicas, self._unit.partial
+        assert replicas is not None
+        contribution = chunk if partial is None else chunk + partial
+        watched = ShadowReplicas(contribution, layout, rank, self._replicas, replicas.rank(), replicas.size())
+        self._shadowed = watched, chunk
 
     def _divisor(self, op: Any, world_size: int) -> float:
         if op == dist.ReduceOp.AVG:
@@ -176,85 +293,11 @@ class GradientReduceScatter(_Comm):
             fix='use bits="none" with other reductions',
         )
 
-    def _count_replicas(self, result: Tensor) -> None:
-        if self._unit.reduces_replicas:
-            replicas = self._unit.replicas
-            assert replicas is not None
-            share = 2 * (replicas.size() - 1) / replicas.size()
-            self.replica_bytes += int(share * result.numel() * result.element_size())
-
-
-class WeightAllGather(_Comm):
-    """All-gathers the weights of one unit. compressor: with the plan "none" torch does it, and we count.
-
-    What no codec takes is gathered natively, with a line in the log and a count: the dtypes of extensions, several
-    dtypes in one unit, and the smaller group of reshard_after_forward=<int>, which is there to be fast.
-    """
-
-    def __init__(self, unit: Unit, compressor: Compressor, lane: Lane, backward: Backward) -> None:
-        self._unit = unit
-        self._compressor = compressor
-        self._lane = lane
-        self._backward = backward
-        self._own_packet = OwnPacket()
-        self._layout = unit.gather_layout()
-        self.native_gathers = 0
-        self.native_bytes = 0
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        """See `AllGather.__call__` of torch.
-
-        On a CPU it returns a Work whether asked to or not: torch waits for it before it uses the weights, so that what
-        it prefetches in backward arrives beside the computation.
-        """
-        itemsize = input_tensor.element_size()
-        if self._compressor.plan.codec == "none":
-            tally = sharded_native_tally(self._layout, group.rank(), itemsize, gathers=True)
-            self._compressor.meter.add(tally)
-            return native_all_gather(output_tensor, input_tensor, group, async_op)
-        if reason := self._why_native(input_tensor, group):
-            if not self.native_gathers:
-                _log.warning("the weights of %r are gathered uncompressed: %s", self._unit.label, reason)
-            self.native_gathers += 1
-            self.native_bytes += (group.size() - 1) * input_tensor.numel() * itemsize
-            return native_all_gather(output_tensor, input_tensor, group, async_op)
-        rank, numel = group.rank(), self._layout.chunk_numel
-        own = output_tensor[rank * numel : (rank + 1) * numel]
-        if own.data_ptr() != input_tensor.data_ptr():
-            own.copy_(input_tensor)
-        job = AllGather(output_tensor, self._layout, self._compressor, rank, self._own_packet)
-        work = FutureWork(self._lane.sharding.all_gather(job), self._backward)
-        if not async_op and output_tensor.device.type != "cpu":
-            work.wait()
-            return None
-        return work
-
-    def gathered(self) -> dict[str, Tensor] | None:
-        """Every parameter's gathered values by name, as a forward pass would see them; None where torch gathers."""
-        own = self._unit.own_chunk()
-        if own is None or self._compressor.plan.codec == "none" or self._why_native(own, self._unit.group):
-            return None
-        buffer = own.new_empty(own.numel() * self._unit.world_size)
-        work = self(buffer, own, self._unit.group, async_op=True)
-        assert work is not None
-        work.wait()
-        return self._layout.parameters(buffer)
-
-    @property
-    def layout(self) -> ChunkLayout:
-        """How the unit's parameters lie in the buffers."""
-        return self._layout
-
-    def _why_native(self, own: Tensor, group: dist.ProcessGroup) -> str:
-        if group.group_name != self._unit.group.group_name:
-            return f"backward gathers within a smaller group, of {group.size()} ranks"
-        if own.dtype not in WEIGHT_DTYPES:
-            return f"no codec takes {own.dtype}"
-        if own.numel() != self._layout.chunk_numel:
-            return "an extension gathers something else than the shards"
-        return ""
+    def _count_native_replicas(self, result: Tensor) -> None:
+        replicas = self._unit.replicas
+        assert replicas is not None
+        share = 2 * (replicas.size() - 1) / replicas.size()
+        self.replica_bytes += int(share * result.numel() * result.element_size())
 
 
 class FutureWork(dist.Work):
@@ -275,17 +318,19 @@ class FutureWork(dist.Work):
         return self._future.done()
 
 
+def _check_dtype(unit: Unit, dtype: torch.dtype) -> None:
+    if dtype not in GRADIENT_DTYPES:
+        raise UnsupportedTensor(
+            f"the gradients of {unit.label!r} cannot be compressed",
+            expected="float32, bfloat16 or float16",
+            found=str(dtype),
+            fix="set reduce_dtype in MixedPrecisionPolicy",
+        )
+
+
 def native_reduce_scatter(
     output: Tensor, x: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool
 ) -> dist.Work | None:
     """torch's own; under its new name since 2.13, where the old one warns."""
     call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return call(output, x, op=op, group=group, async_op=async_op)
-
-
-def native_all_gather(
-    output: Tensor, x: Tensor, group: dist.ProcessGroup, async_op: bool
-) -> dist.Work | None:
-    """torch's own; under its new name since 2.13, where the old one warns."""
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return call(output, x, group=group, async_op=async_op)

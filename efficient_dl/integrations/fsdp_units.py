@@ -6,7 +6,9 @@ read in torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from efficient_dl.errors import ConfigError, EdlError
 
 # In these versions nothing reads a reduced gradient before the end of backward, under the conditions of `may_defer`.
 _DEFERRING_TORCH = ((2, 11), (2, 12), (2, 13))
+# In these versions torch all-reduces between replicas exactly where `post_backward` finds an HSDP mesh (`_watch`).
+_REPLICATING_TORCH = _DEFERRING_TORCH
 _DEFAULT_COMMS = ("DefaultAllGather", "DefaultReduceScatter")
 _NEEDED_OF_GROUP = ("fsdp_params", "mesh_info", "post_backward", "mp_policy", "_all_reduce_hook", "device")
+_NEEDED_OF_REPLICAS = ("all_reduce_grads", "_partial_reduce_output", "_all_reduce_state")
 _NEEDED_OF_PARAMETER = (
     "sharded_param",
     "_module_info",
@@ -45,22 +50,33 @@ class Unit:
         self.group: dist.ProcessGroup = group.mesh_info.shard_process_group
         self.device: torch.device = group.device
         self.world_size = self.group.size()
+        replicas = getattr(group.mesh_info, "replicate_process_group", None)
+        self._replicas: dist.ProcessGroup | None = replicas if replicas and replicas.size() > 1 else None
         self._group = group
         self._reduced = [p for p in group.fsdp_params if p.sharded_param.requires_grad]
         self._name_of = {id(p): name for p, name in zip(group.fsdp_params, names, strict=True)}
         self._native = (group._all_gather_comm, group._reduce_scatter_comm)
         self._post_backward = group.post_backward
         self._owner: object = None
+        self._after_pass: Callable[[], None] = _nothing
+        self.replaces_all_reduce = False
+        self._is_replacing = False
 
-    def install(self, all_gather: Any, reduce_scatter: Any, owner: object) -> None:
-        """Registers custom collectives, and begins to watch. The model keeps their owner alive from now on."""
+    def install(self, all_gather: Any, reduce_scatter: Any, owner: object, replaces_all_reduce: bool) -> None:
+        """Registers custom collectives, and begins to watch. The model keeps their owner alive from now on.
+
+        replaces_all_reduce: the reduce-scatter also reduces between replicas (HSDP), and torch must not.
+        """
         self._owner = owner
+        self._after_pass = reduce_scatter.after_pass
+        self.replaces_all_reduce = replaces_all_reduce
         self._set_comms(all_gather, reduce_scatter)
         self._group.post_backward = self._watch
 
     def release(self) -> None:
         """Ends the watching, and gives torch's own collectives back."""
         self._owner = None
+        self.replaces_all_reduce = False
         if self._group.__dict__.pop("post_backward", None) is not None:
             self._set_comms(*self._native)
 
@@ -75,13 +91,23 @@ class Unit:
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the same shard (HSDP); None without such an axis."""
-        return getattr(self._group.mesh_info, "replicate_process_group", None)
+        """The other ranks that hold the same shard, and this one (HSDP); None without such an axis."""
+        return self._replicas
 
     @property
     def reduces_replicas(self) -> bool:
-        """Whether torch all-reduces between replicas after the current reduce-scatter."""
+        """Whether gradients are all-reduced between replicas after the current reduce-scatter, by whomever."""
         return self.replicas is not None and self._group.all_reduce_grads
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether that all-reduce is left to the current reduce-scatter: torch will make none."""
+        return self._is_replacing
+
+    @property
+    def partial(self) -> Tensor | None:
+        """What passes that were not to be all-reduced have left, to be added before the replicas are reduced."""
+        return self._group._partial_reduce_output
 
     @property
     def divide_factor(self) -> float | None:
@@ -125,7 +151,7 @@ class Unit:
         return (
             self.device.type == "cpu"
             and _version() in _DEFERRING_TORCH
-            and self.replicas is None
+            and (self.replicas is None or self._is_replacing)
             and group._all_reduce_hook is None
             and all(
                 p.sharded_param.grad is None
@@ -136,9 +162,36 @@ class Unit:
             )
         )
 
+    def wait_for_reduction(self) -> None:
+        """Lets the current stream of a GPU wait for what `post_backward` has started on others."""
+        event = getattr(self._group, "_post_reduce_event", None)
+        if event is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(event)
+
     def _watch(self, *arguments: Any) -> Any:
-        self._reduced = [p for p in self._group.fsdp_params if self._has_gradient(p)]
-        return self._post_backward(*arguments)
+        group = self._group
+        self._reduced = [p for p in group.fsdp_params if self._has_gradient(p)]
+        if not (self.replaces_all_reduce and self.reduces_replicas):
+            result = self._post_backward(*arguments)
+            self._after_pass()
+            return result
+        # torch decides by the class of its mesh whether to all-reduce; without the replicas' role it is plain FSDP,
+        # and what a reduce-scatter wrote is final.
+        mesh_info = group.mesh_info
+        group.mesh_info = _without_replicas(mesh_info)
+        self._is_replacing = True
+        try:
+            result = self._post_backward(*arguments)
+        finally:
+            group.mesh_info = mesh_info
+            self._is_replacing = False
+        if group._all_reduce_state is not None:
+            raise EdlError(
+                "torch has all-reduced gradients between replicas that were reduced already",
+                where=f"the module of {self.label!r}, torch {torch.__version__}",
+                fix='report this with your torch version; until then axes={"replicate": "none"}',
+            )
+        return result
 
     def _has_gradient(self, parameter: Any) -> bool:
         if not hasattr(parameter, "_unsharded_param"):
@@ -181,6 +234,39 @@ def units_of(model: nn.Module) -> list[Unit]:
     return [Unit(*one) for one in found]
 
 
+def check_replacing(unit: Unit) -> None:
+    """Raises EdlError unless this torch leaves the all-reduce between replicas to us where we ask it to."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import foreach_reduce
+        from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
+
+        known = (
+            _version() in _REPLICATING_TORCH
+            and "all_reduce_group" in inspect.signature(foreach_reduce).parameters
+            and isinstance(unit._group.mesh_info, FSDPMeshInfo)
+            and not isinstance(_without_replicas(unit._group.mesh_info), DDPMeshInfo)
+            and all(hasattr(unit._group, name) for name in _NEEDED_OF_REPLICAS)
+        )
+    except ImportError:
+        known = False
+    if not known:
+        raise EdlError(
+            "this torch reduces gradients between replicas (HSDP) in another way than the versions we know",
+            expected="torch 2.11 to 2.13",
+            found=f"torch {torch.__version__}",
+            fix='axes={"replicate": "none"}, which leaves that all-reduce to torch; or install such a torch',
+        )
+
+
+def _without_replicas(mesh_info: Any) -> Any:
+    """The same mesh where only its shard axis has a role, as in one-dimensional FSDP."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+    plain = copy.copy(mesh_info)
+    plain.__class__ = FSDPMeshInfo
+    return plain
+
+
 def _group_of(module: FSDPModule, path: str) -> Any:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12
@@ -221,3 +307,7 @@ def _check(group: Any, path: str) -> None:
 def _version() -> tuple[int, int]:
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def _nothing() -> None:
+    """Before `Unit.install`."""

@@ -80,6 +80,13 @@ def gather(transport: Transport) -> tuple[list[bool], int]:
     return [torch.equal(a, b) for a, b in zip(incoming, expected, strict=True)], work.sent_bytes
 
 
+def gather_known(transport: Transport) -> tuple[list[bool], int]:
+    """All ranks know all sizes."""
+    expected = [message(source, 1) for source in range(transport.world_size)]
+    work = transport.gather(expected[transport.rank], [one.numel() for one in expected])
+    return [torch.equal(a, b) for a, b in zip(work.wait(), expected, strict=True)], work.sent_bytes
+
+
 def many(transport: Transport) -> bool:
     """Transfers in a row, the faster ranks ahead of the slower ones."""
     ranks = range(transport.world_size)
@@ -121,6 +128,13 @@ def test_the_message_to_rank_i_arrives_at_rank_i(run: Runner, world_size: int) -
 def test_a_gathered_message_arrives_at_all_ranks(run: Runner, world_size: int) -> None:
     for arrived, _ in run(gather, world_size):
         assert arrived == [True] * world_size
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_where_all_ranks_know_the_sizes_none_are_sent(run: Runner, world_size: int) -> None:
+    for rank, (arrived, sent_bytes) in enumerate(run(gather_known, world_size)):
+        assert arrived == [True] * world_size
+        assert sent_bytes == len(message(rank, 1)) * (world_size - 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

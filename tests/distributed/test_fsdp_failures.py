@@ -96,8 +96,8 @@ def refusals(rank: int) -> list[str]:
     calls: list[tuple[nn.Module, dict[str, Any]]] = [
         (plain, {}),
         (DistributedDataParallel(plain), {"weights": "lossless"}),
-        (model, {"shadow": True}),
-        (model, {"error_feedback": True}),
+        (model, {"hierarchy": "auto"}),
+        (model, {"bits": "lossless", "error_feedback": True}),
         (model, {"check_every": -1}),
         (fully_shard(nn.Linear(4, 4).double()), {}),
     ]
@@ -113,13 +113,13 @@ def refusals(rank: int) -> list[str]:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    plain, weights, shadow, feedback, negative, double, twice = run_ranks(refusals, 2)[0]
+    plain, weights, hierarchy, feedback, negative, double, twice = run_ranks(refusals, 2)[0]
     assert "Linear" in plain
     assert "DistributedDataParallel" in plain
     assert "fully_shard" in plain
     assert "weights is not supported for DistributedDataParallel" in weights
-    assert "shadow is not supported for FSDP2" in shadow
-    assert "error_feedback is not supported" in feedback
+    assert "hierarchy is not supported for FSDP2" in hierarchy
+    assert "error_feedback has nothing to feed back" in feedback
     assert "check_every is negative" in negative
     assert "UnsupportedTensor" in double
     assert "has a custom collective already" in twice
@@ -136,7 +136,7 @@ def states(rank: int) -> list[str]:
     for wrong, kind in (
         (state, PlanMismatch),
         ({**state, "rank": 7}, CheckpointError),
-        ({"version": 1, "rank": rank}, CheckpointError),
+        ({"version": 2, "rank": rank}, CheckpointError),
     ):
         with pytest.raises(kind) as caught:
             other.load_state_dict(wrong)

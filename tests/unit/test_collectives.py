@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -162,9 +163,9 @@ class Counting:
         self.sent_bytes += sum(others) + 8 * len(others)
         return self._transport.exchange(outgoing)
 
-    def gather(self, packet: Tensor) -> Any:
+    def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> Any:
         self.sent_bytes += (packet.numel() + 8) * (self._transport.world_size - 1)
-        return self._transport.gather(packet)
+        return self._transport.gather(packet, sizes)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"bias": "none", "head": 4.0}, {"weight": "lossless"}])

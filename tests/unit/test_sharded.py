@@ -13,9 +13,11 @@ from efficient_dl.comm import (
     AllGather,
     ChunkLayout,
     Compressor,
+    GatherSource,
     LoopbackHub,
     OwnPacket,
     Plan,
+    SizeRound,
     Transport,
     all_gather_chunks,
     reduce_scatter_chunks,
@@ -182,3 +184,43 @@ def test_an_unchanged_chunk_is_encoded_once_and_counted_each_time_it_is_sent() -
     for totals in meters:
         assert 3 * totals["encoded_values"] == 2 * totals["values_sent"] > 0
         assert totals["raw_bytes"] > totals["wire_bytes"] > totals["encoded_bytes"]
+
+
+@pytest.mark.parametrize("weights", ["lossless", 6.0])
+def test_after_a_round_sizes_are_not_sent_until_a_packet_has_another(weights: str | float) -> None:
+    """Rank 1's weights change after the round; all ranks still get them, and know the new size from then on."""
+    layout = layout_of(3)
+    counts: list[list[int]] = []
+
+    def gather(transport: Transport) -> Tensor:
+        compressor, packet = Compressor(Plan.of(weights), NAMES), OwnPacket()
+        whole = chunked(parameters_of(5), 3)
+        own = layout.chunks(whole)[transport.rank]
+        other = GatherSource(layout, OwnPacket(), lambda: None)  # one that torch gathers
+        round_of_two = SizeRound([GatherSource(layout, packet, own.clone), other], compressor, transport.rank)
+        round_of_two.encode()
+        round_of_two.gather_and_decode(transport)
+        assert other.own_packet.sizes is None
+        sent: list[int] = [compressor.meter.totals.wire_bytes]
+        for number in range(4):
+            out, total = torch.full_like(whole, torch.nan), compressor.meter.totals.wire_bytes
+            if number == 1 and transport.rank == 1:
+                own[:600].zero_()
+            layout.chunks(out)[transport.rank].copy_(own)
+            job = AllGather(out, layout, compressor, transport.rank, packet)
+            job.encode()
+            job.gather_and_decode(transport)
+            assert packet.sizes is not None
+            sent.append(compressor.meter.totals.wire_bytes - total - 2 * packet.sizes[transport.rank])
+        counts.append(sent)
+        return out
+
+    first, *others = on_all_ranks(3, gather)
+    changed = chunked(parameters_of(5), 3)
+    layout.chunks(changed)[1][:600].zero_()
+    assert all(torch.equal(bits_of(first), bits_of(other)) for other in others)
+    assert float((first - changed).norm() / changed.norm()) < (0.1 if weights == 6.0 else 1e-30)
+    for round_bytes, before, resent, after, last in counts:
+        assert round_bytes == 2 * 2 * 8  # two sizes to two ranks
+        assert before == after == last == 2  # a byte to each
+        assert resent > 2 * 8

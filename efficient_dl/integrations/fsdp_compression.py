@@ -1,0 +1,344 @@
+"""The `FsdpCompression` of a sharded model: its collectives, its statistics and its state."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from efficient_dl.comm import (
+    Compressor,
+    OnAlarm,
+    ShardedShadow,
+    check_equal,
+    combined,
+    summary,
+)
+from efficient_dl.errors import CheckpointError
+from efficient_dl.integrations.fsdp_comms import Backward, GradientReduceScatter, Lane
+from efficient_dl.integrations.fsdp_gathers import WeightAllGather
+from efficient_dl.integrations.fsdp_guards import Guards
+from efficient_dl.integrations.fsdp_units import Unit
+
+_log = logging.getLogger(__name__)
+_EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
+_STATE_VERSION = 2
+
+
+class FsdpCompression:
+    """Compressed gradients and weights of one sharded model, as `compress` set it up."""
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        lanes: Sequence[Lane],
+        optimizer: torch.optim.Optimizer | None,
+        gradients: Compressor,
+        replicas: Compressor,
+        weights: Compressor,
+        *,
+        check_every: int,
+        scaler: torch.amp.GradScaler | None,
+        shadow: bool,
+        max_relative_error: float | None,
+        on_alarm: OnAlarm,
+    ) -> None:
+        # lanes: each unit's.
+        self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
+        self.shadow = shadow
+        self._compressors = {"gradients": gradients, "replicas": replicas, "weights": weights}
+        self._check_every = check_every
+        self._scaler = scaler
+        self._commits_itself = optimizer is None
+        self._units, self._lanes = list(units), list(lanes)
+        self._control = self._lanes[0].control
+        self._optimizer_steps = 0
+        self._checks = 0
+        distinct = list({id(lane): lane for lane in lanes}.values())
+        compressing = {k: c for k, c in self._compressors.items() if c.plan.codec != "none"}
+        self._compresses = bool(compressing) and any(
+            c.world_size > 1 for lane in distinct for c in lane.controls
+        )
+        controls = [control for lane in distinct for control in lane.controls]
+        self._guards = Guards(
+            compressing if self._compresses else {}, controls, max_relative_error, on_alarm, shadow
+        )
+        reduces_replicas = replicas.plan.codec != "none" and not shadow
+        shardings = [
+            lane.start(reduces_replicas)
+            for lane in distinct
+            if self._compresses and not shadow and lane.control.world_size > 1
+        ]
+        self._shardings = shardings
+        self._shadow = ShardedShadow(units[0].device) if self._compresses and shadow else None
+        parts = [*shardings, *([self._shadow] if self._shadow else [])]
+        self._finalizer = weakref.finalize(self, _stop, parts, _EXIT_SECONDS)
+
+        def abort() -> None:
+            for sharding in shardings:
+                sharding.abort()
+
+        self._backward = Backward(abort, self._begin_step, self._end_step)
+        self._scatters = [
+            GradientReduceScatter(unit, gradients, replicas, lane, self._backward, self._shadow)
+            for unit, lane in zip(units, lanes, strict=True)
+        ]
+        self._gathers = [
+            WeightAllGather(unit, weights, lane, self._backward, self._shadow)
+            for unit, lane in zip(units, lanes, strict=True)
+        ]
+        for unit, gather, scatter in zip(units, self._gathers, self._scatters, strict=True):
+            replaces = reduces_replicas and unit.replicas is not None
+            unit.install(gather, scatter, owner=self, replaces_all_reduce=replaces)
+        if any(unit.replicas is not None for unit in units) and replicas.plan.codec == "none":
+            _log.warning("HSDP: gradients are all-reduced between replicas by torch, uncompressed")
+        self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+
+    def disable(self, reason: str) -> None:
+        """Turns compression off on all ranks: from then on all gradients and weights go by torch's own collectives.
+
+        One rank is enough. It takes effect on all ranks at once, after the next comparison of their parameters: the
+        next optimizer step whose number is a multiple of check_every, or the next `check()`. It costs no message until
+        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`.
+
+        reason: for the logs.
+        """
+        if self._compresses:
+            self._guards.wish(reason)
+        else:
+            _log.warning('there is nothing to disable: bits="none", weights="none"')
+
+    def stats(self, all_ranks: bool = False) -> dict[str, Any]:
+        """What was sent, what it cost and how much it erred, since the start or the restored checkpoint.
+
+        all_ranks: sums of all ranks of the model's groups, instead of this rank's; then all of them must call it.
+
+        Returns bits, weights_bits and replicas_bits (of HSDP's second axis) with their codecs, kernel, exact, shadow,
+        error_feedback, world_size (of the first module's shard group), checks, disabled (None or {"step", "reason"}),
+        the alarms so far, and of gradients, replicas and weights together the `summary` of the meters, as for
+        DistributedDataParallel, with a row for each parameter (with error feedback also residual_norm, Euclidean);
+        under "gradients", "replicas" and "weights" the same of each alone. A step is one backward pass that reduces
+        gradients.
+
+        bytes_source: "counted", "shadow" (would have been sent), or "analytic" for what torch sends itself (bits or
+        weights "none", and after `disable`: n − 1 chunks, padding included, for each of its calls).
+        replica_wire_bytes: HSDP's all-reduce by torch, calculated; 0 where we make it. native_gathers,
+        native_gather_bytes: gathers of weights that no codec takes. The last three are not in the sums.
+        """
+        for gather in self._gathers:
+            gather.settle()
+        states = {key: compressor.meter.state_dict() for key, compressor in self._compressors.items()}
+        counts, norms = self._counts(), self._residual_squares(states["gradients"]["parameters"])
+        if all_ranks:
+            everyone = self._guards.everyone({"states": states, "counts": counts, "norms": norms})
+            ranks = list(everyone.values())
+            states = {key: combined([one["states"][key] for one in ranks]) for key in states}
+            counts = {key: sum(one["counts"][key] for one in ranks) for key in counts}
+            norms = {name: sum(one["norms"][name] for one in ranks) for name in norms}
+        figures = summary(combined(list(states.values())))
+        for name, square in norms.items():
+            figures["parameters"][name]["residual_norm"] = math.sqrt(square)
+        gradients, replicas, weights = self._compressors.values()
+        used = [
+            compressor.codec.kernel_for(self._control.device)
+            for compressor in (gradients, weights, replicas)
+            if compressor.plan.codec != "none"
+        ]
+        return {
+            "bits": self.plan.bits,
+            "replicas_bits": self.replicas_plan.bits,
+            "weights_bits": self.weights_plan.bits,
+            "codec": self.plan.codec,
+            "replicas_codec": self.replicas_plan.codec,
+            "weights_codec": self.weights_plan.codec,
+            "reason": self.plan.reason,
+            "overrides": dict(self.plan.overrides),
+            "error_feedback": any(c.residuals is not None for c in (gradients, replicas)),
+            "kernel": used[0] if used else "none",
+            "exact": all(compressor.exact for compressor in self._compressors.values()),
+            "shadow": self.shadow,
+            "world_size": self._control.world_size,
+            "checks": self._checks,
+            "bytes_source": self._bytes_source(),
+            "disabled": self._guards.switch.off,
+            "alarms": self._guards.alarms,
+            **counts,
+            **figures,
+            **{key: summary(state) for key, state in states.items()},
+        }
+
+    def check(self) -> None:
+        """Compares the weights that ranks compute with, bit by bit; every rank must call it. Raises RanksDiverged.
+
+        Every rank holds another shard, so it gathers all units once more, the same way as in a forward pass, and
+        compares a hash of every gathered parameter; not where torch gathers. Between replicas (HSDP) it compares the
+        shards themselves. Then the ranks agree on what was wished with `disable`, and on alarms about times.
+        """
+        for unit, gather, lane in zip(self._units, self._gathers, self._lanes, strict=True):
+            gathered = gather.gathered()
+            if gathered is not None:
+                check_equal(gathered, lane.control, self._optimizer_steps)
+            if lane.replica_control is not None:
+                check_equal(unit.shards(), lane.replica_control, self._optimizer_steps)
+        self._checks += 1
+        if self._guards.agree(self._optimizer_steps):
+            self._turn_off()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, keyed by parameter name: plain numbers and strings, and with error feedback a float32
+        tensor for each parameter. Save one for each rank."""
+        for gather in self._gathers:
+            gather.settle()
+        return {
+            "version": _STATE_VERSION,
+            "rank": self._control.rank,
+            "world_size": self._control.world_size,
+            "replica": self._replica,
+            "optimizer_steps": self._optimizer_steps,
+            "shadow": self.shadow,
+            "counts": self._counts(),
+            "guards": self._guards.state_dict(),
+            **{key: compressor.state_dict() for key, compressor in self._compressors.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues exactly from this rank's `state_dict`; every rank must call it, with its own.
+
+        On another mesh, and between a shadow run and a real one, the counters and the residuals start again from zero,
+        which is logged. Raises PlanMismatch for other bits or weights, CheckpointError for another rank, model or
+        version.
+        """
+        if state.get("version") != _STATE_VERSION or "replicas" not in state:
+            raise CheckpointError(
+                "this is no compression state of a sharded model, or one of another version",
+                expected=f"what FsdpCompression.state_dict() returns, version {_STATE_VERSION}",
+                found=f"version {state.get('version')}, with {', '.join(sorted(state))}",
+            )
+        resized = [state["world_size"], state["replica"][1]] != [self._control.world_size, self._replica[1]]
+        saved_rank, own_rank = [state["rank"], state["replica"][0]], [self._control.rank, self._replica[0]]
+        if not resized and saved_rank != own_rank:
+            what = "" if saved_rank[1] == own_rank[1] else f" of replica {saved_rank[1]}"
+            raise CheckpointError(
+                f"rank {own_rank[0]} was given the compression state of rank {saved_rank[0]}{what}",
+                fix="save state_dict() on every rank, and load each rank's own",
+            )
+        for key, compressor in self._compressors.items():
+            compressor.check_state(state[key])
+        afresh = resized or state["shadow"] != self.shadow
+        for key, compressor in self._compressors.items():
+            if afresh:
+                compressor.load_state_dicts([state[key]], residuals=False)
+            else:
+                compressor.load_state_dict(state[key])
+        self._optimizer_steps = state["optimizer_steps"]
+        self._guards.load_state_dict(state["guards"])
+        if self._guards.switch.off is not None:
+            self._turn_off()
+        if afresh:
+            _log.warning(
+                "compression state of %d x %d ranks%s, restored on %d x %d%s: the counters%s start again from zero",
+                state["replica"][1],
+                state["world_size"],
+                " in the shadow" * state["shadow"],
+                self._replica[1],
+                self._control.world_size,
+                " in the shadow" * self.shadow,
+                " and residuals" if any(c.residuals is not None for c in self._compressors.values()) else "",
+            )
+        else:
+            self._restore(state["counts"])
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the threads, destroys the groups it made, and gives the model torch's own collectives back.
+
+        timeout: seconds that a peer may keep the threads waiting; then the connections are broken. A process that ends
+        without close() ends its threads in the same way.
+        """
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        for unit in self._units:
+            unit.release()
+        if self._finalizer.detach():
+            for sharding in self._shardings:
+                sharding.close(timeout)
+            if self._shadow is not None:
+                self._shadow.stop(timeout)
+
+    def _begin_step(self) -> None:
+        feeding = [c for c in self._compressors.values() if c.residuals is not None]
+        scaler = self._scaler
+        scale = scaler.get_scale() if feeding and scaler is not None and scaler.is_enabled() else 1.0
+        for compressor in self._compressors.values():
+            compressor.begin_step(scale)
+
+    def _end_step(self, exposed_seconds: float) -> None:
+        for gather in self._gathers:
+            gather.settle()
+        for lane in self._lanes:
+            lane.weights_may_have_changed = True
+        reduced_replicas = any(scatter.has_reduced_replicas for scatter in self._scatters)
+        for scatter in self._scatters:
+            scatter.has_reduced_replicas = False
+        # Passes that are not all-reduced are no steps of the replicas' meter, or it would sample none that are.
+        stepped = [key for key in self._compressors if key != "replicas" or reduced_replicas]
+        for key in stepped:
+            self._compressors[key].end_step(exposed_seconds if key == "gradients" else 0.0)
+            if self._commits_itself:
+                self._compressors[key].commit_step()
+        if self._guards.switch.off is None:
+            self._guards.stepped(stepped)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._optimizer_steps += 1
+        # A fused optimizer runs in a step that its GradScaler skips, and skips inside.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if not (found_inf is not None and float(found_inf) > 0):
+            for compressor in self._compressors.values():
+                compressor.commit_step()
+        if self._compresses and self._check_every and self._optimizer_steps % self._check_every == 0:
+            self.check()
+
+    def _turn_off(self) -> None:
+        self._backward.is_off = True
+        for unit in self._units:
+            unit.replaces_all_reduce = False
+
+    @property
+    def _replica(self) -> list[int]:
+        """Which replica this rank is part of, and how many there are; of the first module."""
+        control = self._lanes[0].replica_control
+        return [0, 1] if control is None else [control.rank, control.world_size]
+
+    def _bytes_source(self) -> str:
+        axes = [c.plan.codec == "none" for key, c in self._compressors.items() if key != "replicas"]
+        if not all(axes) and self.shadow:
+            return "shadow"
+        natively = any(axes) or self._guards.switch.off is not None
+        return "analytic" if all(axes) else "counted, analytic" if natively else "counted"
+
+    def _residual_squares(self, names: Mapping[str, Any]) -> dict[str, float]:
+        kept = [c.residuals for c in self._compressors.values() if c.residuals is not None]
+        return {name: sum(residuals.norm(name) ** 2 for residuals in kept) for name in names} if kept else {}
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "replica_wire_bytes": sum(scatter.replica_bytes for scatter in self._scatters),
+            "native_gathers": sum(gather.native_gathers for gather in self._gathers),
+            "native_gather_bytes": sum(gather.native_bytes for gather in self._gathers),
+        }
+
+    def _restore(self, counts: Mapping[str, int]) -> None:
+        for scatter, gather in zip(self._scatters, self._gathers, strict=True):
+            scatter.replica_bytes = gather.native_gathers = gather.native_bytes = 0
+        self._scatters[0].replica_bytes = counts["replica_wire_bytes"]
+        self._gathers[0].native_gathers = counts["native_gathers"]
+        self._gathers[0].native_bytes = counts["native_gather_bytes"]
+
+
+def _stop(parts: Sequence[Any], timeout: float) -> None:
+    for part in parts:
+        part.stop(timeout)

@@ -1,0 +1,120 @@
+"""Alarms and the kill switch of a sharded model, over all of its process groups."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from efficient_dl.comm import (
+    Alarm,
+    Compressor,
+    KillSwitch,
+    OnAlarm,
+    ProcessGroupTransport,
+    Watch,
+    gather_json,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Guards:
+    """What a rank's watches find, and what all ranks do about it together.
+
+    compressors: by what they encode; those with the plan "none" are left out. controls: transports on all of the
+    model's groups, in one order on all ranks. times: whether the meters' seconds are those of real transfers.
+    """
+
+    def __init__(
+        self,
+        compressors: Mapping[str, Compressor],
+        controls: Sequence[ProcessGroupTransport],
+        max_relative_error: float | None,
+        on_alarm: OnAlarm,
+        shadow: bool,
+    ) -> None:
+        self.switch = KillSwitch()
+        self._controls = list(controls)
+        self._disables = on_alarm == "disable" and not shadow
+        self._watches = {
+            what: Watch(
+                compressor.meter,
+                max_relative_error,
+                times=False,
+                exact=compressor.exact,
+                escapes_are_usual=compressor.plan.codec.startswith("grid:"),
+                what=what,
+            )
+            for what, compressor in compressors.items()
+        }
+        if any(compressor.plan.codec != "identity" for compressor in compressors.values()) and not shadow:
+            # Together, because they share the line and the seconds that are waited for.
+            meters = [compressor.meter for compressor in compressors.values()]
+            self._watches["times"] = Watch(meters, None, times=True, exact=True)
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """All alarms so far, with what they are about."""
+        return [
+            {"about": what, **alarm} for what, watch in self._watches.items() for alarm in watch.state_dict()
+        ]
+
+    def stepped(self, compressors: Collection[str]) -> None:
+        """Looks at this rank's errors after a backward pass in which these compressors took part."""
+        for what in compressors:
+            for alarm in self._watches[what].stepped() if what in self._watches else ():
+                self._log_alarm(alarm)
+                if self._disables:
+                    self.wish(alarm.text)
+
+    def wish(self, reason: str) -> None:
+        """This rank wants compression to end with the next `agree`."""
+        if self.switch.off is None:
+            self.switch.wish = self.switch.wish or reason
+            _log.warning("compression ends with the next comparison of parameters: %s", reason)
+
+    def agree(self, step: int) -> bool:
+        """Ends compression if any rank wished it; all ranks call it, and get the same answer: whether it is off now."""
+        if self.switch.off is not None:
+            return True
+        own = {
+            "wish": self.switch.wish,
+            "notes": {what: watch.notes() for what, watch in self._watches.items()},
+        }
+        everyone = self.everyone(own)
+        wishes = [f"rank {rank}: {one['wish']}" for rank, one in everyone.items() if one["wish"] is not None]
+        for what, watch in self._watches.items():
+            for alarm in watch.judge([one["notes"][what] for one in everyone.values()]):
+                self._log_alarm(alarm)
+                if self._disables:
+                    wishes.append(alarm.text)
+        if wishes:
+            self.switch.end("; ".join(wishes), step)
+        return self.switch.off is not None
+
+    def everyone(self, value: Any) -> dict[int, Any]:
+        """Every rank's value by global rank, the same on all ranks that any of the groups joins; all call it."""
+        known = {str(dist.get_rank()): value}
+        # Once around all groups joins a mesh; once more for each group joins whatever else they make together.
+        for _ in self._controls:
+            for control in self._controls:
+                for theirs in gather_json(known, control):
+                    known |= theirs
+        return {rank: known[str(rank)] for rank in sorted(map(int, known))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kill switch, and the alarms, which are not raised again."""
+        alarms = {what: watch.state_dict() for what, watch in self._watches.items()}
+        return {"switch": self.switch.state_dict(), "alarms": alarms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        self.switch.load_state_dict(state["switch"])
+        for what, watch in self._watches.items():
+            watch.load_state_dict(state["alarms"].get(what, []))
+
+    def _log_alarm(self, alarm: Alarm) -> None:
+        _log.warning("rank %d, step %d: %s", dist.get_rank(), alarm.step, alarm.text)
