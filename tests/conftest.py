@@ -23,11 +23,12 @@ def restored_threads() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips, or with REQUIRE_NETNS=1 (_MPI, _GPU) fails, a test whose marker names something missing."""
+    """Skips, or with REQUIRE_NETNS=1 (_MPI, _GPU, _PACKAGES) fails, a test whose marker names something missing."""
     for name, missing, required in (
         ("netns", _missing_for_namespaces, "REQUIRE_NETNS"),
         ("mpi", _missing_for_mpi, "REQUIRE_MPI"),
         ("gpu", _missing_for_gpu, "REQUIRE_GPU"),
+        ("package", _missing_for_package, "REQUIRE_PACKAGES"),
     ):
         marker = item.get_closest_marker(name)
         if marker and (pieces := missing(*marker.args)):
@@ -56,3 +57,14 @@ def _missing_for_gpu() -> tuple[str, ...]:
     import torch
 
     return () if torch.cuda.is_available() else ("a CUDA device",)
+
+
+@functools.cache
+def _missing_for_package(name: str) -> tuple[str, ...]:
+    from importlib import import_module
+
+    try:
+        import_module(name)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision built for another torch
+        return (f"the package {name} ({error})",)
+    return ()

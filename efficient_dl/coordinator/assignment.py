@@ -36,6 +36,11 @@ class Decision:
     until_step: int
     reason: str
 
+    @property
+    def ended(self) -> bool:
+        """Whether the training is over: no partition is trained, and every rank is idle."""
+        return not any(self.training)
+
     def fingerprint(self) -> str:
         """16 hexadecimal digits over all that is decided; every rank compares it before it acts."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]

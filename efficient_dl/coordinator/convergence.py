@@ -12,11 +12,15 @@ from efficient_dl.coordinator.plateau import PlateauRule
 
 @dataclass(frozen=True)
 class Ended:
-    """A partition that has trained to its end. why: for people. new: it was not frozen before."""
+    """A partition that has trained to its end. why: for people.
+
+    new: it was not frozen before. for_good: also if the run is given more steps later.
+    """
 
     index: int
     why: str
     new: bool
+    for_good: bool
 
 
 def ended_partitions(states: Sequence[PartitionState], options: ScheduleOptions) -> dict[int, Ended]:
@@ -26,11 +30,13 @@ def ended_partitions(states: Sequence[PartitionState], options: ScheduleOptions)
         budget = options.budget(index, len(states))
         rule = options.plateau
         if state.frozen:
-            ended[index] = Ended(index, f"frozen after {state.steps} steps", False)
+            ended[index] = Ended(index, f"frozen after {state.steps} steps", False, True)
         elif state.steps >= budget:
-            ended[index] = Ended(index, f"trained its budget of {budget} steps", True)
+            ended[index] = Ended(
+                index, f"trained its budget of {budget} steps", True, options.kind == "sequential"
+            )
         elif rule is not None and rule.converged(state.losses) and _in_turn(index, ended, rule):
-            ended[index] = Ended(index, _standing_still(state, rule), True)
+            ended[index] = Ended(index, _standing_still(state, rule), True, True)
     return ended
 
 

@@ -71,6 +71,7 @@ class Coordinator:
         self.states: tuple[PartitionState, ...] = ()
         self.costs: tuple[PartitionCosts, ...] = ()
         self._speeds: tuple[float, ...] = ()
+        self._planned_with: dict[str, Any] | None = None  # the options of the last decision
         self._facts = dict(facts or {})
         self._rounds = StoreRounds(own, rank, world_size, name, timeout)
 
@@ -78,8 +79,8 @@ class Coordinator:
         """The decision that holds from `step` on, equal on all ranks; in it nothing trains when the training has ended.
 
         step: how many steps are done. report: what this rank measured since the last decision. As long as the last
-        decision holds for these ranks (after a resume in the middle of a stage), it is returned as it is, unless
-        replan is set. Save the state after the call, before partitions move: a resume then finds the decision.
+        decision holds for these ranks and options (after a resume in the middle of a stage), it is returned as it is,
+        unless replan is set. Save the state after the call, before partitions move: a resume then finds the decision.
 
         Raises, on every rank: PlanMismatch if ranks disagree about anything that the decision follows from, or get
         another decision from it; ConfigError if no assignment is possible; TransportError if a rank is missing.
@@ -119,12 +120,7 @@ class Coordinator:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs, as JSON has it; equal on all ranks."""
-        return {
-            "history": self.history.to_rows(),
-            "states": [asdict(state) for state in self.states],
-            "costs": [asdict(cost) for cost in self.costs],
-            "speeds": list(self._speeds),
-        }
+        return {"history": self.history.to_rows(), **self._progress()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises CheckpointError if it is not what `state_dict` returned."""
@@ -135,25 +131,34 @@ class Coordinator:
                 for one in state["states"]
             )
             costs = tuple(PartitionCosts(**cost) for cost in state["costs"])
-            speeds = tuple(state["speeds"])
+            speeds, options = tuple(state["speeds"]), state["options"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 "this is not a coordinator's state", found=f"{type(error).__name__}: {error}"
             ) from error
-        self.history, self.states, self.costs, self._speeds = history, states, costs, speeds
+        self.history, self.states, self.costs = history, states, costs
+        self._speeds, self._planned_with = speeds, options
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "states": [asdict(state) for state in self.states],
+            "costs": [asdict(cost) for cost in self.costs],
+            "speeds": list(self._speeds),
+            "options": self._planned_with,
+        }
 
     def _holding(self, step: int) -> Decision | None:
-        """The last decision, if it was for as many ranks and is not over."""
+        """The last decision, if it was for as many ranks and the same options, and is not over."""
         if not len(self.history):
             return None
         last = self.history[-1]
-        same = last.world_size == self._rounds.world_size and last.kind == self.options.kind
+        same = last.world_size == self._rounds.world_size and self._planned_with == asdict(self.options)
         return last.decision if same and last.step <= step < last.decision.until_step else None
 
     def _compared(self, step: int, report: Report, replan: bool) -> dict[str, Any]:
         """What must be equal on all ranks."""
         last = self.history[-1].decision.fingerprint() if len(self.history) else "none"
-        state = json.dumps({key: value for key, value in self.state_dict().items() if key != "history"})
+        state = json.dumps(self._progress())
         return {
             "scheduler version": SCHEDULER_VERSION,
             "step": step,
@@ -185,7 +190,8 @@ class Coordinator:
         for index in range(len(reports[0].names)):
             reporting = [rank for rank, report in enumerate(reports) if index in report.losses]
             trained: list[int] = []
-            if last is not None and not holds and last.decision.training[index]:
+            same_ranks = last is not None and last.world_size == self._rounds.world_size
+            if last is not None and same_ranks and not holds and last.decision.training[index]:
                 trained = list(last.decision.assignment.ranks[index])
             if reporting and reporting != trained:
                 raise PlanMismatch(
@@ -237,10 +243,15 @@ class Coordinator:
     ) -> None:
         ended = ended_partitions(states, self.options)
         self.states = tuple(
-            replace(state, frozen=index in ended, ranks=decision.assignment.ranks[index])
+            replace(
+                state,
+                frozen=index in ended and ended[index].for_good,
+                ranks=decision.assignment.ranks[index],
+            )
             for index, state in enumerate(states)
         )
         self.costs = tuple(inputs.costs)
         self._speeds = tuple(facts.speed for facts in inputs.ranks)
+        self._planned_with = asdict(self.options)
         names = tuple(cost.name for cost in inputs.costs)
         self.history.append(Entry(step, self._rounds.world_size, self.options.kind, names, decision))

@@ -11,11 +11,12 @@ from efficient_dl.coordinator.facts import ScheduleOptions
 def held_bytes(
     costs: Sequence[PartitionCosts], training: Sequence[bool], held: Sequence[int], options: ScheduleOptions
 ) -> int:
-    """Of a rank that holds the partitions `held` (ascending): a sum and the largest of what comes one after the other.
+    """Of a rank that holds the partitions `held` (ascending): what stays, and the most of what comes and goes.
 
     Parameters stay, and for what trains also gradients and the optimizer's state, heads included. Activations exist
-    of one partition at a time, because each runs backward before the next runs forward. Where a partition's
-    input comes from another rank, or its output goes to one, a queue of micro-batches stands between.
+    of one partition at a time, because each runs backward before the next runs forward. Where a partition's input
+    comes from elsewhere, or its output goes to another rank, a queue of micro-batches stands between.
+    options.reserved_bytes comes on top.
     """
     if not held:
         return 0
@@ -31,6 +32,6 @@ def held_bytes(
             passing = max(passing, cost.output_bytes)
         if index > 0 and index - 1 not in held:
             resident += options.queue_micro_batches * costs[index - 1].output_bytes
-        if index + 1 < len(costs) and index + 1 not in held:
+        if index + 1 not in held and any(training[index + 1 :]):
             resident += options.queue_micro_batches * cost.output_bytes
     return resident + passing

@@ -26,7 +26,7 @@ class Report:
 
     names: of all partitions, in order; equal on all ranks.
     costs: by partition, those that this rank measured.
-    losses: by partition, the smoothed local loss of the stage that ends, of those that this rank trained.
+    losses: by partition, the smoothed local loss (a float) of the stage that ends, of those that this rank trained.
     memory_bytes: what this rank may use; None: unknown.
     speed: relative to the other ranks; None: found from the partitions that all ranks measured, else as it was before.
     """
@@ -36,6 +36,16 @@ class Report:
     losses: Mapping[int, float] = field(default_factory=dict[int, float])
     memory_bytes: int | None = None
     speed: float | None = None
+
+    def __post_init__(self) -> None:
+        for index in [*self.costs, *self.losses]:
+            if not 0 <= index < len(self.names):
+                raise ValueError(f"there is no partition {index} among {len(self.names)}")
+        for index, cost in self.costs.items():
+            if cost.name != self.names[index]:
+                raise ValueError(
+                    f"the costs of {cost.name!r} are given for partition {index}, {self.names[index]!r}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -13,10 +14,8 @@ from efficient_dl import errors
 from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import ConfigError, EdlError, TransportError
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = (
-    0.001,
-    0.1,
-)  # between looks at the store; signals are handled in between
+FIRST_PAUSE_SECONDS = 0.001  # between looks at the store; doubled each time, up to the longest
+LONGEST_PAUSE_SECONDS = 0.1
 READ_SECONDS = 10.0  # for which rank 0, before it raises, waits for the others to read why
 
 
@@ -24,8 +23,10 @@ class StoreRounds:
     """Numbered rounds on a store of which only one object of this name exists on each rank.
 
     All ranks call `exchange` in the same order. Values are what JSON can hold; the store keeps those of the last round
-    only. timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so
-    that they learn from it who was missing.
+    only. After a TransportError no further round is possible.
+
+    timeout: seconds for which rank 0 waits for all values; the others wait twice as long for its answer, so that they
+    learn from it who was missing.
 
     Raises ConfigError if this rank was on this store under this name before.
     """
@@ -37,6 +38,7 @@ class StoreRounds:
         self._name = name
         self._store = dist.PrefixStore(f"efficient_dl/{name}", store)
         self._round = 0
+        self._answered = False  # the last round, by this rank, and not with an error
         joined = f"joined/{rank}"
         if self._guarded(lambda: self._store.check([joined])):
             raise ConfigError(
@@ -53,6 +55,7 @@ class StoreRounds:
         """
         number = self._round
         self._round += 1
+        self._answered = False
         self._guarded(lambda: self._store.set(f"{number}/{self.rank}", json.dumps(value)))
         if self.rank == 0:
             return self._answer(number, answer)
@@ -70,9 +73,11 @@ class StoreRounds:
         return reply["value"]
 
     def close(self) -> None:
-        """Ends the rounds. Rank 0, whose end may end the store, waits until the others have read its last answer."""
-        if self.rank == 0 and self._round > 0:
-            self._wait_for_readers(self._round - 1, range(1, self.world_size), self.timeout)
+        """Ends the rounds, at any time. Rank 0, with which the store may end, first lets the others read its answer."""
+        if self.rank == 0 and self._answered:
+            self._answered = False
+            with suppress(TransportError):  # there is nobody left who could read
+                self._wait_for_readers(self._round - 1, range(1, self.world_size), self.timeout)
 
     def _answer(self, number: int, answer: Callable[[list[Any]], Any]) -> Any:
         keys = [f"{number}/{rank}" for rank in range(self.world_size)]
@@ -86,6 +91,8 @@ class StoreRounds:
                     where=f"round {number} of {self._name} over torch's store",
                     fix="see those ranks' own messages; a longer timeout if they were only slow",
                 )
+            if number > 0:  # whoever posted in this round has read the answer of the one before
+                self._forget(number - 1)
             value = answer([json.loads(self._guarded(lambda key=key: self._store.get(key))) for key in keys])
         except EdlError as error:
             self._reply(
@@ -103,15 +110,18 @@ class StoreRounds:
             self._wait_for_readers(number, range(1, self.world_size), min(self.timeout, READ_SECONDS))
             raise
         self._reply(number, {"value": value})
+        self._answered = True
         return value
 
     def _reply(self, number: int, reply: dict[str, Any]) -> None:
         self._guarded(lambda: self._store.set(f"{number}/answer", json.dumps(reply)))
-        if number > 0:  # whoever posted in this round has read the answer of the one before
-            for rank in range(self.world_size):
-                for key in (f"{number - 1}/{rank}", f"{number - 1}/read/{rank}"):
-                    self._guarded(lambda key=key: self._store.delete_key(key))
-            self._guarded(lambda: self._store.delete_key(f"{number - 1}/answer"))
+
+    def _forget(self, number: int) -> None:
+        keys = [
+            key for rank in range(self.world_size) for key in (f"{number}/{rank}", f"{number}/read/{rank}")
+        ]
+        for key in [*keys, f"{number}/answer"]:
+            self._guarded(lambda key=key: self._store.delete_key(key))
 
     def _wait_for_readers(self, number: int, ranks: Iterable[int], seconds: float) -> None:
         """For some seconds at most: a reader that has died in the meantime is no error of this rank."""

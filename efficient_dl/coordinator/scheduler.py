@@ -45,7 +45,12 @@ def schedule(
     left = [index for index in range(len(costs)) if index not in ended]
     sentences = [f"{names[one.index]} is frozen: {one.why}." for one in ended.values() if one.new]
     if not left or step >= options.total_steps:
-        done = "all partitions are trained" if not left else f"the run's {options.total_steps} steps are done"
+        done = "all partitions are trained"
+        if left:
+            short = ", ".join(f"{names[k]} after {states[k].steps}" for k in left)
+            done = (
+                f"the run's {options.total_steps} steps are done, before these reached theirs: {short} steps"
+            )
         text = " ".join([f"Training ends at step {step}: {done}.", *map(_capital, sentences)])
         return Decision(Assignment(((),) * len(costs)), (False,) * len(costs), step, text)
 
@@ -112,10 +117,13 @@ def _held_notes(
     costs: Sequence[PartitionCosts], assignment: Assignment, training: Sequence[bool], names: list[str]
 ) -> list[str]:
     forward = [k for k in range(len(costs)) if assignment.ranks[k] and not training[k]]
-    idle = [k for k in range(len(costs)) if not assignment.ranks[k]]
+    cached = [k for k in range(training.index(True)) if not assignment.ranks[k]]
+    idle = [k for k in range(training.index(True), len(costs)) if not assignment.ranks[k]]
     notes: list[str] = []
     if forward:
         notes.append(f"Only forward passes: {', '.join(names[k] for k in forward)}.")
+    if cached:
+        notes.append(f"On no rank, because its output is cached: {', '.join(names[k] for k in cached)}.")
     if idle:
         notes.append(
             f"On no rank, because no partition in training needs it: {', '.join(names[k] for k in idle)}."

@@ -44,7 +44,8 @@ def sequential(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
 def _elements(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     # Not named_children, which leaves out what is used a second time, such as one ReLU for all layers.
     for name, module in zip(model._modules, model, strict=True):
-        if isinstance(module, nn.Sequential) and is_sequential(module):
+        hooked = bool(module._forward_hooks or module._forward_pre_hooks)  # they run around the whole of it
+        if isinstance(module, nn.Sequential) and is_sequential(module) and not hooked:
             yield from _elements(module, f"{prefix}{name}.")
         else:
             yield prefix + name, module

@@ -30,7 +30,9 @@ def best_cuts(
         longer: dict[int, tuple[tuple[int, int], tuple[int, ...]]] = {}
         for first, ((squares, crossing), cuts) in best.items():
             for end in range(first + 1, num_pieces + 1):
-                if not allowed(first, end) or cost(first, end) > least:
+                if cost(first, end) > least:
+                    break
+                if not allowed(first, end):
                     continue
                 here = cut_cost[first] if cut_cost is not None and part else 0
                 total = (squares + cost(first, end) ** 2, crossing + here)

@@ -80,10 +80,13 @@ class Host:
     def evaluate(
         self, step: int, num_micro_batches: int, batches: Batches
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Pass micro-batches through all partitions in eval mode: (number, outputs, targets) where the last one is."""
+        """Pass micro-batches through in eval mode: (number, logits, targets) on the ranks of the last partition held.
+
+        Where that is not the model's last one, its auxiliary head makes the logits.
+        """
         for one in self._held:
-            body_of(one).eval()
-        last = len(self._assignment.ranks) - 1
+            (one.block if isinstance(one, Trained) else one.body).eval()
+        last = max(index for index, ranks in enumerate(self._assignment.ranks) if ranks)
         for micro_batch in range(num_micro_batches):
             made: Tensor | None = None
             for one in self._held:
@@ -94,13 +97,20 @@ class Host:
                 with self._autocast():
                     features: Tensor = body_of(one)(self._inputs(one.index, micro_batch, inputs, made))
                 if one.index == last:
-                    yield micro_batch, features, targets
+                    yield micro_batch, self._logits(one, features), targets
                 else:
                     self._hand_on(one.index, micro_batch, features, step)
                 made = features
         for one in self._held:
             if isinstance(one, Trained):
-                one.block.body.train()
+                one.block.train()
+
+    def _logits(self, held: Held, features: Tensor) -> Tensor:
+        if isinstance(held, Frozen):
+            return features
+        with self._autocast():
+            made = held.block.head(features)
+        return made[0] if isinstance(made, tuple) else made
 
     def _micro_batches(self, partition: int, num_micro_batches: int) -> range:
         ranks = self._assignment.ranks[partition]

@@ -41,7 +41,7 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
     inputs = example.clone()
     # Alive until the end, so that no other storage takes the address of one that lies between two pieces.
     sources: list[Tensor] = []
-    saved: list[dict[int, int]] = []
+    saved: list[dict[Hashable, int]] = []
     sizes: list[int] = []
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
@@ -49,9 +49,10 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
             sources.append(inputs.detach().requires_grad_(index > 0 and inputs.is_floating_point()))
             with _training_step(piece):
                 storages, inputs = _saved(model, piece, sources[-1])
-            saved.append(storages)
+            between = {one.untyped_storage().data_ptr() for one in (*sources, inputs)}
+            # What lies inside a piece is gone after it, and its address may come again.
+            saved.append({key if key in between else (index, key): size for key, size in storages.items()})
             sizes.append(inputs.numel() * inputs.element_size())
-        lasting = {one.untyped_storage().data_ptr() for one in (*sources, inputs)}
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
         rounds: list[list[tuple[float, float]]] = []
         for _ in range(REPEATS + 1):
@@ -60,12 +61,9 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
                 with _training_step(piece):
                     rounds[-1].append(_seconds(piece, source))
     costs: list[PieceCosts] = []
-    for index, storages in enumerate(saved):
-        named: dict[Hashable, int] = {
-            pointer if pointer in lasting else (index, pointer): size for pointer, size in storages.items()
-        }
+    for index, (storages, size) in enumerate(zip(saved, sizes, strict=True)):
         forward, backward = (statistics.median(one[index][which] for one in rounds[1:]) for which in range(2))
-        costs.append(PieceCosts(forward, backward, named, sizes[index]))
+        costs.append(PieceCosts(forward, backward, storages, size))
     return costs
 
 

@@ -119,8 +119,9 @@ def partition(
     """Cut a model that is a chain of pieces into partitions that can be trained apart.
 
     n: how many partitions, or the names of the pieces that begin partitions 1 to K - 1.
-    example: a batch of inputs on the model's device. With it the chain is verified against the model (bit for bit, in
-    evaluation mode) and costs are measured; generators, buffers, gradients and modes are afterwards what they were.
+    example: a batch of inputs on the model's device. With it the chain is verified against the model, bit for bit, in
+    evaluation and in training mode, and costs are measured, under autocast if it is on; random generators, buffers,
+    gradients and modes are afterwards what they were.
     balance: "time" (forward and backward, median of 5; the default with an example), "memory" (parameters, and what
     is saved for backward) or "parameters" (the default without one). The dearest partition is as cheap as cuts
     between pieces allow. Measured times differ from run to run and from rank to rank: ranks that must agree take the
@@ -135,14 +136,17 @@ def partition(
     pieces = pieces_of(model)
     measured: list[PieceCosts] | None = None
     if example is not None:
-        verify(model, pieces, example)
+        verify(model, pieces, example, training=False)
         measured = measure(model, pieces, example)
+        verify(model, pieces, example, training=True)
     if isinstance(n, int):
         begins = balanced_cuts(pieces, n, by, measured)
     else:
         begins = named_cuts(pieces, (n,) if isinstance(n, str) else n)
     spans = list(zip((0, *begins), (*begins, len(pieces)), strict=True))
     groups = [pieces[first:end] for first, end in spans]
+    for index, group in enumerate(groups):
+        _check_trainable(group, index, frozenset())
     weights, borrowed = resolve_tied(model, groups, untie=tied == "untie")
     partitions = [
         _make(model, index, groups[index], borrowed[index], measured[first:end] if measured else ())
@@ -192,13 +196,7 @@ def _make(
     }
     state = module.state_dict(keep_vars=True)
     not_owned = frozenset(key for key, tensor in state.items() if id(tensor) in borrowed)
-    name = pieces[0].name if len(pieces) == 1 else f"{pieces[0].name}..{pieces[-1].name}"
-    if all(id(one) in borrowed for one in module.parameters()):
-        raise ConfigError(
-            f"the partition {name!r} has no parameters of its own to train",
-            where=f"partition {index}",
-            fix="cut elsewhere, so that it holds a layer with parameters",
-        )
+    name = _check_trainable(pieces, index, borrowed)
     costs = PartitionCosts(
         name=name,
         forward_seconds=sum(one.forward_seconds for one in measured),
@@ -208,6 +206,18 @@ def _make(
         output_bytes=measured[-1].output_bytes if measured else 0,
     )
     return Partition(index, name, module, names, costs, not_owned)
+
+
+def _check_trainable(pieces: Sequence[Piece], index: int, borrowed: frozenset[int]) -> str:
+    """The name of the partition of these pieces, if it has parameters of its own."""
+    name = pieces[0].name if len(pieces) == 1 else f"{pieces[0].name}..{pieces[-1].name}"
+    if all(id(one) in borrowed for piece in pieces for one in piece.module.parameters()):
+        raise ConfigError(
+            f"the partition {name!r} has no parameters of its own to train",
+            where=f"partition {index}",
+            fix="cut elsewhere, so that it holds a layer with parameters",
+        )
+    return name
 
 
 def _milliseconds(seconds: float) -> str:

@@ -9,6 +9,8 @@ from torch import nn
 
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.adapters import BUILT_IN, Adapter, NamedModules
+from efficient_dl.local_learning.adapters_outside import OUTSIDE
+from efficient_dl.local_learning.diagnosis import why_no_chain
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def pieces_of(model: nn.Module) -> list[Piece]:
 
 
 def _adapter_for(model: nn.Module) -> Adapter:
-    for adapter in (*_registered, *BUILT_IN):
+    for adapter in (*_registered, *BUILT_IN, *OUTSIDE):
         if adapter.matches(model):
             return adapter
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -106,11 +108,13 @@ def _adapter_for(model: nn.Module) -> Adapter:
         if type(model).__name__ == wrapper:
             fix = f"partition the model inside: partition(model.{attribute}, ...)"
             raise ConfigError(f"a {wrapper} cannot be cut", found=kind, fix=fix)
+    obstacles = why_no_chain(model)
     raise ConfigError(
         f"{type(model).__name__} cannot be cut: nothing says that its forward is a chain of pieces",
-        expected="one of " + ", ".join(adapter.name for adapter in (*_registered, *BUILT_IN)),
-        found=kind,
-        fix="efficient_dl.local_learning.pieces.register_adapter names the pieces; its documentation has an example",
+        expected="one of " + ", ".join(adapter.name for adapter in (*_registered, *BUILT_IN, *OUTSIDE)),
+        found=kind + (f", in which {obstacles}" if obstacles else ""),
+        fix="efficient_dl.local_learning.pieces.register_adapter names pieces, one tensor in and one out, with every "
+        "skip connection inside a piece; its documentation has an example",
     )
 
 

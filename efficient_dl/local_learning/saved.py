@@ -26,11 +26,8 @@ class SavedTensors:
     """
 
     def __init__(self, *without: nn.Module) -> None:
-        self._excluded = {
-            one.untyped_storage().data_ptr()
-            for module in without
-            for one in (*module.parameters(), *module.buffers())
-        }
+        self._without = without
+        self._excluded: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         # Re-entrant: a collection of garbage may release a saved tensor in the midst of counting another.
         self._lock = threading.RLock()
@@ -40,6 +37,8 @@ class SavedTensors:
         self.peak_bytes = 0
 
     def __enter__(self) -> SavedTensors:
+        tensors = (one for module in self._without for one in (*module.parameters(), *module.buffers()))
+        self._excluded = {one.untyped_storage().data_ptr() for one in tensors}
         self._hooks.__enter__()
         return self
 
@@ -48,13 +47,13 @@ class SavedTensors:
     ) -> None:
         self._hooks.__exit__(kind, error, trace)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Held:
+    def _pack(self, tensor: Tensor) -> _Held:
+        # Detached: a saved output that kept its graph would keep itself alive.
+        held = _Held(tensor.detach(), tensor._version)
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if storage.nbytes() == 0 or key in self._excluded:
-            return tensor
-        # Detached: a saved output that kept its graph would keep itself alive.
-        held = _Held(tensor.detach())
+            return held
         with self._lock:
             self._holders[key] = self._holders.get(key, 0) + 1
             if key not in self.storages:
@@ -82,13 +81,20 @@ def saved_bytes(run: Callable[[], object], without: Iterable[nn.Module] = ()) ->
 
 
 class _Held:
-    """A saved tensor, whose release by autograd can be watched."""
+    """A saved tensor, whose release by autograd can be watched. version: its count of changes in place when saved."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, version: int) -> None:
         self.tensor = tensor
+        self.version = version
 
 
-def _unpack(packed: Tensor | _Held) -> Tensor:
-    return packed.tensor if isinstance(packed, _Held) else packed
+def _unpack(held: _Held) -> Tensor:
+    # Autograd leaves this check to the hooks.
+    if held.tensor._version != held.version:
+        raise RuntimeError(
+            "a tensor that backward needs has been changed by an operation in place: "
+            f"{tuple(held.tensor.shape)} {held.tensor.dtype}, version {held.tensor._version} after {held.version}"
+        )
+    return held.tensor

@@ -43,6 +43,7 @@ def resolve_tied(
     owners: dict[int, tuple[int, str]] = {}  # id of a tensor -> its first group, and its key there
     found: list[TiedWeight] = []
     borrowed: list[frozenset[int]] = []
+    uses: list[tuple[Tensor, list[tuple[nn.Module, str]]]] = []
     for index, pieces in enumerate(groups):
         entries: dict[int, tuple[Tensor, str]] = {}
         for piece in pieces:
@@ -54,10 +55,14 @@ def resolve_tied(
             owner, owners_name = owners[key]
             if untie:
                 _check_separable(tensor, name, owners_name, index, owner)
-                _replace(model, pieces, tensor)
+                uses.append((tensor, _uses(model, pieces, tensor)))
             found.append(TiedWeight(name, owners_name, index, owner, untie))
         borrowed.append(frozenset() if untie else frozenset(shared))
         owners.update({key: (index, name) for key, (_, name) in entries.items() if key not in shared})
+    for tensor, places in uses:  # only now that nothing can be refused any more
+        copy = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+        for module, attribute in places:
+            setattr(module, attribute, copy)
     config = getattr(model, "config", None)
     if untie and found and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # pyright: ignore[reportOptionalMemberAccess]  # else saving ties again
@@ -79,16 +84,17 @@ def _check_separable(tensor: Tensor, name: str, owners_name: str, index: int, ow
         )
 
 
-def _replace(model: nn.Module, pieces: Sequence[Piece], old: Tensor) -> None:
-    """Every use of the parameter in these pieces becomes one of a copy; the modules are the model's own."""
-    copy = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+def _uses(model: nn.Module, pieces: Sequence[Piece], tensor: Tensor) -> list[tuple[nn.Module, str]]:
+    """The model's modules in these pieces that hold the parameter, and their attributes for it."""
     own = {id(module) for module in model.modules()}
+    found: list[tuple[nn.Module, str]] = []
     for module in {id(one): one for piece in pieces for one in piece.module.modules()}.values():
-        parameters = list(module.named_parameters(recurse=False, remove_duplicate=False))
-        for name in [name for name, parameter in parameters if parameter is old]:
-            if id(module) not in own:
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter is tensor and id(module) not in own:
                 raise ConfigError(
                     f"an adapter's {type(module).__name__} holds the tied weight {name!r} itself",
                     fix="let it hold the model's submodule that has the weight, or cut with tied='share'",
                 )
-            setattr(module, name, copy)
+            if parameter is tensor:
+                found.append((module, name))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,25 +15,49 @@ from efficient_dl.local_learning.pieces import Piece
 Calls = dict[int, list[tuple[Tensor | None, Tensor | None]]]  # by module: the input and output of each call
 
 
-def verify(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> None:
+def verify(model: nn.Module, pieces: Sequence[Piece], example: Tensor, *, training: bool) -> None:
     """Raise ConfigError, naming the first piece that differs, unless the chain gives exactly what the model gives.
 
-    In evaluation mode; modes, buffers and random generators are afterwards what they were.
+    training: in training mode, both from the same state of the random generators, so that dropout is compared too; a
+    model that even so gives two results for one input is then not compared, in evaluation mode it is refused. Modes,
+    buffers and random generators are afterwards what they were.
     """
-    whole = _run(model, pieces, example, lambda x: tensor_of(model(x)))
-    chained = _run(model, pieces, example, lambda x: _chain(pieces, x))
-    if same(whole, chained):
+
+    def run(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        with unchanged(model, pieces, example.device), torch.no_grad():
+            set_mode(model, pieces, training=training)
+            return forward(example.clone()).clone()
+
+    def whole(x: Tensor) -> Tensor:
+        return tensor_of(model(x))
+
+    def chained(x: Tensor) -> Tensor:
+        return _chain(pieces, x)
+
+    expected, found = run(whole), run(chained)
+    if same(expected, found):
         return
-    if not same(whole, _run(model, pieces, example, lambda x: tensor_of(model(x)))):
+    if not same(expected, run(whole)):
+        if training:
+            return
         raise ConfigError(
             "the model gives two results for one input, so that its pieces cannot be compared with it",
             fix="make its forward repeatable in evaluation mode, or partition without an example",
         )
+    own = {id(module): name for name, module in model.named_modules() if module is not model}
+    inside = {
+        id(module): module for piece in pieces for module in piece.module.modules() if id(module) in own
+    }
+    with _recorded(inside) as in_model:
+        run(whole)
+    with _recorded(inside) as in_chain:
+        run(chained)
     raise ConfigError(
-        f"the chain of pieces does not compute what {type(model).__name__} computes",
-        expected=f"the same {tuple(whole.shape)} {whole.dtype}, bit for bit",
-        found=_difference(whole, chained),
-        where=_parting(model, pieces, example),
+        f"the chain of pieces does not compute what {type(model).__name__} computes"
+        + (" in training" if training else ""),
+        expected=f"the same {tuple(expected.shape)} {expected.dtype}, bit for bit",
+        found=_difference(expected, found),
+        where=_parting(pieces, own, in_model, in_chain),
         fix="an adapter whose pieces do all that forward does: efficient_dl.local_learning.pieces.register_adapter",
     )
 
@@ -55,14 +79,6 @@ def same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _run(
-    model: nn.Module, pieces: Sequence[Piece], example: Tensor, forward: Callable[[Tensor], Tensor]
-) -> Tensor:
-    with unchanged(model, pieces, example.device), torch.no_grad():
-        set_mode(model, pieces, training=False)
-        return forward(example.clone()).clone()
 
 
 def _chain(pieces: Sequence[Piece], x: Tensor) -> Tensor:
@@ -88,16 +104,8 @@ def _difference(whole: Tensor, chained: Tensor) -> str:
     return f"values that differ by up to {largest:.3g}"
 
 
-def _parting(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> str:
+def _parting(pieces: Sequence[Piece], own: Mapping[int, str], in_model: Calls, in_chain: Calls) -> str:
     """The first piece with a submodule that is called otherwise in the model than in the chain."""
-    own = {id(module): name for name, module in model.named_modules() if module is not model}
-    inside = {
-        id(module): module for piece in pieces for module in piece.module.modules() if id(module) in own
-    }
-    with _recorded(inside) as in_model:
-        _run(model, pieces, example, lambda x: tensor_of(model(x)))
-    with _recorded(inside) as in_chain:
-        _run(model, pieces, example, lambda x: _chain(pieces, x))
     for piece in pieces:
         for module in piece.module.modules():
             if id(module) not in own:

@@ -18,6 +18,7 @@ from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import Kind, ScheduleOptions
 from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.coordinator.report import Report
+from efficient_dl.coordinator.timeline import STATISTICS, draw_timeline
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.blocks import Blocks
@@ -64,6 +65,7 @@ class LocalTrainer(RunLoop):
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
         self.rows: list[dict[str, Any]] = []  # not gathered yet
         self.traffic_before = Traffic()  # of ended stages
+        self.waited, self.waited_until = 0.0, 0  # seconds for activations in this stage, and until which step
 
     def _prepare(self) -> None:
         """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
@@ -131,7 +133,7 @@ class LocalTrainer(RunLoop):
         return partition(model, self.cuts)
 
     def _train_step(self) -> dict[str, Tensor | float]:
-        if self.stage is None or self.step >= self.stage.decision.until_step:
+        if self.stage is None:
             self._next_stage()
         assert self.stage is not None
         step = self.step
@@ -140,6 +142,8 @@ class LocalTrainer(RunLoop):
         for index, loss in losses.items():
             self.losses.setdefault(index, []).append(loss.item())
         self.step += 1
+        if self.step == self.stage.decision.until_step and self.step < self.last_step:
+            self._next_stage()
         return {f"loss_partition_{index}": loss for index, loss in losses.items()}
 
     def _lr(self, index: int) -> float:
@@ -162,16 +166,27 @@ class LocalTrainer(RunLoop):
         return self._on_device(inputs), self._on_device(targets)
 
     def _next_stage(self) -> None:
-        """At a stage's end: ask the coordinator, checkpoint what it said, move what moves, go on."""
+        """At a stage's end: ask the coordinator; where something moves, checkpoint, move, and go on.
+
+        An evaluation of this step comes afterwards, in the new stage.
+        """
         losses = {index: smoothed(values) for index, values in self.losses.items()}
         decision = self._decide(losses)
         self.losses = {}
         state: Mapping[str, Tensor] | None = None
         if self.stage is not None:
+            self._flush()
+            if not any(decision.training):
+                self.last_step = self.step
+                self.stage.renew(self.stage.decision, [len(self._eval_batches())])
+                return
+            if not self.stage.moves(decision):
+                self.stage.renew(decision, self._passes(decision.until_step, evaluates_now=True))
+                return
             self._save()
             self._end_stage()
             state = self.checkpoints.load(self.step, wanted_from(decision, self.state_names)).tensors
-        self._begin(decision, state)
+        self._begin(decision, state, evaluates_now=state is not None)
 
     def _decide(self, losses: Mapping[int, float]) -> Decision:
         first = self.rank == 0 and not len(self.coordinator.history)
@@ -184,11 +199,12 @@ class LocalTrainer(RunLoop):
         num_decisions = len(self.coordinator.history)
         decision = self.coordinator.decide(self.step, report)
         for entry in list(self.coordinator.history)[num_decisions:]:
-            self.progress.note(f"step {entry.step}: {entry.decision.reason}")
+            if self.stage is None or self.stage.moves(entry.decision):
+                self.progress.note(f"step {entry.step}: {entry.decision.reason}")
             self.folder.log_decision(entry.to_row())
         return decision
 
-    def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
+    def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None, *, evaluates_now: bool) -> None:
         self.stage = Stage(
             self.config,
             decision,
@@ -196,7 +212,7 @@ class LocalTrainer(RunLoop):
             self.groups,
             self.transport,
             state,
-            self._passes(decision.until_step),
+            self._passes(decision.until_step, evaluates_now),
             self.device,
             self.data.fingerprint,
             self._autocast,
@@ -208,15 +224,21 @@ class LocalTrainer(RunLoop):
             for index in decision.assignment.of_rank(self.rank)
         )
 
-    def _passes(self, until_step: int) -> list[int]:
-        """The micro-batches of every pass from here to until_step: steps, and the evaluations among them."""
-        passes: list[int] = []
+    def _passes(self, until_step: int, evaluates_now: bool) -> list[int]:
+        """The micro-batches of every pass of a stage: steps, and evaluations after them; but the last step's evaluation
+        is in the next stage, if there is one, where this tells whether it evaluates_now.
+        """
+        steps, evaluation = [self.micro_batches], [len(self._eval_batches())]
+        passes = [*evaluation] if evaluates_now and self._evaluates(self.step) else []
         for step in range(self.step + 1, until_step + 1):
-            passes.append(self.micro_batches)
-            every = self.config.train.eval_every
-            if step == self.config.train.steps or (every > 0 and step % every == 0):
-                passes.append(len(self._eval_batches()))
+            passes += steps
+            if self._evaluates(step) and (step < until_step or step == self.config.train.steps):
+                passes += evaluation
         return passes
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def _eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         config = self.config
@@ -228,6 +250,7 @@ class LocalTrainer(RunLoop):
         self.traffic_before = self.traffic_before.plus(self.stage.traffic())
         self.stage.finish()
         self.stage = None
+        self.waited = 0.0
 
     def _trained_here(self) -> list[int]:
         assert self.stage is not None
@@ -246,7 +269,12 @@ class LocalTrainer(RunLoop):
         assert self.stage is not None
         leads = {f"lead_partition_{index}": mean for index, (mean, _) in self.stage.leads().items()}
         if self.rows:
-            self.rows[-1] |= leads
+            waited = self.stage.traffic().waiting_seconds
+            waiting = (waited - self.waited) / max(1, self.step - self.waited_until)
+            self.waited, self.waited_until = waited, self.step
+            self.rows[-1] |= leads | {
+                f"waiting_seconds_partition_{index}": waiting for index in self._trained_here()
+            }
         per_rank: list[list[dict[str, float]]] = self._over_ranks(self.rows)
         self.rows = []
         for same_step in zip(*per_rank, strict=True):
@@ -260,7 +288,7 @@ class LocalTrainer(RunLoop):
     def _evaluate(self) -> None:
         """Pass validation data through all partitions; before the last one has begun, the last head so far answers."""
         if self.stage is None:
-            self._begin(self._for_evaluation(), self._latest_state())
+            self._begin(self._for_evaluation(), self._latest_state(), evaluates_now=True)
         assert self.stage is not None
         self._flush()
         self.stage.sync_buffers()
@@ -335,7 +363,10 @@ class LocalTrainer(RunLoop):
             return
         num_decisions = len(self.coordinator.history)
         decision = self._decide({})
-        self._begin(decision, checkpoint.tensors)
+        if not any(decision.training):
+            self.last_step = self.step
+            return
+        self._begin(decision, checkpoint.tensors, evaluates_now=False)
         assert self.stage is not None
         if same_ranks and num_decisions == len(self.coordinator.history) and self._same_plan(checkpoint):
             self.stage.restore_compressions(checkpoint.rank_states[0]["compression"])
@@ -362,6 +393,20 @@ class LocalTrainer(RunLoop):
             self.stage.finish()
             self.stage = None
         self.coordinator.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        """Which partition trained where and when, for people: a picture in the folder, a table in the log."""
+        if self.rank == 0:
+            statistics = [
+                {"step": row["step"], "partition": index, key: row[f"{key}_partition_{index}"]}
+                for row in self.folder.rows()
+                for index in range(len(self.names))
+                for key in STATISTICS
+                if row.get(f"{key}_partition_{index}") is not None
+            ]
+            draw_timeline(self.coordinator.history, self.folder.timeline, statistics)
+            self.progress.note(f"which partition trained where: {self.folder.timeline}")
 
 
 def _mean_row(rows: tuple[dict[str, float], ...]) -> dict[str, float]:

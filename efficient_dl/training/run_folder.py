@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, parameters.jsonl, tensorboard/, checkpoints/, summary.json."""
+"""The folder of a run: its configuration, metrics, decisions, checkpoints and summary."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.training.disk import disk_full
 
-CONFIG, METRICS, PARAMETERS, DECISIONS, SUMMARY, TENSORBOARD, CHECKPOINTS = (
+CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "config.toml",
     "metrics.jsonl",
     "parameters.jsonl",
     "decisions.jsonl",
+    "timeline.svg",
     "summary.json",
     "tensorboard",
     "checkpoints",
@@ -71,6 +72,11 @@ class RunFolder:
         self._metrics: Any = None
         self._parameters: Any = None
         self._tensorboard: Any = None
+
+    @property
+    def timeline(self) -> Path:
+        """Where it is drawn which partition trained where."""
+        return self.path / TIMELINE
 
     @property
     def checkpoints(self) -> Path:

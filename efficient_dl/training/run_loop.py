@@ -38,6 +38,7 @@ class RunLoop(ABC):
         self.task = task_for(data.spec.kind)
         self.clock = measure.StepClock(device)
         self.step = 0
+        self.last_step = config.train.steps
         self.val_loss = float("nan")
 
     def train(self, resumed: bool) -> Summary:
@@ -45,12 +46,12 @@ class RunLoop(ABC):
         self._prepare()
         if resumed:
             self._load()
-            if self.step >= self.config.train.steps:
+            if self.step >= self.last_step:
                 return self._already_done()
         self.folder.open(self.config, self.step)
         self.progress.start(self.label, self.step, self.config.train.steps)
         with contextlib.closing(self.folder):
-            while self.step < self.config.train.steps:
+            while self.step < self.last_step:
                 row = self._train_step()
                 if self._due(self.config.train.log_every):
                     self._log(row)
@@ -129,9 +130,7 @@ class RunLoop(ABC):
     def _already_done(self) -> Summary:
         """The summary of a run that has reached its last step; made again if it is gone."""
         self._close()
-        self.progress.note(
-            f"Step {self.step} of {self.config.train.steps} was reached before: nothing to train."
-        )
+        self.progress.note(f"Step {self.step} of {self.last_step} was reached before: nothing to train.")
         summary = self.folder.summary()
         if summary is None:
             self._evaluate()
@@ -165,7 +164,7 @@ class RunLoop(ABC):
         return sum(self._over_ranks(value)) / self.world_size
 
     def _due(self, every: int) -> bool:
-        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+        return self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

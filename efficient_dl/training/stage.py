@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from efficient_dl.codec import make_codec
 from efficient_dl.comm import ProcessGroupTransport
+from efficient_dl.comm.channel import ChannelTotals
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Decision
 from efficient_dl.errors import CheckpointError
@@ -47,14 +49,15 @@ class Groups:
     """The process groups of partitions, made once for each set of ranks and kept for the run; all ranks take part."""
 
     timeout_seconds: float
-    made: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = field(
+        default_factory=dict
+    )  # None: of other ranks
 
     def make(self, sets: Sequence[tuple[int, ...]]) -> None:
         for ranks in sorted(set(sets)):
             if len(ranks) > 1 and ranks not in self.made:
-                group = dist.new_group(list(ranks))
-                assert isinstance(group, dist.ProcessGroup)
-                self.made[ranks] = group
+                group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_seconds))
+                self.made[ranks] = group if isinstance(group, dist.ProcessGroup) else None
 
 
 class Stage:
@@ -80,30 +83,35 @@ class Stage:
     ) -> None:
         self.decision = decision
         self._config, self._device, self._fingerprint = config, device, fingerprint
+        self._transport, self._autocast = transport, autocast
         self._names = {one.index: dict(one.names) for one in blocks.partitions}
-        rank = dist.get_rank()
         assignment = decision.assignment
         groups.make(assignment.ranks)
         self.compressions: dict[int, Compression] = {}
         self.held: list[Held] = []
-        for index in assignment.of_rank(rank):
+        self._streamed = ChannelTotals()  # by streams that have ended
+        for index in assignment.of_rank(dist.get_rank()):
             self.held.append(self._make(index, blocks, groups.made.get(assignment.ranks[index]), state))
-        codec = config.local.activations
-        self._streams = Streams(
-            assignment,
-            transport,
-            passes,
-            StreamOptions(
-                None if codec == "identity" else make_codec(_codec_name(codec)), config.local.queue
-            ),
-            device,
-        )
-        self.host = Host(rank, assignment, self.held, self._streams, config.local.window, autocast)
+        self._open(passes)
         self._before = {index: compression.stats() for index, compression in self.compressions.items()}
 
+    def renew(self, decision: Decision, passes: Sequence[int]) -> None:
+        """Go on for another stage, in which everything stays where it is."""
+        assert not self.moves(decision)
+        self._streams.finish()
+        self._streamed.add(self._streams.totals())
+        self.decision = decision
+        self._open(passes)
+
+    def moves(self, decision: Decision) -> bool:
+        """Whether a partition changes ranks, or begins or ends to train."""
+        now = self.decision
+        return (decision.assignment, decision.training) != (now.assignment, now.training)
+
     def traffic(self) -> Traffic:
-        """Since the stage's start."""
+        """Since the stage's start, or that of the first one that it renewed."""
         totals = self._streams.totals()
+        totals.add(self._streamed)
         sums = Traffic(
             wire_bytes=totals.wire_bytes,
             raw_bytes=totals.raw_bytes,
@@ -157,6 +165,13 @@ class Stage:
     def abort(self) -> None:
         """Give up, so that no other rank waits for this one."""
         self._streams.stop()
+
+    def _open(self, passes: Sequence[int]) -> None:
+        local, rank = self._config.local, dist.get_rank()
+        codec = None if local.activations == "identity" else make_codec(_codec_name(local.activations))
+        options, assignment = StreamOptions(codec, local.queue), self.decision.assignment
+        self._streams = Streams(assignment, self._transport, passes, options, self._device)
+        self.host = Host(rank, assignment, self.held, self._streams, local.window, self._autocast)
 
     def _close(self) -> None:
         for compression in self.compressions.values():

@@ -1,0 +1,274 @@
+"""Layer-wise and partition-wise runs: the same numbers wherever partitions lie, and nothing lost when they move."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from efficient_dl.config import Config, DataSpec, with_overrides
+from efficient_dl.errors import CheckpointError, ConfigError, TransportError
+from efficient_dl.models import build_model
+from efficient_dl.training import Summary, run
+from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.run_folder import DECISIONS, RunFolder
+from tests.distributed.launch import run_failing_ranks, run_ranks
+
+GPT = [
+    "model.name=gpt", "model.size=nano", "model.context=16", "model.tie_weights=false", "data.name=stdlib",
+    "data.batch_size=2", "compression.bits=lossless", "local.balance=parameters",
+]  # fmt: skip
+RESNET = [
+    "model.name=resnet18", "model.size=nano", "data.name=digits", "data.batch_size=4", "compression.bits=2.0",
+    "local.balance=parameters",
+]  # fmt: skip
+
+
+def config_of(out: Path, *settings: str) -> Config:
+    base = [
+        "train.eval_batches=2",
+        "train.log_every=1",
+        "train.steps=6",
+        "local.partitions=2",
+        f"run.out={out}",
+    ]
+    return with_overrides(Config(), [*base, *settings])
+
+
+def trained(rank: int, out: Path, *settings: str) -> tuple[Summary, dict[str, torch.Tensor]]:
+    """A run's summary, and all tensors of its last checkpoint."""
+    summary = run(config_of(out, *settings))
+    folder = CheckpointFolder(out / "checkpoints")
+    latest = folder.latest()
+    assert latest is not None
+    return summary, folder.load(latest).tensors
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    keys = sorted(one.keys() ^ other.keys())
+    return keys + [key for key in one.keys() & other.keys() if not torch.equal(one[key], other[key])]
+
+
+PLACES = {
+    "2 ranks, a partition each": (2, ["local.mode=partitionwise"]),
+    "2 ranks, activations lossless": (2, ["local.mode=partitionwise", "local.activations=lossless"]),
+    "3 ranks, three partitions": (
+        3,
+        ["local.mode=partitionwise", "local.partitions=3", "train.accumulate=2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_streamed_partitions_have_the_bits_of_one_rank(tmp_path: Path, place: str) -> None:
+    """A partition on a rank of its own sees the same micro-batches as on a rank that holds them all."""
+    world_size, settings = PLACES[place]
+    accumulate = world_size * (2 if "train.accumulate=2" in settings else 1)
+    alone = [
+        "local.mode=layerwise",
+        *settings[1:],
+        f"train.accumulate={accumulate}",
+        "local.activations=identity",
+    ]
+    ((expected, tensors),) = run_ranks(trained, 1, tmp_path / "alone", *GPT, *alone)
+    for summary, streamed in run_ranks(trained, world_size, tmp_path / "apart", *GPT, *settings):
+        assert differing(tensors, streamed) == []
+        assert summary.val_loss == expected.val_loss
+        assert summary.wire_bytes_per_step > 0
+    assert expected.wire_bytes_per_step == 0
+
+
+def test_the_result_is_a_state_of_the_whole_model(tmp_path: Path) -> None:
+    (_, tensors), _ = run_ranks(trained, 2, tmp_path / "run", *GPT, "local.mode=partitionwise")
+    config = config_of(tmp_path, *GPT)
+    model = build_model(config.model, DataSpec("tokens", 256, (16,)), seed=1)
+    state = {key.removeprefix("model/"): one for key, one in tensors.items() if key.startswith("model/")}
+    assert not torch.equal(
+        state["blocks.0.attention.qkv.weight"], model.state_dict()["blocks.0.attention.qkv.weight"]
+    )
+    model.load_state_dict(state)  # strict: no name of a head, none missing
+
+
+def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> None:
+    """Two ranks a partition average its gradients, about as one rank does that takes both micro-batches."""
+    settings = ["local.mode=partitionwise", "optimizer.name=sgd", "optimizer.lr=0.01"]
+    four = run_ranks(trained, 4, tmp_path / "four", *GPT, *settings)
+    two = run_ranks(trained, 2, tmp_path / "two", *GPT, *settings, "train.accumulate=2")
+    decisions = RunFolder(tmp_path / "four", writes=False).rows(DECISIONS)
+    assert decisions[0]["ranks"] == [[0, 1], [2, 3]]
+    for key, value in two[0][1].items():
+        torch.testing.assert_close(four[0][1][key], value, rtol=1e-4, atol=1e-5)
+
+
+RESUMED: dict[str, tuple[int, list[str]]] = {
+    "partitionwise-2bit-gpt": (
+        2,
+        [
+            *GPT,
+            "local.mode=partitionwise",
+            "compression.bits=2.0",
+            "local.activations=4.0",
+            "model.dropout=0.1",
+        ],
+    ),
+    "partitionwise-4-ranks-resnet": (4, [*RESNET, "local.mode=partitionwise"]),
+    "layerwise-sequential-resnet": (2, [*RESNET, "local.mode=layerwise", "local.schedule=sequential"]),
+    "layerwise-window-2-gpt": (
+        2,
+        [*GPT, "local.mode=layerwise", "local.window=2", "local.partitions=3", "train.accumulate=2"],
+    ),
+    "layerwise-predsim-penalty": (
+        1,
+        [*RESNET, "local.mode=layerwise", "local.heads=predsim", "local.penalty=0.01", "optimizer.name=sgd"],
+    ),
+}
+
+
+def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str]:
+    """What differs between 8 steps in one go, and a crash after step 6's checkpoint of step 3 and a resume."""
+    intervals = ["train.steps=8", "train.checkpoint_every=3", "train.eval_every=2", "local.stage_steps=5"]
+    keep = ["train.keep_checkpoints=9"]
+    whole, crashed = folder / "whole", folder / "crashed"
+    run(config_of(whole, *settings, *intervals, *keep))
+    if rank == 0:
+        shutil.copytree(whole, crashed)
+        for step in CheckpointFolder(crashed / "checkpoints").steps():
+            if step > 3:
+                shutil.rmtree(crashed / "checkpoints" / f"step-{step:06d}")
+    dist.barrier()
+    torch.manual_seed(99)
+    run(config_of(crashed, *settings, *intervals, *keep), resumed=True)
+    ends = [CheckpointFolder(one / "checkpoints").load(8) for one in (whole, crashed)]
+    differences = differing(ends[0].tensors, ends[1].tensors)
+    rows = [
+        [{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in RunFolder(one, False).rows()]
+        for one in (whole, crashed)
+    ]
+    if rows[0] != rows[1]:
+        differences.append(f"metrics: {rows}")
+    if RunFolder(whole, False).rows(DECISIONS) != RunFolder(crashed, False).rows(DECISIONS):
+        differences.append("decisions")
+    return differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resume_equals_never_stopping(tmp_path: Path, case: str) -> None:
+    world_size, settings = RESUMED[case]
+    for differences in run_ranks(resume_differences, world_size, tmp_path, settings):
+        assert differences == []
+
+
+def freezing(rank: int, out: Path) -> tuple[list[dict[str, Any]], Summary]:
+    settings = ["local.mode=partitionwise", "local.stage_steps=3", "local.freeze_below=0.9", "train.steps=40"]
+    summary = run(config_of(out, *GPT, *settings, "optimizer.lr=1e-5"))
+    return RunFolder(out, False).rows(DECISIONS), summary
+
+
+def test_a_converged_run_ends_before_its_last_step(tmp_path: Path) -> None:
+    for decisions, summary in run_ranks(freezing, 2, tmp_path / "run"):
+        assert decisions[-1]["training"] == [False, False]
+        assert "converged" in decisions[-1]["reason"] or "frozen" in decisions[-1]["reason"]
+        assert summary.steps == decisions[-1]["step"] < 40
+        assert summary.val_loss > 0
+
+
+def continued(rank: int, out: Path, accumulate: int) -> tuple[Summary, dict[str, torch.Tensor]]:
+    settings = [
+        "local.mode=partitionwise",
+        f"train.accumulate={accumulate}",
+        "train.steps=9",
+        "local.stage_steps=4",
+    ]
+    summary = run(config_of(out, *GPT, *settings), resumed=True)
+    return summary, CheckpointFolder(out / "checkpoints").load(9).tensors
+
+
+def test_another_number_of_ranks_goes_on_with_every_partition(tmp_path: Path) -> None:
+    settings = ["local.mode=partitionwise", "train.accumulate=2", "local.stage_steps=4"]
+    run_ranks(trained, 2, tmp_path / "run", *GPT, *settings)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    (same, expected), _ = run_ranks(continued, 2, tmp_path / "same", 2)
+    for world_size in (1, 4):
+        shutil.copytree(tmp_path / "run", tmp_path / str(world_size), dirs_exist_ok=True)
+        outcomes = run_ranks(continued, world_size, tmp_path / str(world_size), 4 // world_size)
+        summary, tensors = outcomes[0]
+        assert summary.steps == 9
+        assert tensors.keys() == expected.keys()
+        # The same samples in the same steps: only sums run in another order.
+        assert summary.val_loss == pytest.approx(same.val_loss, rel=1e-3)
+    history = RunFolder(tmp_path / "4", False).rows(DECISIONS)
+    assert next(row["world_size"] for row in history if row["step"] >= 6) == 4
+
+
+def refused(rank: int, out: Path, settings: list[str], resumed: bool) -> str:
+    with pytest.raises((ConfigError, CheckpointError)) as caught:
+        run(config_of(out, *settings), resumed=resumed)
+    return str(caught.value)
+
+
+REFUSED = {
+    "window 2 apart": (["local.mode=partitionwise", "local.window=2"], "window 2 needs"),
+    "too many partitions": (["local.mode=layerwise", "local.partitions=99"], "99"),
+    "a head of another task": (["local.mode=layerwise", "local.heads=predsim"], "predsim"),
+    "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_on_every_rank(tmp_path: Path, case: str) -> None:
+    settings, words = REFUSED[case]
+    for text in run_ranks(refused, 2, tmp_path / "run", [*GPT, *settings], False):
+        assert words in text
+
+
+def test_a_resume_refuses_other_partitions(tmp_path: Path) -> None:
+    run_ranks(trained, 1, tmp_path / "run", *GPT, "local.mode=layerwise")
+    settings = [*GPT, "local.mode=layerwise", "local.partitions=3"]
+    (text,) = run_ranks(refused, 1, tmp_path / "run", settings, True)
+    assert "local.partitions = 3, 2" in text
+
+
+def dying(rank: int, out: Path, victim: int) -> None:
+    from efficient_dl.training.local_loop import LocalTrainer
+
+    step = LocalTrainer._train_step
+
+    def dies(self: LocalTrainer) -> Any:
+        if self.rank == victim and self.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    LocalTrainer._train_step = dies  # type: ignore[method-assign]
+    settings = ["local.mode=partitionwise", "train.checkpoint_every=2", "run.timeout_seconds=20"]
+    run(config_of(out, *GPT, "train.steps=50", *settings))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_and_leaves_a_checkpoint(tmp_path: Path, victim: int) -> None:
+    outcome = run_failing_ranks(dying, 2, tmp_path / "run", victim)[1 - victim]
+    assert outcome.error is not None
+    assert isinstance(outcome.error, TransportError) or "gloo" in str(outcome.error), outcome.trace
+    assert outcome.seconds < 30.0
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() == 4
+
+
+def test_metrics_tell_leads_and_waiting(tmp_path: Path) -> None:
+    run_ranks(trained, 2, tmp_path / "run", *GPT, "local.mode=partitionwise")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    known = {key for row in rows for key in row}
+    assert {
+        "lead_partition_1",
+        "waiting_seconds_partition_0",
+        "loss_partition_0",
+        "loss_partition_1",
+    } <= known
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "run" / "timeline.svg").read_text().count("<svg") == 1
