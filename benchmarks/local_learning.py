@@ -40,9 +40,9 @@ CASES = {
         DataConfig(name="fashion-mnist", batch_size=64),
         cuts=("layers.1", "layers.2"),
         heads="linear",
-        steps=300,
+        steps=100,
         lr=1e-3,
-        eval_batches=80,
+        eval_batches=40,
     ),
     "gpt": Case(
         "gpt",
@@ -50,9 +50,9 @@ CASES = {
         DataConfig(name="stdlib", batch_size=8),
         cuts=("blocks.1", "blocks.2", "blocks.3"),
         heads="causal:1",
-        steps=300,
+        steps=150,
         lr=3e-3,
-        eval_batches=64,
+        eval_batches=48,
     ),
     "vgg8b": Case(
         "vgg8b",
@@ -71,7 +71,9 @@ def main(
     out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
     case: Annotated[str, typer.Option(help="mlp, gpt, vgg8b, or several with commas")] = "mlp,gpt,vgg8b",
     systems: Annotated[str, typer.Option(help="with semicolons; empty: all")] = "",
-    seeds: Annotated[int, typer.Option(help="paired runs of each system", min=1)] = 5,
+    seeds: Annotated[
+        int, typer.Option(help="paired runs of each system; 0: only what a step costs", min=0)
+    ] = 5,
     first_seed: Annotated[int, typer.Option(help="the seeds begin here", min=0)] = 0,
     budget: Annotated[
         str, typer.Option(help="what all systems get alike: tokens, or flops (backprop's)")
@@ -117,7 +119,7 @@ def compare(case: Case, names: list[str], seeds: range, budget: str, file: RowFi
         data = load_data(case.data, context=case.model.context, seed=seed)
         for name in names:
             steps = _steps(case, costs, name, budget)
-            label = f"{case.title}, equal {budget}, seed {seed}"
+            label = f"{case.training}, equal {budget}, seed {seed}"
             if (label, name, "val_loss") in known or (name in ONCE and seed != seeds[0]):
                 continue
             trainer = SYSTEMS[name](case, data, seed)
@@ -174,6 +176,10 @@ def _known(out: Path | None) -> dict[tuple[str, str, str], float]:
     }
 
 
+def _mean(values: dict[int, float]) -> str:
+    return f"{statistics.mean(values.values()):.4f}" if values else ""
+
+
 def _unit(metric: str) -> str:
     return {"val_loss": "nats", "bits_per_byte": "bits", "accuracy": "fraction"}[metric]
 
@@ -189,12 +195,12 @@ def _report(
 ) -> None:
     def values(name: str, metric: str) -> dict[int, float]:
         found = {
-            seed: known.get((f"{case.title}, equal {budget}, seed {seed}", name, metric)) for seed in seeds
+            seed: known.get((f"{case.training}, equal {budget}, seed {seed}", name, metric)) for seed in seeds
         }
         return {seed: value for seed, value in found.items() if value is not None}
 
     table = Table(
-        title=f"{case.title}, equal {budget}",
+        title=f"{case.training}, equal {budget}",
         caption="loss against backprop: relative, over paired seeds, 95 % interval; saved: for backward, at most",
     )
     for name in (
@@ -212,21 +218,21 @@ def _report(
     reference = values(REFERENCE, "val_loss")
     for name in names:
         losses = values(name, "val_loss")
-        if not losses:
-            continue
-        pairs = {seed: reference[seed] for seed in losses}
-        found = paired_difference(losses, pairs)
-        interval = "" if found.num_pairs < 2 else f" ± {100 * found.half_width:.2f}"
+        against = ""
+        if losses and name != REFERENCE:
+            found = paired_difference(losses, {seed: reference[seed] for seed in losses})
+            interval = "" if found.num_pairs < 2 else f" ± {100 * found.half_width:.2f}"
+            against = f"{100 * found.mean:+.2f}{interval} %"
         table.add_row(
             name,
             str(len(losses)),
-            f"{statistics.mean(values(name, metric).values()):.4f}",
-            f"{statistics.mean(losses.values()):.4f}",
-            "" if name == REFERENCE else f"{100 * found.mean:+.2f}{interval} %",
+            _mean(values(name, metric)),
+            _mean(losses),
+            against,
             f"{costs[name].saved_bytes / costs[REFERENCE].saved_bytes:.2f} ×",
             f"{costs[name].memory_bytes / costs[REFERENCE].memory_bytes:.2f} ×",
             f"{costs[name].flops / costs[REFERENCE].flops:.2f} ×",
-            f"{statistics.median(values(name, 'step_seconds').values()):.3f}",
+            _mean(values(name, "step_seconds")),
         )
     Console(width=max(150, Console().width)).print(table)
 

@@ -54,8 +54,12 @@ class Case:
         window = f" x {self.model.context}" if self.model.name == "gpt" else ""
         return (
             f"{self.model.name}-{self.model.size} on {self.data.name}, {self.data.batch_size}{window} a batch, "
-            f"{self.steps} steps, {len(self.cuts) + 1} partitions, heads {self.heads}, adamw {self.lr:g}"
+            f"{len(self.cuts) + 1} partitions, heads {self.heads}"
         )
+
+    @property
+    def training(self) -> str:
+        return f"{self.title}, {self.steps} steps, adamw {self.lr:g}"
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def main(
     figure, panels = plt.subplots(1, len(cases), figsize=(5.2 * len(cases), 4), squeeze=False)
     colours = dict(zip(SYSTEMS, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     for panel, case in zip(panels[0], cases, strict=True):
-        title = case.rpartition(", equal ")[0]
+        title = next(one for one, system in costs if system == REFERENCE and case.startswith(one + ", "))
         for system, colour in colours.items():
             if (case, system) not in losses:
                 continue

@@ -281,7 +281,7 @@ def _digest(row: Tensor) -> bytes:
 
 
 def _fingerprint(prefix: nn.Module) -> str:
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(repr(prefix).encode())
     for name, value in prefix.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -18,13 +18,14 @@ TOKEN_INIT_STD = 0.02  # Radford et al. 2019 (GPT-2)
 
 
 def new_copy(piece: nn.Module, model: nn.Module) -> nn.Module:
-    """A copy of a piece, in training mode, that begins as the model's own pieces do; from torch's generator.
+    """A copy of a piece on the CPU, in training mode, that begins as the model's own do; from torch's generator.
 
     Every submodule's reset_parameters(), then model.initialize(copy) (this package's models) or
     copy.apply(model._init_weights) (Hugging Face's), if the model has one. Raises ConfigError where a parameter is
     drawn by none of them.
     """
-    clone = copy.deepcopy(piece).train().requires_grad_(True)
+    # Drawn on the CPU: a device's generator would give other values, and stay changed.
+    clone = copy.deepcopy(piece).cpu().train().requires_grad_(True)
     clone.zero_grad(set_to_none=True)
     undrawn: list[str] = []
     for name, part in clone.named_modules():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.block import LocalObjective
@@ -55,8 +57,8 @@ class TransportPenalty:
     """(1 / 2τ) · mean over samples of Σ ‖y − x‖²: how far the partition's residual pieces move what they are given.
 
     A residual piece is one whose output has its input's shape and dtype: x goes in, y comes out, y − x is its branch.
-    pieces: the partition's, which are observed while they run, so that none runs twice; one objective observes them
-    only for the forward pass right before it is called. Adds the size of each branch to what is saved for backward.
+    pieces: the partition's, which are observed while they run, so that none runs twice, for as long as this object
+    exists; a call takes what the latest forward pass has shown. Adds each branch's size to what is saved for backward.
     With the unit "tokens" the mean is over all positions. Source: after TRGL, Karkar et al. 2023
     (arXiv 2309.17357).
     """
@@ -69,7 +71,9 @@ class TransportPenalty:
         self.tau = tau
         moved: dict[int, Tensor] = {}
         watched = list(pieces)
-        # Closures over plain names: a copy of a piece carries its hooks along, and must not report as the piece.
+        handles: list[RemovableHandle] = []
+        # Closures without self: a piece must not keep the objectives alive that once observed it. And a copy of a
+        # piece carries its hooks along, but must not report as the piece.
         for position, piece in enumerate(watched):
 
             def observe(
@@ -79,7 +83,8 @@ class TransportPenalty:
                     rows = output.numel() // output.shape[-1] if unit == "tokens" else output.shape[0]
                     moved[position] = (output - args[0]).float().square().sum() / rows
 
-            piece.register_forward_hook(observe)
+            handles.append(piece.register_forward_hook(observe))
+        weakref.finalize(self, _remove, handles).atexit = False
         self._moved = moved
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
@@ -133,6 +138,11 @@ def similarities(x: Tensor) -> Tensor:
     rows = x.flatten(1)
     rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=1e-8)
     return (rows @ rows.T).clamp(-1, 1)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _is_residual(x: Tensor, y: Tensor) -> bool:

@@ -7,14 +7,16 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.measure import measure
+from efficient_dl.local_learning.pieces import Piece
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -52,15 +54,6 @@ def plain(module: nn.Module) -> nn.Module:
     return module
 
 
-class Costs(Protocol):
-    """What `choose_thrift` must know of a piece; coordinator.PartitionCosts has it."""
-
-    name: str
-    forward_seconds: float
-    activation_bytes: int
-    output_bytes: int
-
-
 @dataclass(frozen=True)
 class Thrift:
     """What to do with which piece.
@@ -75,7 +68,7 @@ class Thrift:
 
 
 def choose_thrift(
-    costs: Sequence[Costs],
+    costs: Sequence[PartitionCosts],
     input_bytes: int,
     goal_bytes: int,
     may_chunk: Callable[[str], bool] = lambda name: False,
@@ -124,6 +117,30 @@ def choose_thrift(
         )
     seconds = sum(one.forward_seconds for one in costs if one.name in best)
     return Thrift(best, best_peak, seconds)
+
+
+def economize(model: nn.Module, pieces: Sequence[Piece], example: Tensor, goal_bytes: int) -> Thrift:
+    """Checkpoint and chunk the pieces of a chain, in place, so that at most goal_bytes are saved at once.
+
+    pieces: consecutive ones of the model, pieces_of(model) or a partition's. example: a batch of what goes into the
+    first of them, on which they are measured; none of them is frugal yet. Bytes that two pieces share, such as the
+    output of one that is the next one's input, count twice in the prediction. Raises ConfigError as choose_thrift does.
+    """
+    costs = [
+        PartitionCosts(
+            name=piece.name,
+            forward_seconds=one.forward_seconds,
+            activation_bytes=sum(one.saved.values()),
+            output_bytes=one.output_bytes,
+        )
+        for piece, one in zip(pieces, measure(model, pieces, example), strict=True)
+    ]
+    modules = {piece.name: piece.module for piece in pieces}
+    input_bytes = example.numel() * example.element_size()
+    choice = choose_thrift(costs, input_bytes, goal_bytes, lambda name: treats_samples_apart(modules[name]))
+    for name, num_chunks in choice.num_chunks.items():
+        checkpointed(modules[name]) if num_chunks == 1 else chunked(modules[name], num_chunks)
+    return choice
 
 
 def treats_samples_apart(module: nn.Module) -> bool:

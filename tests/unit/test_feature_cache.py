@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from efficient_dl.errors import ConfigError, CorruptPacket, DiskFull
 from efficient_dl.local_learning.feature_cache import FeatureCache
+from efficient_dl.local_learning.learner import LocalLearner
+from efficient_dl.local_learning.partition import partition
 
 
 class Counted(nn.Module):
@@ -188,3 +190,22 @@ def test_samples_of_another_shape_are_refused(tmp_path: Path) -> None:
         cache.features(torch.randn(2, 3))
         with pytest.raises(ConfigError, match="another form"):
             cache.features(torch.randn(2, 4))
+
+
+def test_the_rest_of_a_model_is_trained_on_kept_features_as_on_computed_ones(tmp_path: Path) -> None:
+    def trained(cached: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4)), nn.Linear(6, 3))
+        cut = partition(model, ["1.0", "2.0", "3.0"])
+        prefix = nn.Sequential(*(one.module for one in cut[:2])).eval().requires_grad_(False)
+        rest = nn.Sequential(*(one.module for one in cut[2:]))
+        x, y = batch(0), torch.arange(8) % 3
+        with FeatureCache(tmp_path, prefix, augmented=False) as cache:
+            learner = LocalLearner(
+                partition(rest, 2), (prefix(x), y), lambda p: torch.optim.SGD(p, 0.1), heads="linear"
+            )
+            for _ in range(3):
+                learner.step(cache.features(x) if cached else prefix(x), y)
+        return list(model.state_dict().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))

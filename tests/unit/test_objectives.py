@@ -149,6 +149,15 @@ def test_the_penalty_of_tokens_is_a_mean_over_positions() -> None:
     )
 
 
+def test_a_piece_is_observed_no_longer_than_the_penalty_exists() -> None:
+    piece = Residual(5)
+    objective = make_objective("linear", [piece], tau=1.0)
+    assert len(piece._forward_hooks) == 1
+    piece(torch.randn(2, 5))
+    del objective
+    assert len(piece._forward_hooks) == 0
+
+
 def test_a_penalty_without_tau_is_refused() -> None:
     with pytest.raises(ConfigError, match="positive tau"):
         TransportPenalty([], tau=0.0)

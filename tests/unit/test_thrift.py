@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.local_learning.thrift import (
     checkpointed,
     choose_thrift,
     chunked,
+    economize,
     plain,
     treats_samples_apart,
 )
@@ -164,6 +166,17 @@ def test_a_layer_that_dominates_is_chunked() -> None:
 def test_a_goal_out_of_reach_is_refused_with_what_can_be_reached() -> None:
     with pytest.raises(ConfigError, match="1,020 with layer0, layer1"):
         choose_thrift(costs(1000, 50), input_bytes=10, goal_bytes=500)
+
+
+def test_a_model_is_brought_below_a_goal_and_computes_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Wide() for _ in range(4)), nn.Linear(16, 2))
+    x = torch.randn(64, 16, requires_grad=True)
+    expected, before = model(x), live_bytes(model, x)
+    choice = economize(model, pieces_of(model), x.detach(), goal_bytes=before // 3)
+    assert choice.num_chunks and choice.peak_bytes <= before // 3
+    assert live_bytes(model, x) <= choice.peak_bytes
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_batch_norm_ties_samples_together() -> None:
