@@ -158,7 +158,7 @@ def wait_in_vain(transport: Transport) -> tuple[str, float]:
     """Rank 1 sends nothing; the others give up after half a second."""
     start = time.monotonic()
     if transport.rank == 1:
-        time.sleep(1.5)
+        time.sleep(4.0)
         return "", 0.0
     try:
         transport.exchange([torch.ones(3, dtype=torch.uint8)] * transport.world_size).wait(timeout=0.5)
@@ -171,7 +171,7 @@ def test_a_silent_peer_is_named_after_the_time_out(run: Runner) -> None:
     text, seconds = run(wait_in_vain, 2)[0]
     assert "rank 0" in text.splitlines()[0]
     assert "rank 1" in text.splitlines()[0]
-    assert 0.4 < seconds < 1.4
+    assert 0.4 < seconds < 3.5
 
 
 def test_a_lost_loopback_rank_is_named_at_once() -> None:
@@ -187,7 +187,7 @@ def abort(transport: Transport, waiting: int) -> tuple[str, float]:
     if transport.rank == 0:
         threading.Timer(0.5, transport.abort).start()
     if transport.rank != waiting:
-        time.sleep(2.0)
+        time.sleep(4.0)
         return "", 0.0
     try:
         transport.exchange([torch.ones(3, dtype=torch.uint8)] * 2).wait(timeout=20)
@@ -200,7 +200,7 @@ def abort(transport: Transport, waiting: int) -> tuple[str, float]:
 def test_an_abort_wakes_who_waits_here_and_elsewhere(run: Runner, waiting: int) -> None:
     text, seconds = run(abort, 2, waiting)[waiting]
     assert f"rank {waiting} lost rank {1 - waiting}" in text
-    assert 0.4 < seconds < 2.0
+    assert 0.4 < seconds < 3.5
 
 
 def die(rank: int) -> None:

@@ -235,7 +235,7 @@ def leaving(rank: int, how: str, victim: int, timeout: float) -> None:
         if rank == victim and number == 3:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(6)
+            time.sleep(12)
         optimizer.zero_grad()
         model(torch.randn(8, 48)).square().mean().backward()
         optimizer.step()
@@ -259,7 +259,7 @@ def test_a_silent_rank_is_named_after_the_time_out_on_every_rank() -> None:
         if outcome.rank != 2:
             assert isinstance(outcome.error, TransportError)
             assert f"rank {outcome.rank} lost rank 2 " in str(outcome.error)
-            assert 2.0 < outcome.seconds < 6.0
+            assert 2.0 < outcome.seconds < 11.0
 
 
 def collective(transport: ProcessGroupTransport, name: str, levels: Levels) -> None:
@@ -288,14 +288,14 @@ def dying(rank: int, name: str, how: str, timeout: float) -> list[str]:
     if rank == 3:
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(timeout + 2.0)
+        time.sleep(timeout + 5.0)
         return []
     start = time.monotonic()
     try:
         collective(transport, name, levels)
     except TransportError as error:
         seconds = time.monotonic() - start
-        assert seconds < (SOON if how == "killed" else timeout + 1.5)
+        assert seconds < (SOON if how == "killed" else timeout + 4.5)
         return [str(error).splitlines()[0], *(t.name for t in threading.enumerate() if "edl" in t.name)]
     return ["no error"]
 

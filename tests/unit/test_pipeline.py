@@ -110,7 +110,7 @@ def test_close_gives_up_on_a_stuck_stage_in_time(pipelines: Callable[..., Pipeli
     pipeline.submit(Job(0))
     start = time.monotonic()
     assert not pipeline.close(0.2)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 4.0
     release.set()
 
 
