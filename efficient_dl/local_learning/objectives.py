@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.block import LocalObjective
@@ -69,6 +71,7 @@ class TransportPenalty:
         self.tau = tau
         moved: dict[int, Tensor] = {}
         watched = list(pieces)
+        handles: list[RemovableHandle] = []
         # Closures over plain names: a copy of a piece carries its hooks along, and must not report as the piece.
         for position, piece in enumerate(watched):
 
@@ -79,8 +82,9 @@ class TransportPenalty:
                     rows = output.numel() // output.shape[-1] if unit == "tokens" else output.shape[0]
                     moved[position] = (output - args[0]).float().square().sum() / rows
 
-            piece.register_forward_hook(observe)
+            handles.append(piece.register_forward_hook(observe))
         self._moved = moved
+        weakref.finalize(self, _remove, handles).atexit = False  # else they would go on and keep graphs alive
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         total = torch.zeros((), device=features.device)
@@ -133,6 +137,11 @@ def similarities(x: Tensor) -> Tensor:
     rows = x.flatten(1)
     rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=1e-8)
     return (rows @ rows.T).clamp(-1, 1)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _is_residual(x: Tensor, y: Tensor) -> bool:
