@@ -19,8 +19,16 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "efficient_dl.integrations.compress"]
+_context.set_forkserver_preload(  # what ranks import, once for all of them
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "matplotlib.figure",
+        "efficient_dl.integrations.compress",
+        "efficient_dl.training",
+    ]
 )
 
 
