@@ -64,7 +64,9 @@ def draw_timeline(history: History, path: Path, statistics: Iterable[Mapping[str
     "waiting_seconds" (for its input, in a step); each that occurs is drawn below, over the same steps.
     """
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot: it is slow to import and would choose the process's backend
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot: it is slow to import and would choose the process's backend
 
     drawn, rows = bars(history), list(statistics)
     shown = [key for key in STATISTICS if any(key in row for row in rows)]
