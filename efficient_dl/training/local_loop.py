@@ -344,7 +344,7 @@ class LocalTrainer(RunLoop):
         state = checkpoint.rank_states[0]
         same_ranks = checkpoint.about["ranks"] == self.world_size
         counts_on = same_ranks and self._same_plan(checkpoint)
-        self.counted_from = self.step
+        self.counted_from = self.waited_until = self.step
         if same_ranks:
             resume.restore_generators(state, self.device)
             self.losses = state["losses"]
@@ -352,9 +352,10 @@ class LocalTrainer(RunLoop):
             self.traffic_before, self.counted_from = Traffic(**state["traffic"]), state["counted_from"]
         if self.step >= self.config.train.steps:
             return
-        num_decisions = len(self.coordinator.history)
+        before = self.coordinator.history[-1]
         decision = self._decide({})
-        goes_on = num_decisions == len(self.coordinator.history)
+        goes_on = self.coordinator.history[-1] is before
+        places = [(one.assignment, one.training) for one in (before.decision, decision)]
         if decision.ended:
             self.last_step = self.step
             return
@@ -363,7 +364,7 @@ class LocalTrainer(RunLoop):
         wanted = wanted_from(decision, self.state_names)
         self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
         assert self.stage is not None
-        if counts_on and goes_on and not local["between_stages"]:
+        if counts_on and places[0] == places[1] and not local["between_stages"]:
             self.stage.restore_compressions(state["compression"])
 
     def _traffic(self) -> dict[str, Any]:
