@@ -7,9 +7,11 @@ waits. The n-th `get` returns what the n-th `put` was given, so results depend o
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 
@@ -187,11 +189,12 @@ class TensorSender(_End):
         self.totals.raw_bytes += _HEADER_BYTES + tensor.numel() * tensor.element_size()
 
     def _payload(self, tensor: Tensor) -> Tensor:
-        values = tensor.contiguous()
-        if _is_encoded(self._codec, tensor):
-            assert self._codec is not None
-            return self._codec.encode(values).cpu()
-        return values.cpu().reshape(-1).view(torch.uint8)
+        with _current(tensor.device):
+            values = tensor.contiguous()
+            if _is_encoded(self._codec, tensor.dtype):
+                assert self._codec is not None
+                return self._codec.encode(values).cpu()
+            return values.cpu().reshape(-1).view(torch.uint8)
 
 
 class TensorReceiver(_End):
@@ -224,9 +227,10 @@ class TensorReceiver(_End):
                 item = self._queue.get(timeout=_POLL_SECONDS)
                 break
             except queue.Empty:
+                ended = not self._thread.is_alive()  # before the error, which it may set at its end
                 if self._error is not None:
                     raise self._error from None
-                if not self._thread.is_alive() and self._queue.empty():
+                if ended and self._queue.empty():
                     raise RuntimeError(f"channel {self._tag} was opened for {self._count} messages") from None
                 if time.monotonic() > deadline:
                     raise self._late(self._transport.timeout) from None
@@ -265,31 +269,46 @@ class TensorReceiver(_End):
                 fix="start all ranks with one version and one configuration",
             )
         dtype, shape = _DTYPES[dtype_index], dims[:ndim]
+        self._check_size(num_bytes, shape, dtype)  # before room is made for it
         payload = torch.empty(num_bytes, dtype=torch.uint8)
         if num_bytes:
             self._fill(payload)
         begin = time.perf_counter()
-        tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        if _is_encoded(self._codec, tensor):
+        with _current(self._device):
+            tensor = torch.empty(shape, dtype=dtype, device=self._device)
+            if _is_encoded(self._codec, dtype):
+                assert self._codec is not None
+                self._codec.decode(payload.to(self._device), tensor)
+            else:
+                tensor.copy_(payload.view(dtype).reshape(shape))
+        self.totals.codec_seconds += time.perf_counter() - begin
+        return tensor, mark
+
+    def _check_size(self, num_bytes: int, shape: list[int], dtype: torch.dtype) -> None:
+        numel = math.prod(shape)
+        if _is_encoded(self._codec, dtype):
             assert self._codec is not None
-            self._codec.decode(payload.to(self._device), tensor)
-        elif num_bytes != tensor.numel() * tensor.element_size():
+            most, least = self._codec.max_bytes(numel, dtype), 0
+        else:
+            most = least = numel * dtype.itemsize
+        if not least <= num_bytes <= most:
             raise CorruptPacket(
                 "a message of activations has another size than its header says",
-                expected=f"{tensor.numel() * tensor.element_size()} bytes for {shape} of {dtype}",
+                expected=f"{'' if least else 'at most '}{most} bytes for {shape} of {dtype}",
                 found=f"{num_bytes} bytes",
                 where=f"channel {self._tag} from rank {self._peer}",
                 fix="start all ranks with one version and one configuration",
             )
-        else:
-            tensor.copy_(payload.view(dtype).reshape(shape))
-        self.totals.codec_seconds += time.perf_counter() - begin
-        return tensor, mark
 
     def _fill(self, room: Tensor) -> None:
         with self._transport.naming(self._peer, "receiving activations from"):
             self._finish(dist.irecv(room, group=self._transport.group, group_src=self._peer, tag=self._tag))
 
 
-def _is_encoded(codec: Codec | None, tensor: Tensor) -> bool:
-    return codec is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+def _is_encoded(codec: Codec | None, dtype: torch.dtype) -> bool:
+    return codec is not None and dtype.is_floating_point and dtype != torch.float64
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the thread's current one, where kernels are launched; a new thread begins on the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

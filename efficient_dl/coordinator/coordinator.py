@@ -148,12 +148,13 @@ class Coordinator:
         }
 
     def _holding(self, step: int) -> Decision | None:
-        """The last decision, if it was for as many ranks and the same options, and is not over."""
+        """The last decision, if it was for as many ranks and the same options, and is not over, or was the end."""
         if not len(self.history):
             return None
         last = self.history[-1]
         same = last.world_size == self._rounds.world_size and self._planned_with == asdict(self.options)
-        return last.decision if same and last.step <= step < last.decision.until_step else None
+        holds = last.step <= step < last.decision.until_step or (last.decision.ended and step == last.step)
+        return last.decision if same and holds else None
 
     def _compared(self, step: int, report: Report, replan: bool) -> dict[str, Any]:
         """What must be equal on all ranks."""

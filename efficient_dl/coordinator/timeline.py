@@ -63,25 +63,18 @@ def draw_timeline(history: History, path: Path, statistics: Iterable[Mapping[str
     statistics: rows with "step", "partition" and any of "lead" (steps by which the partition's producer is ahead) and
     "waiting_seconds" (for its input, in a step); each that occurs is drawn below, over the same steps.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import rc_context
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot: it is slow to import and would choose the process's backend
 
     drawn, rows = bars(history), list(statistics)
     shown = [key for key in STATISTICS if any(key in row for row in rows)]
     num_ranks = max((bar.rank for bar in drawn), default=0) + 1
     heights = [min(12.0, 0.8 + 0.45 * num_ranks), *[1.8] * len(shown)]
-    with matplotlib.rc_context({"svg.hashsalt": "efficient_dl", "svg.fonttype": "none"}):
-        figure, grid = pyplot.subplots(
-            len(heights),
-            1,
-            figsize=(10, sum(heights) + 0.8),
-            height_ratios=heights,
-            sharex=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    with rc_context({"svg.hashsalt": "efficient_dl", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, sum(heights) + 0.8), layout="constrained")
+        grid = figure.subplots(len(heights), 1, height_ratios=heights, sharex=True, squeeze=False)
         axes: list[Axes] = [grid[index][0] for index in range(len(heights))]
         _draw_bars(axes[0], drawn, [entry.step for _, _, entry in stages(history)], num_ranks)
         for axis, key in zip(axes[1:], shown, strict=True):
@@ -90,7 +83,6 @@ def draw_timeline(history: History, path: Path, statistics: Iterable[Mapping[str
         names = history[-1].partitions if len(history) else ()
         _draw_legend(axes[0], names)
         figure.savefig(path, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
     return path
 
 

@@ -329,6 +329,11 @@ class Compression:
         if self._engine is not None and self._finalizer.detach():
             self._engine.close(timeout)
 
+    def abort(self) -> None:
+        """Breaks the connections: the peers get a TransportError that names this rank now, not after a time-out."""
+        if self._engine is not None:
+            self._engine.abort()
+
     def start_watch(self, max_relative_error: float | None, on_alarm: OnAlarm) -> None:
         """Watches errors and times from now on, as `compress_ddp` says; called once, by it."""
         exact = self._compressor.exact

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_dl.coordinator.costs import PartitionCosts
+from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.block import LocalBlock
 from efficient_dl.local_learning.heads import make_head
 from efficient_dl.local_learning.measure import REPEATS, set_mode, unchanged
@@ -24,7 +25,7 @@ class Blocks:
     """Makes the blocks of a model's partitions, each with the same initial values whenever it is made.
 
     inputs, targets: a batch. heads: a kind of `make_head`. classes: of logits. unit: "tokens" or "samples".
-    penalty: 1/τ of the transport penalty, 0.0 for none. seed: of the heads' initial values.
+    penalty: 1/τ of the transport penalty, 0.0 for none. seed: of the heads' initial values. Raises ConfigError.
     """
 
     def __init__(
@@ -39,11 +40,18 @@ class Blocks:
         penalty: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if heads == "deep":
+            raise ConfigError(
+                "a partition without a head has no loss of its own",
+                found='heads = "deep"',
+                expected="linear, auglocal, predsim (images), causal:BLOCKS (tokens)",
+                fix="another kind of heads; deep is for training end to end with heads on the way",
+            )
         self.partitions = partitions
         self._heads, self._classes, self._unit = heads, classes, unit
         self._penalty, self._seed = penalty, seed
-        self._targets = targets[:_EXAMPLES]
-        self._features = _features(partitions, inputs[:_EXAMPLES])
+        self._targets = targets[:_EXAMPLES].clone()  # not a view, which would keep the whole batch
+        self._features = _features(partitions, inputs[:_EXAMPLES].clone())
 
     def make(self, index: int) -> LocalBlock:
         """The block of one partition, in training mode."""

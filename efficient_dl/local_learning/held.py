@@ -34,6 +34,7 @@ class Trained:
     parameters: that its optimizer steps.
     forward: the block, or the DistributedDataParallel around it, which averages gradients over the partition's ranks.
     clip: the largest norm of the partition's gradient; 0.0: not clipped.
+    borrows: whether the block also uses weights of an earlier partition, which its loss must not reach.
     """
 
     index: int
@@ -42,6 +43,12 @@ class Trained:
     optimizer: StepOptimizer
     parameters: Sequence[nn.Parameter]
     clip: float = 0.0
+    borrows: bool = False
+
+    @property
+    def reached(self) -> list[nn.Parameter] | None:
+        """What backward passes may give gradients to; None: whatever they reach."""
+        return [one for one in self.parameters if one.requires_grad] if self.borrows else None
 
     @contextlib.contextmanager
     def reducing(self, last: bool) -> Iterator[None]:

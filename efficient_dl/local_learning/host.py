@@ -32,8 +32,8 @@ class Host:
     """The partitions that one rank holds, for as long as an assignment holds.
 
     held: in ascending order; which partitions, says the assignment. streams: None where no activation changes ranks.
-    window: 1, every partition learns from its own loss alone; 2, also from the next partition's, whose gradient
-    reaches back over one cut. That needs both on one rank: raises ConfigError otherwise.
+    window: 1, every partition learns from its own loss alone; 2, also from the next partition's if that trains, whose
+    gradient reaches back over one cut. That needs both on one rank: raises ConfigError otherwise.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Host:
         inputs, targets = batches(micro_batch)
         made: tuple[int, Tensor] | None = None  # by which partition, and what
         pending: _Pending | None = None
-        for one in here:
+        for position, one in enumerate(here):
             index = one.index
             before = made[1] if made is not None and made[0] == index - 1 else None
             features: Tensor = self._inputs(index, micro_batch, inputs, before)
@@ -149,7 +149,7 @@ class Host:
                         (gradient,) = torch.autograd.grad(now.loss, entering, retain_graph=True)
                         self._backward(pending, gradient, lr)
                     pending = now
-                    if self._window == 1 or index == here[-1].index:
+                    if not self._waits(here[position + 1 : position + 2]):
                         self._backward(pending, None, lr)
                         pending = None
                 features = features.detach()
@@ -157,11 +157,15 @@ class Host:
             if index + 1 < len(self._assignment.ranks) and self._assignment.ranks[index + 1]:
                 self._hand_on(index, micro_batch, features, step)
 
+    def _waits(self, following: Sequence[Held]) -> bool:
+        """Whether a partition's backward pass waits for the gradient of the one that follows here, if that trains."""
+        return self._window == 2 and any(isinstance(one, Trained) for one in following)
+
     def _backward(self, pending: _Pending, gradient: Tensor | None, lr: Callable[[int], float]) -> None:
-        if gradient is None:
-            pending.loss.backward()
-        else:
-            torch.autograd.backward([pending.loss, pending.features], [None, gradient])  # type: ignore[list-item]
+        heads, gradients = [pending.loss], [None]
+        if gradient is not None:
+            heads, gradients = [pending.loss, pending.features], [None, gradient]
+        torch.autograd.backward(heads, gradients, inputs=pending.held.reached)  # type: ignore[arg-type]
         if pending.last:
             pending.held.step(lr(pending.held.index))
 

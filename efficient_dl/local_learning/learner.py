@@ -16,6 +16,7 @@ from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.held import Frozen, Held, Trained
 from efficient_dl.local_learning.host import Host
+from efficient_dl.local_learning.measure import set_mode, unchanged
 from efficient_dl.local_learning.partition import Partitions
 
 Batch = tuple[Tensor, Tensor]
@@ -39,9 +40,10 @@ class _OneOptimizer:
 class LocalLearner:
     """Trains the partitions of a model side by side or one after the other, without backprop through the whole.
 
-    Only one partition's activations (window 2: two partitions') and, one after the other, only one partition's
-    gradients and optimizer state are in memory at a time. The model is the one that was cut: it can be evaluated and
-    saved at any time, and has no trace of the heads.
+    Only one partition's activations (window 2: two partitions') are in memory at a time; gradients of one (with
+    `accumulate` of all) that train, optimizer states of all that train: `train_sequentially` has one at a time. The
+    model is the one that was cut: it can be evaluated and saved at any time, and has no trace of the heads. Each step
+    sets the modes that it needs itself: train() for what trains, eval() for what is frozen.
 
     partitions: of `efficient_dl.partition`.
     example: a batch (inputs, targets) on the model's device; targets int64, (batch,) or (batch, tokens).
@@ -80,6 +82,8 @@ class LocalLearner:
     ) -> None:
         if window not in (1, 2):
             raise ConfigError(f"window cannot be {window!r}", expected="1 or 2")
+        if clip < 0:
+            raise ConfigError(f"clip cannot be {clip!r}", expected="at least 0.0")
         inputs, targets = example
         unit = "tokens" if targets.dim() > 1 else "samples"
         classes = classes if classes is not None else _classes(partitions, inputs)
@@ -88,6 +92,7 @@ class LocalLearner:
         self.losses: list[float] = []  # by partition, of the latest step; NaN where it did not train
         self._window, self._autocast, self._clip = window, autocast, clip
         self._make_optimizer = optimizer
+        self._trainable = {id(one) for one in partitions.model.parameters() if one.requires_grad}
         self._blocks = Blocks(partitions, inputs, targets, kind, classes, unit, penalty=penalty, seed=seed)
         self._trained: dict[int, Trained] = {}
         self._stage(range(len(partitions)))
@@ -97,7 +102,17 @@ class LocalLearner:
         return self.accumulate([(inputs, targets)])
 
     def accumulate(self, batches: Sequence[Batch]) -> list[float]:
-        """One optimizer step on the mean of several batches of equal size, one after the other in memory."""
+        """One optimizer step on the mean of several batches of equal size, one after the other in memory.
+
+        Raises ConfigError if there is no batch, or no partition in training.
+        """
+        if not batches or not self._trained:
+            raise ConfigError(
+                "there is nothing to take a step with",
+                expected="at least one batch and one partition in training",
+                found=f"batches: {len(batches)}, partitions in training: {len(self._trained)}",
+            )
+        self._set_modes()
         losses = self._host.train_step(0, len(batches), lambda number: batches[number], lambda index: 0.0)
         self.losses = [
             float(losses[index]) if index in losses else float("nan") for index in range(len(self.partitions))
@@ -115,6 +130,9 @@ class LocalLearner:
     ) -> list[int]:
         """One partition after the other: `steps` steps each, or fewer at a plateau; then it is frozen.
 
+        Optimizer state and gradients are those of one partition at a time. In the end all partitions are frozen: in
+        eval mode, their parameters without requires_grad.
+
         batches: one for each step, as many as all partitions need. plateau: looked at every `stage_steps` steps.
         progress: called with (partition, its step, its loss) after every step. Returns the steps that each took.
         """
@@ -129,6 +147,11 @@ class LocalLearner:
     def freeze(self, *indices: int) -> None:
         """Train these partitions no longer: their heads, gradients and optimizer state are given up."""
         self._stage([index for index in self._trained if index not in indices])
+
+    @property
+    def optimizers(self) -> dict[int, torch.optim.Optimizer]:
+        """Of each partition in training, for schedules of the learning rate."""
+        return {index: _torch_optimizer(one) for index, one in sorted(self._trained.items())}
 
     @property
     def training(self) -> tuple[int, ...]:
@@ -189,29 +212,44 @@ class LocalLearner:
     def _stage(self, training: Iterable[int]) -> None:
         """From now on these partitions train; those before the last of them are passed through, the rest is idle."""
         wanted = sorted(training)
-        held: list[Held] = []
-        for index in range(max(wanted, default=-1) + 1):
+        active = max(wanted, default=-1) + 1
+        for index in [*self._trained]:
             if index not in wanted:
-                held.append(Frozen(index, self.partitions[index].module))
-                self._trained.pop(index, None)
-                continue
-            if index not in self._trained:
+                del self._trained[index]
+                Frozen(index, self.partitions[index].module)
+        held: list[Held] = []
+        for index in range(active):
+            if index in wanted and index not in self._trained:
                 self._trained[index] = self._make(index)
-            held.append(self._trained[index])
-        for index in [index for index in self._trained if index not in wanted]:
-            del self._trained[index]
-        active = len(held)
+            held.append(
+                self._trained[index] if index in wanted else Frozen(index, self.partitions[index].module)
+            )
+        for index in wanted:  # once more where a frozen partition borrows a weight
+            self._reach(index)
         ranks = tuple((0,) if index < active else () for index in range(len(self.partitions)))
         self._host = Host(0, Assignment(ranks), held, None, self._window, self._autocast)
 
+    def _reach(self, index: int) -> None:
+        """Let gradients come to a partition's own parameters, except to those that never wanted any."""
+        for parameter in self.partitions[index].owned_parameters():
+            parameter.requires_grad_(id(parameter) in self._trainable)
+
+    def _set_modes(self) -> None:
+        """Whatever the caller did with the model since the last step, such as model.train() after an evaluation."""
+        for index, partition in enumerate(self.partitions):
+            if index in self._trained:
+                self._trained[index].block.train()
+            elif index < max(self._trained):
+                partition.module.eval()
+
     def _make(self, index: int) -> Trained:
         partition = self.partitions[index]
-        for parameter in partition.owned_parameters():
-            parameter.requires_grad_(True)
+        self._reach(index)
         block = self._blocks.make(index)
-        parameters = [*partition.owned_parameters(), *block.head.parameters()]
+        own = [one for one in partition.owned_parameters() if one.requires_grad]
+        parameters = [*own, *block.head.parameters()]
         optimizer = _OneOptimizer(self._make_optimizer(parameters))
-        return Trained(index, block, block, optimizer, parameters, self._clip)
+        return Trained(index, block, block, optimizer, parameters, self._clip, bool(partition.borrowed))
 
 
 def _torch_optimizer(one: Trained) -> torch.optim.Optimizer:
@@ -221,10 +259,9 @@ def _torch_optimizer(one: Trained) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _classes(partitions: Partitions, inputs: Tensor) -> int:
-    model = partitions.model
-    was_training = model.training
-    with torch.random.fork_rng():
-        outputs = model.eval()(inputs[:2])
-    model.train(was_training)
+    model, pieces = partitions.model, partitions.pieces
+    with unchanged(model, pieces, inputs.device):
+        set_mode(model, pieces, training=False)
+        outputs = model(inputs[:2])
     logits = getattr(outputs, "logits", outputs)
     return int(logits.shape[-1])

@@ -84,8 +84,8 @@ class TransportPenalty:
                     moved[position] = (output - args[0]).float().square().sum() / rows
 
             handles.append(piece.register_forward_hook(observe))
-        weakref.finalize(self, _remove, handles).atexit = False
         self._moved = moved
+        weakref.finalize(self, _remove, handles).atexit = False  # else they would go on and keep graphs alive
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         total = torch.zeros((), device=features.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from efficient_dl.codec import Codec
 from efficient_dl.comm.channel import ChannelTotals, TensorReceiver, TensorSender
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.coordinator.assignment import Assignment
+from efficient_dl.errors import EdlError
 
+_STOP_SECONDS = 1.0
 _FIRST_TAG = 16  # the process group transport uses the first ones
 
 
@@ -95,6 +98,9 @@ class Streams:
             end.stop()
         if ends:
             self._transport.abort()
+        for end in ends:
+            with contextlib.suppress(EdlError):  # that the transfers are broken off
+                end.join(_STOP_SECONDS)
 
 
 def _messages(assignment: Assignment, passes: Sequence[int]) -> Counter[tuple[int, int, int]]:

@@ -171,6 +171,11 @@ class Trainer(RunLoop):
     def _close(self) -> None:
         self.compression.close()
 
+    def _abort(self) -> None:
+        compression: Compression | None = getattr(self, "compression", None)  # none before `_prepare` is done
+        if compression is not None:
+            compression.abort()
+
     def _traffic(self) -> dict[str, Any]:
         """Bytes a step, summed over ranks, and the codec's seconds, averaged over them; since the run's start."""
         stats = self.compression.stats(all_ranks=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,22 +23,20 @@ from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.coordinator.report import Report
 from efficient_dl.coordinator.timeline import STATISTICS, draw_timeline
 from efficient_dl.data import Dataset
-from efficient_dl.errors import ConfigError
-from efficient_dl.local_learning.blocks import Blocks
-from efficient_dl.local_learning.partition import Balance, Partitions, partition
-from efficient_dl.models import build_model
+from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
+from efficient_dl.training.cutting import Cutter
+from efficient_dl.training.in_order import InOrder
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
 from efficient_dl.training.stage import Groups, Stage, Traffic, wanted_from
 from efficient_dl.training.task import evaluate_batch, predictions
 
-_AUTO_HEADS = {"tokens": "causal:1", "samples": "auglocal"}
 _KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequential"}
-_BALANCE: dict[str, Balance] = {"time": "time", "memory": "memory", "parameters": "parameters"}
 _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a parameter
+_runs: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
 
 
@@ -51,7 +52,7 @@ class LocalTrainer(RunLoop):
         local = config.local
         self.label = f"{local.mode}, {local.partitions} partitions"
         self.micro_batches = self.world_size * config.train.accumulate
-        self.heads = _AUTO_HEADS[self.task.unit] if local.heads == "auto" else local.heads
+        self.cutter = Cutter(config, data.spec, self.task.unit, device)
         self.options = ScheduleOptions(
             kind="pipelined" if local.mode == "partitionwise" else _KINDS[local.schedule],
             micro_batches=self.micro_batches,
@@ -65,6 +66,7 @@ class LocalTrainer(RunLoop):
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
         self.rows: list[dict[str, Any]] = []  # not gathered yet
         self.traffic_before = Traffic()  # of ended stages
+        self.counted_from = 0  # the step since which bytes are counted
         self.waited, self.waited_until = 0.0, 0  # seconds for activations in this stage, and until which step
 
     def _prepare(self) -> None:
@@ -78,17 +80,33 @@ class LocalTrainer(RunLoop):
             self.world_size,
             self.options,
             timeout=timeout,
-            facts={"data": self.data.fingerprint, "heads": self.heads, "settings": self.config.fingerprint()},
+            facts={
+                "data": self.data.fingerprint,
+                "heads": self.cutter.heads,
+                "settings": self.config.fingerprint(),
+            },
+            name=f"coordinator-{_number_of_run()}",
         )
         self.compute_seconds = 0.0
-        cut: list[Any] = [self._measured_cut() if self.rank == 0 else None]
-        dist.broadcast_object_list(cut, src=0)
-        self.cuts, self.names, self.costs = cut[0]
-        self.state_names = [dict(one.names) for one in self._fresh()]
+        self.cuts, self.names, self.costs = self._from_rank_0(self._measured_cut)
+        self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         measure.reset_peak_memory(self.device)
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
+
+    def _from_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on all ranks; or its EdlError."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [make()]
+            except EdlError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], EdlError):
+            raise outcome[0]
+        return outcome[0]
 
     def _check(self) -> None:
         config = self.config
@@ -106,45 +124,22 @@ class LocalTrainer(RunLoop):
             )
 
     def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
-        model = build_model(self.config.model, self.data.spec, self.config.train.seed).to(self.device)
-        inputs, _ = self._micro_batch(0)
-        cut = partition(
-            model, self.config.local.partitions, inputs, balance=_BALANCE[self.config.local.balance]
-        )
+        cut, costs = self.cutter.measured(self._micro_batch(0))
         for line in str(cut).splitlines():
             self.progress.note(line)
-        costs = self._blocks(cut).costs(*self._micro_batch(0))
         return cut.cuts, tuple(one.name for one in cut), costs
-
-    def _blocks(self, partitions: Partitions) -> Blocks:
-        return Blocks(
-            partitions,
-            *self._micro_batch(0),
-            self.heads,
-            self.data.spec.classes,
-            self.task.unit,
-            penalty=self.config.local.penalty,
-            seed=self.config.train.seed,
-        )
-
-    def _fresh(self) -> Partitions:
-        """The model's partitions with the values of the run's start; who holds none of them keeps no memory for it."""
-        model = build_model(self.config.model, self.data.spec, self.config.train.seed).to(self.device)
-        return partition(model, self.cuts)
 
     def _train_step(self) -> dict[str, Tensor | float]:
         if self.stage is None:
-            self._next_stage()
+            self._begin(self._decide({}), None)
         assert self.stage is not None
-        step = self.step
+        rates = {f"lr_partition_{index}": self._lr(index) for index in self._trained_here()}
         with self.clock.step():
-            losses = self.stage.host.train_step(step, self.micro_batches, self._micro_batch, self._lr)
+            losses = self.stage.host.train_step(self.step, self.micro_batches, self._micro_batch, self._lr)
         for index, loss in losses.items():
             self.losses.setdefault(index, []).append(loss.item())
         self.step += 1
-        if self.step == self.stage.decision.until_step and self.step < self.last_step:
-            self._next_stage()
-        return {f"loss_partition_{index}": loss for index, loss in losses.items()}
+        return {f"loss_partition_{index}": loss for index, loss in losses.items()} | rates
 
     def _lr(self, index: int) -> float:
         last = self.coordinator.history[-1]
@@ -165,28 +160,27 @@ class LocalTrainer(RunLoop):
         )
         return self._on_device(inputs), self._on_device(targets)
 
-    def _next_stage(self) -> None:
-        """At a stage's end: ask the coordinator; where something moves, checkpoint, move, and go on.
-
-        An evaluation of this step comes afterwards, in the new stage.
-        """
-        losses = {index: smoothed(values) for index, values in self.losses.items()}
-        decision = self._decide(losses)
+    def _between_steps(self) -> None:
+        """At a stage's end: ask the coordinator; where something moves, checkpoint, move, and go on."""
+        assert self.stage is not None
+        if self.step < self.stage.decision.until_step or self.step >= self.config.train.steps:
+            return
+        self._flush()
+        decision = self._decide({index: smoothed(values) for index, values in self.losses.items()})
         self.losses = {}
-        state: Mapping[str, Tensor] | None = None
-        if self.stage is not None:
-            self._flush()
-            if not any(decision.training):
-                self.last_step = self.step
-                self.stage.renew(self.stage.decision, [len(self._eval_batches())])
-                return
-            if not self.stage.moves(decision):
-                self.stage.renew(decision, self._passes(decision.until_step, evaluates_now=True))
-                return
-            self._save()
-            self._end_stage()
-            state = self.checkpoints.load(self.step, wanted_from(decision, self.state_names)).tensors
-        self._begin(decision, state, evaluates_now=state is not None)
+        if decision.ended:
+            self.last_step = self.step
+            passes = [] if self._evaluates(self.step) else [self.num_eval_batches]
+            self.stage.renew(self.stage.decision, passes)
+        elif not self.stage.moves(decision):
+            self.stage.renew(decision, self._passes(decision.until_step))
+        else:
+            self._save_at(between_stages=True)
+            self.traffic_before = self.traffic_before.plus(self.stage.traffic())
+            self.stage.finish()
+            self.stage, self.waited = None, 0.0
+            wanted = wanted_from(decision, self.state_names)
+            self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
 
     def _decide(self, losses: Mapping[int, float]) -> Decision:
         first = self.rank == 0 and not len(self.coordinator.history)
@@ -204,15 +198,15 @@ class LocalTrainer(RunLoop):
             self.folder.log_decision(entry.to_row())
         return decision
 
-    def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None, *, evaluates_now: bool) -> None:
+    def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
         self.stage = Stage(
             self.config,
             decision,
-            self._blocks(self._fresh()),
+            self.cutter.blocks(self.cutter.fresh(self.cuts), self._micro_batch(0)),
             self.groups,
             self.transport,
             state,
-            self._passes(decision.until_step, evaluates_now),
+            self._passes(decision.until_step),
             self.device,
             self.data.fingerprint,
             self._autocast,
@@ -224,33 +218,25 @@ class LocalTrainer(RunLoop):
             for index in decision.assignment.of_rank(self.rank)
         )
 
-    def _passes(self, until_step: int, evaluates_now: bool) -> list[int]:
-        """The micro-batches of every pass of a stage: steps, and evaluations after them; but the last step's evaluation
-        is in the next stage, if there is one, where this tells whether it evaluates_now.
-        """
-        steps, evaluation = [self.micro_batches], [len(self._eval_batches())]
-        passes = [*evaluation] if evaluates_now and self._evaluates(self.step) else []
+    def _passes(self, until_step: int) -> list[int]:
+        """The micro-batches of every pass from here to a stage's end: steps, and evaluations after them."""
+        passes: list[int] = []
         for step in range(self.step + 1, until_step + 1):
-            passes += steps
-            if self._evaluates(step) and (step < until_step or step == self.config.train.steps):
-                passes += evaluation
+            passes += (
+                [self.micro_batches, self.num_eval_batches] if self._evaluates(step) else [self.micro_batches]
+            )
         return passes
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.train.eval_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
-    def _eval_batches(self) -> list[tuple[Tensor, Tensor]]:
-        config = self.config
-        return list(self.data.eval_batches(config.train.eval_batches, config.data.batch_size))
+    def _eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.eval_batches(self.config.train.eval_batches, self.config.data.batch_size)
 
-    def _end_stage(self) -> None:
-        assert self.stage is not None
-        self._flush()
-        self.traffic_before = self.traffic_before.plus(self.stage.traffic())
-        self.stage.finish()
-        self.stage = None
-        self.waited = 0.0
+    @functools.cached_property
+    def num_eval_batches(self) -> int:
+        return sum(1 for _ in self._eval_batches())
 
     def _trained_here(self) -> list[int]:
         assert self.stage is not None
@@ -259,8 +245,6 @@ class LocalTrainer(RunLoop):
 
     def _log(self, row: dict[str, Tensor | float]) -> None:
         shown = {"step": self.step, **{key: float(value) for key, value in row.items()}}
-        for index in self._trained_here():
-            shown[f"lr_partition_{index}"] = self._lr(index)
         shown["step_seconds"] = self.clock.median(last=self.config.train.log_every)
         self.rows.append(shown)
 
@@ -279,7 +263,8 @@ class LocalTrainer(RunLoop):
         self.rows = []
         for same_step in zip(*per_rank, strict=True):
             merged = _mean_row(same_step)
-            losses = [merged[key] for key in sorted(merged) if key.startswith("loss_partition_")]
+            keys = [f"loss_partition_{index}" for index in range(len(self.names))]
+            losses = [merged[key] for key in keys if key in merged]
             row = {"step": int(merged.pop("step")), "loss": losses[-1] if losses else float("nan"), **merged}
             self.folder.log(row)
             self.progress.row(row)
@@ -288,18 +273,13 @@ class LocalTrainer(RunLoop):
     def _evaluate(self) -> None:
         """Pass validation data through all partitions; before the last one has begun, the last head so far answers."""
         if self.stage is None:
-            self._begin(self._for_evaluation(), self._latest_state(), evaluates_now=True)
+            self._begin_evaluation()
         assert self.stage is not None
         self._flush()
         self.stage.sync_buffers()
-        batches = self._eval_batches()
+        batches = InOrder((self._on_device(x), self._on_device(y)) for x, y in self._eval_batches())
         sums: dict[str, float] = {}
-
-        def batch(number: int) -> tuple[Tensor, Tensor]:
-            inputs, targets = batches[number]
-            return self._on_device(inputs), self._on_device(targets)
-
-        for _, outputs, targets in self.stage.host.evaluate(self.step, len(batches), batch):
+        for _, outputs, targets in self.stage.host.evaluate(self.step, self.num_eval_batches, batches):
             count = predictions(targets)
             means = evaluate_batch(self.task, outputs, targets)
             for name, value in {"count": count, **{k: v.item() * count for k, v in means.items()}}.items():
@@ -312,23 +292,26 @@ class LocalTrainer(RunLoop):
         self.folder.log(row)
         self.progress.row(row)
 
-    def _for_evaluation(self) -> Decision:
-        """All partitions as they lay last, none trained."""
+    def _begin_evaluation(self) -> None:
+        """All partitions on every rank as the latest checkpoint has them, none trained."""
         everyone = (tuple(range(self.world_size)),) * len(self.names)
-        return Decision(Assignment(everyone), (False,) * len(self.names), self.step, "to evaluate")
-
-    def _latest_state(self) -> Mapping[str, Tensor] | None:
+        decision = Decision(Assignment(everyone), (False,) * len(self.names), self.step, "to evaluate")
         latest = self.checkpoints.latest()
-        return None if latest is None else self.checkpoints.load(latest).tensors
+        wanted = wanted_from(decision, self.state_names)
+        self._begin(decision, None if latest is None else self.checkpoints.load(latest, wanted).tensors)
 
     def _save(self) -> None:
+        self._save_at(between_stages=False)
+
+    def _save_at(self, *, between_stages: bool) -> None:
+        """between_stages: the coordinator has decided, but what it moves has not moved yet."""
         assert self.stage is not None
         self._flush()
         self.stage.sync_buffers()
         tensors = self.stage.tensors()
         held = {index for index, ranks in enumerate(self.stage.decision.assignment.ranks) if ranks}
         if self.rank == 0 and len(held) < len(self.names):  # so that the checkpoint holds the whole model
-            waiting = [one for one in self._fresh() if one.index not in held]
+            waiting = [one for one in self.cutter.fresh(self.cuts) if one.index not in held]
             tensors |= {
                 f"model/{one.names[key]}": value
                 for one in waiting
@@ -339,45 +322,59 @@ class LocalTrainer(RunLoop):
             "compression": {k: one.state_dict() for k, one in self.stage.compressions.items()},
             "losses": self.losses,
             "traffic": asdict(self.traffic_before.plus(self.stage.traffic())),
+            "counted_from": self.counted_from,
         }
         local = {
+            "between_stages": between_stages,
             "cuts": list(self.cuts),
             "names": list(self.names),
             "coordinator": self.coordinator.state_dict(),
         }
         self.checkpoints.save(self.step, tensors, state, self._about() | {"local": local})
+        self.saved_step = self.step
+
+    def _read(self, step: int) -> Checkpoint:
+        return self.checkpoints.load(step, lambda name: False)  # which tensors, the decision tells
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         local = checkpoint.about["local"]
-        self.step = checkpoint.step
         self.cuts, self.names = tuple(local["cuts"]), tuple(local["names"])
-        self.state_names = [dict(one.names) for one in self._fresh()]
+        self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         self.coordinator.load_state_dict(local["coordinator"])
+        state = checkpoint.rank_states[0]
         same_ranks = checkpoint.about["ranks"] == self.world_size
+        counts_on = same_ranks and self._same_plan(checkpoint)
+        self.counted_from = self.waited_until = self.step
         if same_ranks:
-            state = checkpoint.rank_states[0]
             resume.restore_generators(state, self.device)
             self.losses = state["losses"]
-            self.traffic_before = Traffic(**state["traffic"])
+        if counts_on:
+            self.traffic_before, self.counted_from = Traffic(**state["traffic"]), state["counted_from"]
         if self.step >= self.config.train.steps:
             return
-        num_decisions = len(self.coordinator.history)
+        before = self.coordinator.history[-1]
         decision = self._decide({})
-        if not any(decision.training):
+        goes_on = self.coordinator.history[-1] is before
+        places = [(one.assignment, one.training) for one in (before.decision, decision)]
+        if decision.ended:
             self.last_step = self.step
             return
-        self._begin(decision, checkpoint.tensors, evaluates_now=False)
+        if not goes_on:
+            self.losses = {}  # of a stage that was cut short
+        wanted = wanted_from(decision, self.state_names)
+        self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
         assert self.stage is not None
-        if same_ranks and num_decisions == len(self.coordinator.history) and self._same_plan(checkpoint):
-            self.stage.restore_compressions(checkpoint.rank_states[0]["compression"])
+        if counts_on and places[0] == places[1] and not local["between_stages"]:
+            self.stage.restore_compressions(state["compression"])
 
     def _traffic(self) -> dict[str, Any]:
         own = self.traffic_before if self.stage is None else self.traffic_before.plus(self.stage.traffic())
         total = Traffic()
         for one in self._over_ranks(asdict(own)):
             total = total.plus(Traffic(**one))
-        steps = max(self.step, 1)
-        source = "analytic" if self.config.compression.bits == "none" else "counted"
+        steps = max(self.step - self.counted_from, 1)
+        settings = self.config.compression
+        source = "analytic" if settings.bits == "none" else "shadow" if settings.shadow else "counted"
         return {
             "bits_per_value": 8 * (total.wire_bytes - total.activation_bytes) / max(total.values_sent, 1),
             "raw_bytes_per_step": total.raw_bytes / steps,
@@ -393,7 +390,13 @@ class LocalTrainer(RunLoop):
             self.stage.finish()
             self.stage = None
         self.coordinator.close()
+        self.groups.close()
+        self.transport.close()
         self._draw()
+
+    def _abort(self) -> None:
+        if self.stage is not None:
+            self.stage.abort()
 
     def _draw(self) -> None:
         """Which partition trained where and when, for people: a picture in the folder, a table in the log."""
@@ -413,6 +416,12 @@ def _mean_row(rows: tuple[dict[str, float], ...]) -> dict[str, float]:
     keys = dict.fromkeys(key for row in rows for key in row)
     known = {key: [row[key] for row in rows if key in row] for key in keys}
     return {key: sum(values) / len(values) for key, values in known.items()}
+
+
+def _number_of_run() -> int:
+    """How many runs the default process group has seen; equal on all its ranks."""
+    assert dist.group.WORLD is not None
+    return next(_runs.setdefault(dist.group.WORLD, itertools.count()))
 
 
 def _gloo_group() -> dist.ProcessGroup:

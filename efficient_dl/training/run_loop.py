@@ -40,9 +40,21 @@ class RunLoop(ABC):
         self.step = 0
         self.last_step = config.train.steps
         self.val_loss = float("nan")
+        self.saved_step = -1
 
     def train(self, resumed: bool) -> Summary:
-        """Train from the start, or from the latest checkpoint, to the last step."""
+        """Train from the start, or from the latest checkpoint, to the last step.
+
+        Whatever ends it early, connections to other ranks are broken first, so that none of them waits for this one.
+        """
+        try:
+            return self._train(resumed)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the error that counts is the one that led here
+                self._abort()
+            raise
+
+    def _train(self, resumed: bool) -> Summary:
         self._prepare()
         if resumed:
             self._load()
@@ -55,9 +67,13 @@ class RunLoop(ABC):
                 row = self._train_step()
                 if self._due(self.config.train.log_every):
                     self._log(row)
-                if self._due(self.config.train.eval_every):
+                evaluated = self._due(self.config.train.eval_every)
+                if evaluated:
                     self._evaluate()
-                if self._due(self.config.train.checkpoint_every):
+                self._between_steps()
+                if self.step == self.last_step and not evaluated:
+                    self._evaluate()
+                if self._due(self.config.train.checkpoint_every) and self.saved_step != self.step:
                     self._save()
                 self.progress.advance(self.step)
             summary = self._summary()
@@ -81,6 +97,10 @@ class RunLoop(ABC):
     def _evaluate(self) -> None:
         """Set `val_loss` on validation data, and log it."""
 
+    def _between_steps(self) -> None:
+        """What follows a step and its evaluation. May end the run (last_step = step), and save (saved_step = step)."""
+        return
+
     @abstractmethod
     def _save(self) -> None:
         """Write a checkpoint."""
@@ -97,6 +117,14 @@ class RunLoop(ABC):
     def _close(self) -> None:
         """Give up what only training needs."""
 
+    @abstractmethod
+    def _abort(self) -> None:
+        """Break the connections to the other ranks, at any moment, without waiting for anyone."""
+
+    def _read(self, step: int) -> Checkpoint:
+        """A checkpoint, with the tensors that `_restore` takes from it."""
+        return self.checkpoints.load(step)
+
     def _about(self) -> dict[str, Any]:
         """What a checkpoint's JSON tells of every kind of run."""
         return {
@@ -109,11 +137,11 @@ class RunLoop(ABC):
         if step is None:
             self.progress.note("There is no checkpoint yet: starting at step 0.")
             return
-        checkpoint = self.checkpoints.load(step)
+        checkpoint = self._read(step)
         for note in resume.check_position(checkpoint, self.config, self.world_size):
             self.progress.note(note)
+        self.step = self.saved_step = checkpoint.step
         self._restore(checkpoint)
-        self.step = checkpoint.step
 
     def _same_plan(self, checkpoint: Checkpoint) -> bool:
         """Whether gradients were sent in the same way as now, so that the compression's state goes on; notes if not."""

@@ -54,10 +54,18 @@ class Groups:
     )  # None: of other ranks
 
     def make(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Those that are not there yet; all ranks of the run call it with the same sets."""
         for ranks in sorted(set(sets)):
             if len(ranks) > 1 and ranks not in self.made:
                 group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_seconds))
                 self.made[ranks] = group if isinstance(group, dist.ProcessGroup) else None
+
+    def close(self) -> None:
+        """Destroy them all."""
+        for group in self.made.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self.made.clear()
 
 
 class Stage:
@@ -86,7 +94,8 @@ class Stage:
         self._transport, self._autocast = transport, autocast
         self._names = {one.index: dict(one.names) for one in blocks.partitions}
         assignment = decision.assignment
-        groups.make(assignment.ranks)
+        pairs = zip(assignment.ranks, decision.training, strict=True)
+        groups.make([ranks for ranks, trains in pairs if trains])  # the others exchange no gradients
         self.compressions: dict[int, Compression] = {}
         self.held: list[Held] = []
         self._streamed = ChannelTotals()  # by streams that have ended
@@ -163,8 +172,10 @@ class Stage:
         self._close()
 
     def abort(self) -> None:
-        """Give up, so that no other rank waits for this one."""
+        """Give up at any moment: break this rank's connections, so that no other rank waits for it."""
         self._streams.stop()
+        for compression in self.compressions.values():
+            compression.abort()
 
     def _open(self, passes: Sequence[int]) -> None:
         local, rank = self._config.local, dist.get_rank()
@@ -217,10 +228,11 @@ class Stage:
 
 
 def wanted_from(decision: Decision, names: Sequence[Mapping[str, str]]) -> Callable[[str], bool]:
-    """Which of a checkpoint's tensors this rank needs to carry a decision out."""
+    """Which of a checkpoint's tensors this rank needs to carry a decision out: what is frozen has no optimizer."""
     held = decision.assignment.of_rank(dist.get_rank())
     keys = {f"model/{name}" for index in held for name in names[index].values()}
-    prefixes = tuple(f"{kind}/{index}/" for index in held for kind in ("head", "optimizer"))
+    trained = [index for index in held if decision.training[index]]
+    prefixes = tuple(f"{kind}/{index}/" for index in trained for kind in ("head", "optimizer"))
     return lambda key: key in keys or (bool(prefixes) and key.startswith(prefixes))
 
 

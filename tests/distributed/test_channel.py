@@ -174,16 +174,23 @@ def test_a_silent_sender_is_a_time_out() -> None:
     assert "rank 1" in str(outcome.error)
 
 
-def garbled(rank: int) -> None:
+GARBLED = {
+    "something else": [-5] * 12,
+    "more bytes than the shape has": [0, 0, 2**50, 0, 1, 3, *[0] * 6],
+}
+
+
+def garbled(rank: int, header_values: list[int]) -> None:
     transport = transport_of(timeout=5.0)
     if rank == 0:
-        header = torch.full((12,), -5)
+        header = torch.tensor(header_values)
         dist.send(header, group=transport.group, group_dst=1, tag=16)
         time.sleep(1.0)
     else:
         TensorReceiver(transport, 0, 16, None, 1, 1).get()
 
 
-def test_a_header_of_something_else_is_corrupt() -> None:
-    outcome = run_failing_ranks(garbled, 2)[1]
+@pytest.mark.parametrize("case", GARBLED)
+def test_a_garbled_header_is_corrupt(case: str) -> None:
+    outcome = run_failing_ranks(garbled, 2, GARBLED[case])[1]
     assert isinstance(outcome.error, CorruptPacket), outcome.trace

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,16 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "partitionwise-4-ranks-resnet": (4, [*RESNET, "local.mode=partitionwise"]),
-    "layerwise-sequential-resnet": (2, [*RESNET, "local.mode=layerwise", "local.schedule=sequential"]),
+    "layerwise-sequential-gpt": (
+        2,
+        [
+            *GPT,
+            "local.mode=layerwise",
+            "local.schedule=sequential",
+            "compression.bits=2.0",
+            "model.dropout=0.1",
+        ],
+    ),
     "layerwise-window-2-gpt": (
         2,
         [*GPT, "local.mode=layerwise", "local.window=2", "local.partitions=3", "train.accumulate=2"],
@@ -131,29 +141,42 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str]:
-    """What differs between 8 steps in one go, and a crash after step 6's checkpoint of step 3 and a resume."""
+class Crash(Exception):
+    pass
+
+
+def crash_after_saving(at: int, config: Config) -> None:
+    """A run that ends right after the checkpoint of this step, before anything else happens."""
+    save = CheckpointFolder.save
+
+    def crashing(self: CheckpointFolder, step: int, *state: Any) -> Path:
+        folder = save(self, step, *state)
+        if step == at:
+            raise Crash
+        return folder
+
+    CheckpointFolder.save = crashing  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        run(config)
+    CheckpointFolder.save = save  # type: ignore[method-assign]
+
+
+def resume_differences(rank: int, folder: Path, settings: list[str], crash_at: int) -> list[str]:
+    """What differs between 8 steps in one go, and a crash after a checkpoint and a resume."""
     intervals = ["train.steps=8", "train.checkpoint_every=3", "train.eval_every=2", "local.stage_steps=5"]
-    keep = ["train.keep_checkpoints=9"]
-    whole, crashed = folder / "whole", folder / "crashed"
-    run(config_of(whole, *settings, *intervals, *keep))
-    if rank == 0:
-        shutil.copytree(whole, crashed)
-        for step in CheckpointFolder(crashed / "checkpoints").steps():
-            if step > 3:
-                shutil.rmtree(crashed / "checkpoints" / f"step-{step:06d}")
-    dist.barrier()
+    whole, crashed = (config_of(folder / name, *settings, *intervals) for name in ("whole", "crashed"))
+    run(whole)
+    crash_after_saving(crash_at, crashed)
     torch.manual_seed(99)
-    run(config_of(crashed, *settings, *intervals, *keep), resumed=True)
-    ends = [CheckpointFolder(one / "checkpoints").load(8) for one in (whole, crashed)]
+    run(crashed, resumed=True)
+    ends = [CheckpointFolder(Path(one.run.out) / "checkpoints").load(8) for one in (whole, crashed)]
     differences = differing(ends[0].tensors, ends[1].tensors)
-    rows = [
-        [{key: row.get(key) for key in ("step", "loss", "val_loss")} for row in RunFolder(one, False).rows()]
-        for one in (whole, crashed)
-    ]
+    folders = [RunFolder(Path(one.run.out), False) for one in (whole, crashed)]
+    kept = ("step", "loss", "val_loss", "lr_partition_0", "lr_partition_1")
+    rows = [[{key: row.get(key) for key in kept} for row in one.rows()] for one in folders]
     if rows[0] != rows[1]:
         differences.append(f"metrics: {rows}")
-    if RunFolder(whole, False).rows(DECISIONS) != RunFolder(crashed, False).rows(DECISIONS):
+    if folders[0].rows(DECISIONS) != folders[1].rows(DECISIONS):
         differences.append("decisions")
     return differences
 
@@ -162,17 +185,24 @@ def resume_differences(rank: int, folder: Path, settings: list[str]) -> list[str
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resume_equals_never_stopping(tmp_path: Path, case: str) -> None:
     world_size, settings = RESUMED[case]
-    for differences in run_ranks(resume_differences, world_size, tmp_path, settings):
+    crash_at = (
+        4 if "local.schedule=sequential" in settings else 3
+    )  # where partitions move, or inside of a stage
+    for differences in run_ranks(resume_differences, world_size, tmp_path, settings, crash_at):
         assert differences == []
 
 
 def freezing(rank: int, out: Path) -> tuple[list[dict[str, Any]], Summary]:
     settings = ["local.mode=partitionwise", "local.stage_steps=3", "local.freeze_below=0.9", "train.steps=40"]
-    summary = run(config_of(out, *GPT, *settings, "optimizer.lr=1e-5"))
-    return RunFolder(out, False).rows(DECISIONS), summary
+    config = config_of(out, *GPT, *settings, "optimizer.lr=1e-5")
+    summary = run(config)
+    decisions = RunFolder(out, False).rows(DECISIONS)
+    assert run(config, resumed=True) == summary
+    assert RunFolder(out, False).rows(DECISIONS) == decisions
+    return decisions, summary
 
 
-def test_a_converged_run_ends_before_its_last_step(tmp_path: Path) -> None:
+def test_a_converged_run_ends_before_its_last_step_and_stays_ended(tmp_path: Path) -> None:
     for decisions, summary in run_ranks(freezing, 2, tmp_path / "run"):
         assert decisions[-1]["training"] == [False, False]
         assert "converged" in decisions[-1]["reason"] or "frozen" in decisions[-1]["reason"]
@@ -258,6 +288,37 @@ def test_a_killed_rank_ends_the_others_and_leaves_a_checkpoint(tmp_path: Path, v
     assert isinstance(outcome.error, TransportError) or "gloo" in str(outcome.error), outcome.trace
     assert outcome.seconds < 30.0
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() == 4
+
+
+def raising(rank: int, out: Path) -> None:
+    """Rank 1 has an error of its own, and lives on until rank 0 has ended its run."""
+    from efficient_dl.training.local_loop import LocalTrainer
+
+    step = LocalTrainer._train_step
+
+    def raises(self: LocalTrainer) -> Any:
+        if self.rank == 1 and self.step == 2:
+            raise ArithmeticError("an error of rank 1 alone")
+        return step(self)
+
+    LocalTrainer._train_step = raises  # type: ignore[method-assign]
+    store = dist.distributed_c10d._get_default_store()
+    settings = ["local.mode=partitionwise", "train.steps=500", "run.timeout_seconds=90"]
+    try:
+        run(config_of(out, *GPT, *settings))
+    except ArithmeticError:
+        store.wait(["rank 0 has ended"], timedelta(seconds=60))
+        raise
+    finally:
+        if rank == 0:
+            store.set("rank 0 has ended", "")
+
+
+def test_a_rank_that_raises_ends_the_others_at_once_and_is_named(tmp_path: Path) -> None:
+    first, second = run_failing_ranks(raising, 2, tmp_path / "run")
+    assert isinstance(second.error, ArithmeticError), second.trace
+    assert isinstance(first.error, TransportError), first.trace
+    assert "rank 1" in str(first.error)
 
 
 def test_metrics_tell_leads_and_waiting(tmp_path: Path) -> None:
