@@ -78,6 +78,15 @@ def train(
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
+    ] = None,
+    hierarchy: Annotated[
+        str | None, typer.Option(help="Compress between nodes only: none, auto or the workers on each node.")
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="What carries compressed bytes: process_group, or mpi under mpirun.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Local workers to start; under a launcher, the ranks it must have.")
     ] = None,
@@ -100,6 +109,9 @@ def train(
         "data.name": data,
         "optimizer.name": optimizer,
         "compression.bits": bits,
+        "compression.scale": scale,
+        "compression.hierarchy": hierarchy,
+        "compression.transport": transport,
         "run.workers": workers,
         "train.steps": steps,
         "data.batch_size": batch_size,

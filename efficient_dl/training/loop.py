@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.comm import parameter_scalars, total_scalars
+from efficient_dl.comm.plan import Scale
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp import compress_ddp
@@ -109,6 +110,9 @@ class Trainer:
             max_error=config.max_error or None,
             bytes_per_step=config.bytes_per_step or None,
             error_feedback=_ERROR_FEEDBACK[config.error_feedback],
+            scale=_SCALES[config.scale],
+            hierarchy=None if config.hierarchy == "none" else config.hierarchy,
+            transport="mpi" if config.transport == "mpi" else None,
             shadow=config.shadow,
             check_every=config.check_every,
             max_relative_error=config.max_relative_error,
@@ -296,4 +300,5 @@ class Trainer:
 # torch 2.13 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
+_SCALES: dict[str, Scale | Literal["auto"]] = {"auto": "auto", **{scale: scale for scale in get_args(Scale)}}
 _ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}
