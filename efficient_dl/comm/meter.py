@@ -188,6 +188,11 @@ class Meter:
             self.steps += 1
             self.totals.exposed_seconds += exposed_seconds
 
+    def sent_beside(self, num_bytes: int) -> None:
+        """Counts bytes that leave beside the collectives, by which ranks agree; the identity codec needs none."""
+        with self._lock:
+            self.totals.wire_bytes += num_bytes
+
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers, exactly."""
         with self._lock:

@@ -412,6 +412,8 @@ class Compression:
         if self._switch.off is None:
             self._record.end_step()
         self._compressor.end_step(time.perf_counter() - start)
+        if self._switch.off is None:
+            self._compressor.agree(self._control)
         if self._commits_itself:
             self._compressor.commit_step()
         self._check_unfrozen()

@@ -174,7 +174,9 @@ def interrupted(rank: int, wishes: dict[str, Any]) -> bool:
     return torch.equal(resumed.weights(), whole.weights())
 
 
-@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all", "second moment"])
+@pytest.mark.parametrize(
+    "name", ["sgd's default", "bounded error", "budget", "error feedback", "all", "second moment"]
+)
 def test_resuming_equals_never_stopping(name: str) -> None:
     assert run_ranks(interrupted, 2, WISHES[name]) == [True, True]
 

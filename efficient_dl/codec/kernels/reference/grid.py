@@ -38,6 +38,7 @@ def encode(
     (step_bits,) = struct.unpack("<I", struct.pack("<f", step))
     if stats is not None:
         stats.header_bits += 32
+        stats.step_size = step
     return torch.cat([to_bytes(torch.tensor([step_bits], device=x.device), 4), body])
 
 
