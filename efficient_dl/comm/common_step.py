@@ -96,8 +96,8 @@ class CommonStep:
             self._forget()
         packet = torch.tensor(counts, dtype=torch.int64).view(torch.uint8).to(transport.device)
         work = transport.gather(packet)
-        everyone = [message.cpu().view(torch.int64).tolist() for message in work.wait()]
-        self.agreed([sum(column) for column in zip(*everyone, strict=True)])
+        total = torch.stack([message.cpu().view(torch.int64) for message in work.wait()]).sum(0)
+        self.agreed([int(count) for count in total])
         return work.sent_bytes
 
     def agreed(self, total: Sequence[int]) -> None:

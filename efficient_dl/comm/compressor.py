@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Codec, PacketStats, make_codec
+from efficient_dl.codec import Codec, PacketStats, make_codec, segment_bits
 from efficient_dl.comm import sections as messages
 from efficient_dl.comm.buffers import BufferPool
 from efficient_dl.comm.common_step import CommonStep
@@ -39,7 +39,7 @@ class Compressor:
     plan: which codec for which parameter. names: the parameters that can occur; the meter has a row for each.
     residuals: with plan.error_feedback, where what packets leave out is kept.
     Every `SAMPLE_EVERY_STEPS`-th step, starting with the first, it also decodes what it has encoded, to measure the
-    relative error (an exact codec has none, and is not measured).
+    relative error (an exact codec has none), and takes the entropies of a part of each parameter (`segment_bits`).
 
     A message is what one rank sends another for one shard: a packet, or several (`sections`).
     """
@@ -67,9 +67,10 @@ class Compressor:
         self.buffers = BufferPool()
         self._identity = self._codec("identity")
 
-    def samples_error(self, codec: Codec) -> bool:
-        """Whether this step's packets of a codec are also measured for their error."""
-        return not codec.exact and self.meter.steps % SAMPLE_EVERY_STEPS == 0
+    @property
+    def samples(self) -> bool:
+        """Whether this step's packets are also measured."""
+        return self.meter.steps % SAMPLE_EVERY_STEPS == 0
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """The largest message of a shard."""
@@ -149,7 +150,7 @@ class Compressor:
             if self.common_step is not None and section.is_default:
                 self.common_step.count(stats, result)
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
-            if self.samples_error(codec) and not self._knows_error(codec, section):
+            if self.samples and not (codec.exact or self._knows_error(codec, section)):
                 self._measure_error(codec, values, room[start : start + length], section, tally)
             lengths.append(length)
             stop = start + length
@@ -305,13 +306,15 @@ class Compressor:
         bounded = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            return codec, int(codec.encode_into(x, room, section.side, stats))
+            length = int(codec.encode_into(x, room, section.side, stats))
+            self._measure_entropies(codec, x, section, tally, stats)
+            return codec, length
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
             else torch.zeros_like(x, dtype=torch.float32)
         )
-        signal = x.float() + before if bounded or self.samples_error(codec) else None
+        signal = x.float() + before if bounded or self.samples else None
         while True:
             residual = before.clone() if bounded else before
             length = self._encode_with_residual(codec, x, room, section, stats, residual)
@@ -325,8 +328,9 @@ class Compressor:
             tally.totals.bound_misses += self._misses(error)
         if residuals is not None:
             residuals.give(section, residual, residual_units)
-        if signal is not None and self.samples_error(codec):
+        if signal is not None and self.samples:
             tally.erred(section, _squares(residual, section), _squares(signal, section))
+            self._measure_entropies(codec, signal.to(x.dtype), section, tally, stats)
         return codec, length
 
     def _encode_with_residual(
@@ -357,6 +361,13 @@ class Compressor:
     def _misses(self, error: float) -> int:
         bound = self.plan.max_error
         return int(bound is not None and error > bound)
+
+    def _measure_entropies(
+        self, codec: Codec, x: Tensor, section: Section, tally: Tally, stats: PacketStats
+    ) -> None:
+        if self.samples and x.numel():
+            turn = self.meter.steps // SAMPLE_EVERY_STEPS
+            tally.measured(section, segment_bits(codec, x, section.segments, stats, turn))
 
     def _measure_error(self, codec: Codec, x: Tensor, packet: Tensor, section: Section, tally: Tally) -> None:
         signal = x.float()

@@ -19,6 +19,7 @@ ESCAPE_BYTES = 2
 _MAX_Q = 32767.0
 _ROUNDING = 0.375  # less than one half: a dead zone of 1.25 steps
 _FIRST_HUGE_BITS = 253 << 23
+SMALLEST_HUGE = 2.0**126  # blocks with such values, or with NaN, are not quantized
 _OCTAVE = 32  # steps
 _FINEST, _COARSEST = (
     -40 * _OCTAVE,
