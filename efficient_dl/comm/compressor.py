@@ -206,6 +206,11 @@ class Compressor:
                 total.add_(own)
         return total
 
+    def discard_step(self) -> None:
+        """The optimizer has skipped the step, and its loss scale need not tell: its residuals are forgotten."""
+        if self.residuals is not None:
+            self.residuals.discard()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
         feedback a float32 tensor for each parameter."""

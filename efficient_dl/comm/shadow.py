@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.collectives import Op
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
@@ -49,7 +50,7 @@ class ShadowReduction:
 
     x: a bucket with this rank's values, copied here and now; the native all-reduce then replaces them by its result,
         which is read after `wait`.
-    divisors: as in `Reduction`.
+    divisors, op: as in `Reduction`.
     """
 
     wait: Callable[[], object]
@@ -61,8 +62,10 @@ class ShadowReduction:
         compressor: Compressor,
         rank: int,
         divisors: Tensor | None = None,
+        op: Op = "avg",
     ) -> None:
         self._result = x
+        self._op = op
         self._divisors = divisors
         self._layout = layout
         self._compressor = compressor
@@ -89,7 +92,8 @@ class ShadowReduction:
         result = self._result[shard.start : shard.stop]
         if self._divisors is not None:
             result = (result / self._divisors[shard.start : shard.stop]).to(result.dtype)
-        packet = self._encode(result, shard, copies, float(len(shards)), result=True)
+        units = float(len(shards)) if self._op == "avg" else 1.0
+        packet = self._encode(result, shard, copies, units, result=True)
         for _ in shards:
             self._decode(packet, shard, result=True)
         self._compressor.buffers.give(self._buffers)
