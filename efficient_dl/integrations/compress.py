@@ -37,7 +37,8 @@ def compress(
     options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
         All three: check_every, timeout, kernel, extra.
         DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step.
-        DistributedDataParallel: scale, error_feedback, scaler, shadow, hierarchy, transport, group.
+        DistributedDataParallel and DeepSpeed: scale, error_feedback, shadow, max_relative_error, on_alarm.
+        DistributedDataParallel: scaler, hierarchy, transport, group.
         FSDP2: weights.
 
     Raises ConfigError (also for an option that this kind of model does not have), UnsupportedTensor, PlanMismatch
