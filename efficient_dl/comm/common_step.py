@@ -47,11 +47,11 @@ class CommonStep:
 
     rate: bits a value, headers and tables not counted, as `make_codec("grid:RATE")` understands it.
 
-    In the first step every packet searches for its own. Then all ranks add up what all of them have encoded (`agree`),
+    In the first training step every packet searches for its own. Then all ranks add up what they encoded (`agree`),
     begin with the geometric mean, and from there correct log2 of the step by 3/4 of the bits that were missed (a bit is
     an octave at high rates); in integers, so that no processor comes to another step. A training step with a value that
     is not finite teaches nothing. Positions are for gradients before a loss scale. With fewer than `FEWEST_VALUES`
-    values in a training step packets keep their own steps.
+    values between two agreements packets keep their own steps.
     """
 
     def __init__(self, rate: float) -> None:

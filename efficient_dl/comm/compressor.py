@@ -145,8 +145,11 @@ class Compressor:
             stats = PacketStats()
             begun = time.perf_counter()
             values = section.gather(x)
-            codec, length = self._encode(values, room[start:], section, tally, stats, residual_units)
+            codec, length, coded = self._encode(values, room[start:], section, tally, stats, residual_units)
             tally.encoded(stats, time.perf_counter() - begun)
+            if self.samples and coded.numel():
+                turn = self.meter.steps // SAMPLE_EVERY_STEPS
+                tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
             if self.common_step is not None and section.is_default:
                 self.common_step.count(stats, result)
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
@@ -304,16 +307,15 @@ class Compressor:
         tally: Tally,
         stats: PacketStats,
         residual_units: float,
-    ) -> tuple[Codec, int]:
-        """Encodes a section's values; returns the codec that was used and the packet's bytes."""
+    ) -> tuple[Codec, int, Tensor]:
+        """Encodes a section's values; returns the codec that was used, the packet's bytes, and in a sampled step what
+        was encoded."""
         spec = self.rates.codec(section.codec, section.names) if section.is_default else section.codec
         codec = self._codec(spec)
         bounded = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            length = int(codec.encode_into(x, room, section.side, stats))
-            self._measure_entropies(codec, x, section, tally, stats)
-            return codec, length
+            return codec, int(codec.encode_into(x, room, section.side, stats)), x
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
@@ -335,8 +337,7 @@ class Compressor:
             residuals.give(section, residual, residual_units)
         if signal is not None and self.samples:
             tally.erred(section, _squares(residual, section), _squares(signal, section))
-            self._measure_entropies(codec, signal.to(x.dtype), section, tally, stats)
-        return codec, length
+        return codec, length, x if signal is None else signal.to(x.dtype)
 
     def _encode_with_residual(
         self, codec: Codec, x: Tensor, room: Tensor, section: Section, stats: PacketStats, residual: Tensor
@@ -366,13 +367,6 @@ class Compressor:
     def _misses(self, error: float) -> int:
         bound = self.plan.max_error
         return int(bound is not None and error > bound)
-
-    def _measure_entropies(
-        self, codec: Codec, x: Tensor, section: Section, tally: Tally, stats: PacketStats
-    ) -> None:
-        if self.samples and x.numel():
-            turn = self.meter.steps // SAMPLE_EVERY_STEPS
-            tally.measured(section, segment_bits(codec, x, section.segments, stats, turn))
 
     def _measure_error(self, codec: Codec, x: Tensor, packet: Tensor, section: Section, tally: Tally) -> None:
         signal = x.float()
