@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,6 +26,7 @@ from efficient_dl.comm import (
     Plan,
     Transport,
     all_reduce,
+    combined,
     since,
     summary,
 )
@@ -58,7 +59,7 @@ class Averager:
         self._compressors = [Compressor(Plan.of(bits, scale="global"), list(numels)) for _ in range(WORKERS)]
         hub = LoopbackHub(WORKERS, timeout=300.0)
         self._transports = [hub.transport(rank) for rank in range(WORKERS)]
-        self._before = [one.meter.state_dict() for one in self._compressors]
+        self._before = self._state()
         self._error = self._signal = 0.0
 
     def step(self, gradients: Sequence[Gradients]) -> None:
@@ -74,12 +75,12 @@ class Averager:
 
     def settled(self) -> None:
         """Counts from here on."""
-        self._before = [one.meter.state_dict() for one in self._compressors]
+        self._before = self._state()
         self._error = self._signal = 0.0
 
     def found(self) -> dict[str, float]:
-        """Relative squared error, bits a value, and the least and most bits of a parameter, of the first rank."""
-        stats = summary(since(self._compressors[0].meter.state_dict(), self._before[0]))
+        """Relative squared error, bits a value, and the least and most bits of a parameter, over all ranks."""
+        stats = summary(since(self._state(), self._before))
         sent = [row["order0_bits"] for row in stats["parameters"].values() if row["entropy_sampled"]]
         return {
             "squared_error": self._error / self._signal,
@@ -87,6 +88,9 @@ class Averager:
             "least_order0_bits": min(sent),
             "most_order0_bits": max(sent),
         }
+
+    def _state(self) -> dict[str, Any]:
+        return combined([one.meter.state_dict() for one in self._compressors])
 
     def _rank(self, transport: Transport, compressor: Compressor, gradients: Gradients) -> Gradients:
         compressor.begin_step()
