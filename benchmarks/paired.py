@@ -29,6 +29,7 @@ from benchmarks.peers import PEERS, SystemTrainer
 from benchmarks.rows import Row, RowFile
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import load_data
+from efficient_dl.errors import ConfigError
 from efficient_dl.training import Worker, launch
 from efficient_dl.training.console import progress_for
 
@@ -55,8 +56,7 @@ def train_all(worker: Worker, config: Config, case: str, runs: list[tuple[str, i
     for system, seed in runs:
         with tempfile.TemporaryDirectory() as folder:
             here = with_overrides(config, [f"train.seed={seed}", f"run.out={folder}/run{worker.rank}"])
-            bits = "none" if system in PEERS else _bits(system)
-            here = replace(here, compression=replace(here.compression, bits=bits))
+            here = with_overrides(here, _compression("none" if system in PEERS else system))
             out = [here.run.out]
             dist.broadcast_object_list(out)
             here = replace(here, run=replace(here.run, out=out[0], workers=worker.size))
@@ -101,8 +101,10 @@ def _hash(model: torch.nn.Module) -> int:
     return digest.intdigest() & 0xFFFFFFFFFFFF  # a float64 holds it exactly
 
 
-def _bits(system: str) -> str | float:
-    return system if system in ("none", "identity", "lossless") else float(system)
+def _compression(system: str) -> list[str]:
+    """The settings that "BITS" or "BITS SCALE" stand for."""
+    bits, _, scale = system.partition(" ")
+    return [f"compression.bits={bits}", *([f"compression.scale={scale}"] if scale else [])]
 
 
 def _names(systems: str) -> list[str]:
@@ -111,9 +113,12 @@ def _names(systems: str) -> list[str]:
         if name in PEERS:
             continue
         try:
-            with_overrides(Config(), [f"compression.bits={_bits(name)}"])
-        except ValueError as error:
-            raise typer.BadParameter(f"{name!r} is neither bits nor one of {', '.join(PEERS)}") from error
+            with_overrides(Config(), _compression(name))
+        except ConfigError as error:
+            known = ", ".join(PEERS)
+            raise typer.BadParameter(
+                f"{name!r} is neither bits, with a scale or without, nor one of {known}"
+            ) from error
     return names
 
 
@@ -192,7 +197,9 @@ def _report(
 
 def main(
     out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
-    systems: Annotated[str, typer.Option(help="bits, or torch's hooks: " + ", ".join(PEERS))] = "2.0",
+    systems: Annotated[
+        str, typer.Option(help="bits, as '2.0' or '2.0 second_moment', or torch's hooks: " + ", ".join(PEERS))
+    ] = "2.0",
     seeds: Annotated[int, typer.Option(help="paired runs of each system", min=1)] = 5,
     workers: Annotated[int, typer.Option(help="workers, started here unless a launcher has", min=1)] = 2,
     network: Annotated[str, typer.Option(help="a name for the links, part of the rows' case")] = "",

@@ -92,6 +92,15 @@ def train(
     window: Annotated[
         int | None, typer.Option(help="2: a partition also learns from the next one's loss; layerwise.")
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
+    ] = None,
+    hierarchy: Annotated[
+        str | None, typer.Option(help="Compress between nodes only: none, auto or the workers on each node.")
+    ] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="What carries compressed bytes: process_group, or mpi under mpirun.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Local workers to start; under a launcher, the ranks it must have.")
     ] = None,
@@ -117,6 +126,9 @@ def train(
         "local.mode": mode,
         "local.partitions": partitions,
         "local.window": window,
+        "compression.scale": scale,
+        "compression.hierarchy": hierarchy,
+        "compression.transport": transport,
         "run.workers": workers,
         "train.steps": steps,
         "data.batch_size": batch_size,

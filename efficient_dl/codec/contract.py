@@ -88,6 +88,7 @@ class PacketStats:
         its raw bits), in bits for the whole tensor, without scales and headers.
     scale_bits, header_bits: the blocks' scale codes or classes; the header, parameters, tables and directory.
     packet_bytes: the packet's real length.
+    relative_step: of "bits:RATE", in units of each block's rms. step_size: of "grid:RATE".
     """
 
     numel: int = 0
@@ -101,6 +102,7 @@ class PacketStats:
     nonfinite_blocks: int = 0
     dropped_blocks: int = 0
     relative_step: float = 0.0
+    step_size: float = 0.0
     kernel: str = ""
 
 

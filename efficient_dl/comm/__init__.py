@@ -17,6 +17,7 @@ What each part promises:
 - `Compressor` is plan + codecs + rates + residuals + meter. Its state is keyed by parameter names, never by buckets.
   Parameters with different codecs (`Plan.overrides`) travel as several packets in one message (`sections`); `Rates`
   follows a bound on error or bytes, `Residuals` keeps what lossy packets leave out.
+- `CommonStep` is one step size for all packets of a model, which all ranks agree on after a training step.
 - `all_reduce` reduces one bucket and waits; `OverlappedReducer` takes one bucket after the other and works on them in a
   `Pipeline`: one thread and one process group for each phase, first in, first out, so that the order of collectives is
   the same on all ranks. A failure ends all that is queued.

@@ -70,7 +70,7 @@ class Reduction:
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
-        self._packet = self._encode(reduced, shard, world_size - 1, units)
+        self._packet = self._encode(reduced, shard, world_size - 1, units, result=True)
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
@@ -78,15 +78,17 @@ class Reduction:
             transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1)
         )
         for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
-            self._compressor.decode(packet, part, shard, self._tally)
+            self._compressor.decode(packet, part, shard, self._tally, result=True)
         if self._divisors is not None:
             self.x.mul_(self._divisors)
         self._give_back()
         self._compressor.meter.add(self._tally)
 
-    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float) -> Tensor:
+    def _encode(
+        self, x: Tensor, shard: Shard, copies: int, residual_units: float, result: bool = False
+    ) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, result)
 
     def _take(self, num_bytes: int) -> Tensor:
         self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Codec, PacketStats, make_codec
+from efficient_dl.codec import Codec, PacketStats, make_codec, segment_bits
 from efficient_dl.comm import sections as messages
 from efficient_dl.comm.buffers import BufferPool
+from efficient_dl.comm.common_step import CommonStep
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
 from efficient_dl.comm.rates import Rates
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
+from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import CheckpointError, PlanMismatch
 
 SAMPLE_EVERY_STEPS = 20
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-20, 1e30  # between them float32 sums of squares are sound
 _FUSED_FEEDBACK = "bits:"  # these codecs add the residual and replace it while they encode
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
@@ -37,7 +39,7 @@ class Compressor:
     plan: which codec for which parameter. names: the parameters that can occur; the meter has a row for each.
     residuals: with plan.error_feedback, where what packets leave out is kept.
     Every `SAMPLE_EVERY_STEPS`-th step, starting with the first, it also decodes what it has encoded, to measure the
-    relative error (an exact codec has none, and is not measured).
+    relative error (an exact codec has none), and takes the entropies of a part of each parameter (`segment_bits`).
 
     A message is what one rank sends another for one shard: a packet, or several (`sections`).
     """
@@ -50,6 +52,8 @@ class Compressor:
         self.plan = plan
         self.rates = Rates(plan)
         self.residuals = residuals
+        rate = float(plan.codec.partition(":")[2]) if plan.has_common_step else 0.0
+        self.common_step = CommonStep(rate) if plan.has_common_step else None
         self._kernel = kernel
         self._codecs: dict[str, Codec] = {}
         self._controlled_bytes = 0
@@ -63,9 +67,10 @@ class Compressor:
         self.buffers = BufferPool()
         self._identity = self._codec("identity")
 
-    def samples_error(self, codec: Codec) -> bool:
-        """Whether this step's packets of a codec are also measured for their error."""
-        return not codec.exact and self.meter.steps % SAMPLE_EVERY_STEPS == 0
+    @property
+    def samples(self) -> bool:
+        """Whether this step's packets are also measured."""
+        return self.meter.steps % SAMPLE_EVERY_STEPS == 0
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """The largest message of a shard."""
@@ -83,6 +88,8 @@ class Compressor:
         unscaled: see `sections_of`; equal on all ranks.
         """
         self._unscaled = unscaled
+        if self.common_step is not None:
+            self.common_step.begin(loss_scale)
         if self.residuals is not None:
             self.residuals.begin(loss_scale)
 
@@ -104,20 +111,36 @@ class Compressor:
                 )
             self.meter.totals.budget_misses += 1
 
+    def agree(self, transport: Transport) -> None:
+        """After `end_step`: all ranks agree on a common step size, if the plan has one; every rank calls it.
+
+        Without it each packet keeps searching for its own. What it sends is counted.
+        """
+        if self.common_step is not None and self.common_step.is_due(self.meter.steps):
+            self.meter.sent_beside(self.common_step.agree(transport))
+
     def commit_step(self) -> None:
         """The optimizer has applied the step: its residuals count (see `Residuals`)."""
         if self.residuals is not None:
             self.residuals.commit()
 
     def encode(
-        self, x: Tensor, room: Tensor, shard: Shard, tally: Tally, copies: int, residual_units: float = 1.0
+        self,
+        x: Tensor,
+        room: Tensor,
+        shard: Shard,
+        tally: Tally,
+        copies: int,
+        residual_units: float = 1.0,
+        result: bool = False,
     ) -> Tensor:
         """Returns the message of x, the values of a shard, and counts that it leaves in so many copies.
 
         room: uint8, at least `max_bytes`; the message is its front.
         residual_units: 1 for contributions, the number of ranks for their average (`Residuals.take`).
+        result: x is what all ranks' contributions came to, on its way back (see `CommonStep`).
         """
-        sections = self._sections(shard)
+        sections = self._sections(shard, result)
         start = messages.directory_bytes(len(sections))
         lengths: list[int] = []
         stop = start
@@ -126,10 +149,15 @@ class Compressor:
             stats = PacketStats()
             begun = time.perf_counter()
             values = section.gather(x)
-            codec, length = self._encode(values, room[start:], section, tally, stats, residual_units)
+            codec, length, coded = self._encode(values, room[start:], section, tally, stats, residual_units)
             tally.encoded(stats, time.perf_counter() - begun)
+            if self.samples and coded.numel():
+                turn = self.meter.steps // SAMPLE_EVERY_STEPS
+                tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
+            if self.common_step is not None and section.is_default:
+                self.common_step.count(stats, result)
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
-            if self.samples_error(codec) and not self._knows_error(codec, section):
+            if self.samples and not (codec.exact or self._knows_error(codec, section)):
                 self._measure_error(codec, values, room[start : start + length], section, tally)
             lengths.append(length)
             stop = start + length
@@ -142,11 +170,20 @@ class Compressor:
         return room[:stop]
 
     def decode(
-        self, message: Tensor, out: Tensor, shard: Shard, tally: Tally, accumulate: bool = False
+        self,
+        message: Tensor,
+        out: Tensor,
+        shard: Shard,
+        tally: Tally,
+        accumulate: bool = False,
+        result: bool = False,
     ) -> None:
-        """Decodes the message of a shard into out, or adds it to out. Raises CorruptPacket."""
+        """Decodes the message of a shard into out, or adds it to out. Raises CorruptPacket.
+
+        result: as its encoder was told.
+        """
         start = time.perf_counter()
-        sections = self._sections(shard)
+        sections = self._sections(shard, result)
         packets = messages.split_message(message, len(sections))
         for section, packet in zip(sections, packets, strict=True):
             values = (
@@ -176,6 +213,11 @@ class Compressor:
                 total.add_(own)
         return total
 
+    def discard_step(self) -> None:
+        """The optimizer has skipped the step, and its loss scale need not tell: its residuals are forgotten."""
+        if self.residuals is not None:
+            self.residuals.discard()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
         feedback a float32 tensor for each parameter."""
@@ -184,6 +226,7 @@ class Compressor:
             "plan": self.plan.facts(),
             "meter": self.meter.state_dict(),
             "rates": self.rates.state_dict(),
+            "common_step": None if self.common_step is None else self.common_step.state_dict(),
             "residuals": None if self.residuals is None else self.residuals.state_dict(),
         }
 
@@ -196,6 +239,8 @@ class Compressor:
         self.meter.load_state_dict(state["meter"])
         self._bytes_before = self.meter.totals.wire_bytes
         self.rates.load_state_dict(state["rates"])
+        if self.common_step is not None:
+            self.common_step.load_state_dict(state["common_step"])
         if self.residuals is not None:
             self.residuals.load_state_dict(state["residuals"])
 
@@ -209,12 +254,14 @@ class Compressor:
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]], residuals: bool = True) -> None:
         """Continues from states of another number of ranks; the meter starts again from zero.
 
-        Rates become the ranks' mean. residuals: the states are those of all ranks, so that residuals can be
-        redistributed (see `redistributed`); else they start from zero.
+        Rates become the ranks' mean, a common step size stays. residuals: the states are those of all ranks, so that
+        residuals can be redistributed (see `redistributed`); else they start from zero.
         """
         for state in states:
             self.check_state(state)
         self.rates.load_mean([state["rates"] for state in states])
+        if self.common_step is not None:
+            self.common_step.load_positions(states[0]["common_step"])
         if self.residuals is not None and residuals:
             self.residuals.load_state_dict(redistributed([state["residuals"] for state in states]))
 
@@ -264,20 +311,21 @@ class Compressor:
         tally: Tally,
         stats: PacketStats,
         residual_units: float,
-    ) -> tuple[Codec, int]:
-        """Encodes a section's values; returns the codec that was used and the packet's bytes."""
+    ) -> tuple[Codec, int, Tensor]:
+        """Encodes a section's values; returns the codec that was used, the packet's bytes, and in a sampled step what
+        was encoded."""
         spec = self.rates.codec(section.codec, section.names) if section.is_default else section.codec
         codec = self._codec(spec)
         bounded = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            return codec, int(codec.encode_into(x, room, section.side, stats))
+            return codec, int(codec.encode_into(x, room, section.side, stats)), x
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
             else torch.zeros_like(x, dtype=torch.float32)
         )
-        signal = x.float() + before if bounded or self.samples_error(codec) else None
+        signal = x.float() + before if bounded or self.samples else None
         while True:
             residual = before.clone() if bounded else before
             length = self._encode_with_residual(codec, x, room, section, stats, residual)
@@ -291,9 +339,9 @@ class Compressor:
             tally.totals.bound_misses += self._misses(error)
         if residuals is not None:
             residuals.give(section, residual, residual_units)
-        if signal is not None and self.samples_error(codec):
+        if signal is not None and self.samples:
             tally.erred(section, _squares(residual, section), _squares(signal, section))
-        return codec, length
+        return codec, length, x if signal is None else signal.to(x.dtype)
 
     def _encode_with_residual(
         self, codec: Codec, x: Tensor, room: Tensor, section: Section, stats: PacketStats, residual: Tensor
@@ -309,8 +357,10 @@ class Compressor:
         wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
 
-    def _sections(self, shard: Shard) -> tuple[Section, ...]:
-        return sections_of(shard, self.plan, self._unscaled)
+    def _sections(self, shard: Shard, result: bool = False) -> tuple[Section, ...]:
+        sections = sections_of(shard, self.plan, self._unscaled)
+        step = self.common_step.step(result) if self.common_step is not None else None
+        return sections if step is None else tuple(section.with_step(step) for section in sections)
 
     def _knows_error(self, codec: Codec, section: Section) -> bool:
         """Whether encoding a section also gives what its packet leaves out."""

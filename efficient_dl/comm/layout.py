@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -54,6 +54,22 @@ class BucketLayout:
     def of(names: Sequence[str], numels: Sequence[int], world_size: int) -> BucketLayout:
         """Returns the layout of a bucket; cached."""
         return _layout(tuple(names), tuple(numels), world_size)
+
+    def beginning_at(self, offsets: Sequence[int]) -> BucketLayout:
+        """The same bucket of pieces that begin so many values behind the start of their parameters."""
+        if not any(offsets):
+            return self
+        shards = tuple(
+            replace(
+                shard,
+                offsets=tuple(
+                    offset + offsets[position]
+                    for position, offset in zip(shard.parameters, shard.offsets, strict=True)
+                ),
+            )
+            for shard in self.shards
+        )
+        return replace(self, shards=shards)
 
     @property
     def numel(self) -> int:

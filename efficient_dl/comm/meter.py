@@ -6,13 +6,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from efficient_dl.codec import PacketStats
+from efficient_dl.codec import PacketStats, SegmentBits
 from efficient_dl.comm.layout import BucketLayout
 from efficient_dl.comm.transport import Work
 
@@ -66,19 +66,23 @@ class Totals:
 
 @dataclass
 class ParameterTotals:
-    """One parameter's part. wire_bytes is its packets' bytes apportioned by its number of values in them."""
+    """One parameter's part. wire_bytes is its packets' bytes apportioned by its number of values in them.
+
+    order0_bits, model_bits: of entropy_values values, sampled as `segment_bits` says.
+    """
 
     values_sent: int = 0
     wire_bytes: float = 0.0
+    entropy_values: int = 0
+    order0_bits: float = 0.0
+    model_bits: float = 0.0
     error_squares: float = 0.0
     signal_squares: float = 0.0
 
     def add(self, other: ParameterTotals) -> None:
         """Adds every field of the other."""
-        self.values_sent += other.values_sent
-        self.wire_bytes += other.wire_bytes
-        self.error_squares += other.error_squares
-        self.signal_squares += other.signal_squares
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
 class Coded(Protocol):
@@ -160,6 +164,14 @@ class Tally:
             self.parameters[position].error_squares += error
             self.parameters[position].signal_squares += signal
 
+    def measured(self, shard: Coded, bits: Sequence[SegmentBits]) -> None:
+        """Counts the sampled entropies of a packet's segments."""
+        for position, found in zip(shard.parameters, bits, strict=True):
+            row = self.parameters[position]
+            row.entropy_values += found.numel
+            row.order0_bits += found.order0_bits
+            row.model_bits += found.model_bits
+
 
 class Meter:
     """The running totals of one rank, of all its collectives and by parameter name."""
@@ -187,6 +199,11 @@ class Meter:
         with self._lock:
             self.steps += 1
             self.totals.exposed_seconds += exposed_seconds
+
+    def sent_beside(self, num_bytes: int) -> None:
+        """Counts bytes that leave beside the collectives, by which ranks agree; the identity codec needs none."""
+        with self._lock:
+            self.totals.wire_bytes += num_bytes
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers, exactly."""
@@ -268,9 +285,10 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
     """What a reader wants to know of a `Meter.state_dict`, or of several, combined.
 
     Returns bytes in total and per step (native_bytes: those of torch's own collectives, calculated); ratio (raw /
-    wire); bits_per_value (sent, overheads included) and its parts per encoded value, which are of whole packets and so
-    not known by parameter; seconds in total and per step; relative_error (0.0 unless error_sampled) of sampled packets;
-    and a row for each parameter.
+    wire); bits_per_value (sent, overheads included) and its parts per encoded value; seconds in total and per step;
+    relative_error (0.0 unless error_sampled) of sampled packets; and a row for each parameter, with order0_bits and
+    model_bits per value (0.0 unless entropy_sampled) of the packets of one step in 20, of at most 32 blocks of a
+    parameter in each; the totals' own are of all packets.
     """
     steps = max(state["steps"], 1)
     t = Totals(**state["totals"])
@@ -318,6 +336,9 @@ def _row(row: ParameterTotals) -> dict[str, Any]:
         "values_sent": row.values_sent,
         "wire_bytes_apportioned": row.wire_bytes,
         "bits_per_value": _quotient(8 * row.wire_bytes, row.values_sent),
+        "entropy_sampled": row.entropy_values > 0,
+        "order0_bits": _quotient(row.order0_bits, row.entropy_values),
+        "model_bits": _quotient(row.model_bits, row.entropy_values),
         "error_sampled": row.signal_squares > 0.0,
         "relative_error": math.sqrt(_quotient(row.error_squares, row.signal_squares)),
     }

@@ -30,7 +30,8 @@ class Plan:
     first_rate: where a controlled rate starts; no part of `facts`, because it depends on the number of ranks.
     error_feedback: what a lossy packet leaves out is added to the same parameter's next one.
     scale: what a rate's step sizes follow. "local": the spread of blocks of 256 values (codec "bits"). "global": one
-        step for a whole packet (codec "grid"), least squared error. "second_moment": one step, after division by √v.
+        step for all packets (codec "grid"), least squared error. "second_moment": one step a packet, after division
+        by √v.
     """
 
     bits: str
@@ -96,6 +97,11 @@ class Plan:
     def varies_rates(self) -> bool:
         """Whether the rate of the default codec is controlled during the run."""
         return self.max_error is not None or self.bytes_per_step is not None
+
+    @property
+    def has_common_step(self) -> bool:
+        """Whether all packets of the default codec share a step size (see `CommonStep`)."""
+        return self.scale == "global" and self.codec.startswith("grid:") and not self.varies_rates
 
     @property
     def is_lossy(self) -> bool:

@@ -1,7 +1,7 @@
 """The rate of every packet: fixed, or controlled during the run by a bound on error or on bytes.
 
 A packet says how it was made, so every rank controls its own rates: nothing has to be agreed on. They are part of the
-compressor's state.
+compressor's state. A step size for all packets, which ranks agree on, is in common_step.py.
 """
 
 from __future__ import annotations

@@ -81,6 +81,10 @@ class Residuals:
             self._committed[name], self._pending[name] = self._pending[name], self._committed[name]
         self._written.clear()
 
+    def discard(self) -> None:
+        """Forgets the packets since the last `commit`: the optimizer has skipped the step."""
+        self._written.clear()
+
     def norm(self, name: str) -> float:
         """The Euclidean norm of a parameter's residual."""
         with self._lock:

@@ -24,9 +24,10 @@ def total_scalars(stats: Mapping[str, Any]) -> dict[str, float]:
 
 
 def parameter_scalars(stats: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The rows of the parameters that were sent, by name."""
+    """The rows of the parameters that were sent, by name; entropies and errors only where they were measured."""
     return {
-        name: {key: row[key] for key in PARAMETERS} | _error(row)
+        name: {key: row[key] for key in (*PARAMETERS, *(ENTROPIES if row["entropy_sampled"] else ()))}
+        | _error(row)
         for name, row in stats["parameters"].items()
         if row["values_sent"]
     }

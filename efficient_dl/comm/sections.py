@@ -11,7 +11,7 @@ layout, so nothing else has to be said.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -52,6 +52,12 @@ class Section:
     def segments(self) -> tuple[int, ...]:
         """How many values it holds of each of its parameters."""
         return self.side.segments or ()
+
+    def with_step(self, step_size: float) -> Section:
+        """The same section, coded with this step, unless an override names its codec."""
+        if not self.is_default:
+            return self
+        return replace(self, side=Side(self.side.segments, step_size=step_size))
 
     def gather(self, x: Tensor) -> Tensor:
         """Its values of a shard's: a view if they lie together, else a copy."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.collectives import Op
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
@@ -49,7 +50,7 @@ class ShadowReduction:
 
     x: a bucket with this rank's values, copied here and now; the native all-reduce then replaces them by its result,
         which is read after `wait`.
-    divisors: as in `Reduction`.
+    divisors, op: as in `Reduction`.
     """
 
     wait: Callable[[], object]
@@ -61,8 +62,10 @@ class ShadowReduction:
         compressor: Compressor,
         rank: int,
         divisors: Tensor | None = None,
+        op: Op = "avg",
     ) -> None:
         self._result = x
+        self._op = op
         self._divisors = divisors
         self._layout = layout
         self._compressor = compressor
@@ -78,7 +81,7 @@ class ShadowReduction:
         for owner, shard in enumerate(self._layout.shards):
             if owner != self._rank:
                 part = self.contribution[shard.start : shard.stop]
-                self._decode(self._encode(part, shard, copies=1), shard)
+                self._decode(self._encode(part, shard, copies=1), shard, result=False)
 
     def encode_result(self) -> None:
         """Step 2: the packet of the own shard's result. Decoding it stands for decoding all shards' results."""
@@ -89,21 +92,24 @@ class ShadowReduction:
         result = self._result[shard.start : shard.stop]
         if self._divisors is not None:
             result = (result / self._divisors[shard.start : shard.stop]).to(result.dtype)
-        packet = self._encode(result, shard, copies, float(len(shards)))
+        units = float(len(shards)) if self._op == "avg" else 1.0
+        packet = self._encode(result, shard, copies, units, result=True)
         for _ in shards:
-            self._decode(packet, shard)
+            self._decode(packet, shard, result=True)
         self._compressor.buffers.give(self._buffers)
         self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
 
-    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0) -> Tensor:
+    def _encode(
+        self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0, result: bool = False
+    ) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, result)
 
-    def _decode(self, packet: Tensor, shard: Shard) -> None:
+    def _decode(self, packet: Tensor, shard: Shard, result: bool) -> None:
         buffer = self._compressor.buffers.take(4 * shard.numel, packet.device)
         out = buffer[: 4 * shard.numel].view(torch.float32)
-        self._compressor.decode(packet, out, shard, self._tally)
+        self._compressor.decode(packet, out, shard, self._tally, result=result)
         self._compressor.buffers.give([buffer])
 
     def _take(self, num_bytes: int) -> Tensor:

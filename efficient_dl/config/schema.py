@@ -89,6 +89,23 @@ class CompressionConfig(Section):
         "add what a packet leaves out to the next; auto: for sgd",
         words=("auto", "on", "off"),
     )
+    scale: str = setting(
+        "auto",
+        "what step sizes follow: blocks of 256 values, one for the model, adam's second moment; auto: global for sgd",
+        words=("auto", "local", "global", "second_moment"),
+    )
+    hierarchy: int | str = setting(
+        "none",
+        "compress between nodes only; the number of workers on each, or auto: the launcher's variables, host names",
+        low=1,
+        high=_MANY,
+        words=("none", "auto"),
+    )
+    transport: str = setting(
+        "process_group",
+        "what carries compressed bytes: torch's process group, or mpi, in workers that mpirun has started",
+        words=("process_group", "mpi"),
+    )
     shadow: bool = setting(False, "apply the uncompressed result, only measure the compressed one")
     check_every: int = setting(
         50, "steps between comparisons of the parameters' hash; 0: never", low=0, high=_MANY

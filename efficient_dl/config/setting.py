@@ -93,6 +93,8 @@ def _typed(kind: Any, value: Any) -> Any:
         return value if isinstance(value, str) and _is_unicode(value) else None
     if kind is float:
         return _finite(value) if number else None
+    if kind == int | str:
+        return _typed(int if number else str, value)
     if kind == float | str:
         return _finite(value) if number else _typed(str, value)
     if kind == tuple[float, float] and isinstance(value, (list, tuple)):
@@ -133,6 +135,7 @@ _KIND_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     float | str: "a number",
+    int | str: "a whole number",
     tuple[float, float]: "two numbers",
 }
 _BOUND_WORDS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}

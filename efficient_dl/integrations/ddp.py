@@ -78,9 +78,9 @@ def compress_ddp(
         (0.0125 to 1). Encodes up to a few times where gradients change, and measures every packet.
     bytes_per_step: instead of bits: as many as let this rank send so many bytes in a step, on average.
     scale: what the quantizer's step sizes follow. "local": blocks of 256 values, for Adam-like optimizers. "global":
-        one step for all values of a packet, the least squared error for a rate, for SGD. "second_moment": one step
-        after division by the optimizer's √v, which all ranks know. "auto": "global" for torch.optim.SGD on a CPU,
-        else "local" (on a GPU "global" has no kernel of its own yet, and runs in torch).
+        one step for all packets, on which the ranks agree, the least squared error for a rate, for SGD.
+        "second_moment": one step a packet after division by the optimizer's √v, which all ranks know. "auto": "global"
+        for torch.optim.SGD on a CPU, else "local" (on a GPU "global" has no kernel of its own yet, and runs in torch).
     error_feedback: add what a packet leaves out to the parameter's next one; takes 8 bytes a value on every rank.
         "auto": where scale is "global" and the optimizer is torch.optim.SGD. With Adam residuals come back as
         rare large values, which inflate its second moment (docs/experiments.md).

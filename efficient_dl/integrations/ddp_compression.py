@@ -47,6 +47,7 @@ from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     join_check,
 )
+from efficient_dl.integrations.ddp_transport import transport_kind
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Compression:
         self._compressor = compressor
         self._control = control
         self._topology = topology
+        self._transport = transport_kind(carrier)
         self._check_every = check_every
         self._scaler = scaler
         self._second_moment = second_moment
@@ -153,11 +155,13 @@ class Compression:
 
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
-        Returns bits, codec, kernel, exact, shadow, world_size, hierarchy, checks, and `summary` of the meter:
+        Returns bits, codec, kernel, exact, shadow, world_size, transport (what carries compressed bytes:
+        "process_group", "mpi" or a class), hierarchy (None, or the nodes in use), checks, and `summary` of the meter:
         wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
-        bits_per_value, entropies, seconds, relative_error and a row for each parameter (with error feedback also
-        residual_norm, Euclidean); the alarms so far; and
+        bits_per_value, entropies, seconds, relative_error and a row for each parameter, with order0_bits and model_bits
+        of a sample (one step in 20, at most 32 blocks of 256 values), and with error feedback residual_norm, Euclidean;
+        the alarms so far; and
         disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
@@ -191,6 +195,7 @@ class Compression:
             "exact": self._compressor.exact,
             "shadow": self.shadow,
             "world_size": self._control.world_size,
+            "transport": self._transport,
             "hierarchy": self._topology.summary() if self._topology else None,
             "checks": self._checks,
             "bytes_source": source,
@@ -417,6 +422,8 @@ class Compression:
         if self._switch.off is None:
             self._record.end_step()
         self._compressor.end_step(time.perf_counter() - start)
+        if self._switch.off is None:
+            self._compressor.agree(self._control)
         if self._commits_itself:
             self._compressor.commit_step()
         self._check_unfrozen()

@@ -10,7 +10,7 @@ from efficient_dl.comm.mpi import MpiTransport
 from efficient_dl.comm.mpi_link import mpi_module
 from efficient_dl.errors import ConfigError
 
-PROCESS_GROUP, MPI = "process group", "mpi"
+PROCESS_GROUP, MPI = "process_group", "mpi"
 
 
 def transport_name(wish: Transport | str | None) -> str:
@@ -18,6 +18,12 @@ def transport_name(wish: Transport | str | None) -> str:
     if isinstance(wish, str):
         return wish
     return PROCESS_GROUP if wish is None else f"{type(wish).__name__} object"
+
+
+def transport_kind(transport: Transport) -> str:
+    """What `stats` call a transport in use: "process_group", "mpi", or its class."""
+    kinds = {ProcessGroupTransport: PROCESS_GROUP, MpiTransport: MPI}
+    return kinds.get(type(transport), type(transport).__name__)
 
 
 def check_transport(wish: Transport | str | None, control: ProcessGroupTransport, native: bool) -> None:

@@ -8,7 +8,6 @@ pre- and post-division and the copies into partitions stay as DeepSpeed has them
 from __future__ import annotations
 
 import inspect
-import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from efficient_dl.comm import BucketLayout, Compressor, Transport, all_reduce, sum_at_owners
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.integrations.deepspeed_reducers import Piece, Reducer
 
 # Tested with these; a change of what a method's arguments mean comes with a new minor version.
 OLDEST_VERSION, NEXT_VERSION = (0, 19, 8), (0, 20, 0)
@@ -74,10 +73,10 @@ class GradientMap:
         self._starts = [start for start, _, _ in spans]
         self._spans = spans
 
-    def pieces(self, x: Tensor) -> list[tuple[str, int]]:
-        """The names and numbers of values of x's pieces, in order. Raises EdlError for memory of no gradient."""
+    def pieces(self, x: Tensor) -> list[Piece]:
+        """What x holds, in order. Raises EdlError for memory of no gradient."""
         position, stop = x.data_ptr(), x.data_ptr() + x.nbytes
-        pieces: list[tuple[str, int]] = []
+        pieces: list[Piece] = []
         while position < stop:
             index = bisect_right(self._starts, position) - 1
             if index < 0 or position >= self._spans[index][1]:
@@ -86,40 +85,11 @@ class GradientMap:
                     found=f"{(stop - position) // x.element_size()} values behind {pieces[-1:] or 'nothing'}",
                     fix=f"report this with DeepSpeed's configuration; known: {PACKAGE}",
                 )
-            _, end, name = self._spans[index]
-            pieces.append((name, (min(end, stop) - position) // x.element_size()))
+            start, end, name = self._spans[index]
+            itemsize = x.element_size()
+            pieces.append((name, (min(end, stop) - position) // itemsize, (position - start) // itemsize))
             position = min(end, stop)
         return pieces
-
-
-class Reducer:
-    """Our collectives as DeepSpeed's methods need them: sums, waited for, in whatever scale DeepSpeed has given."""
-
-    def __init__(self, compressor: Compressor, transport: Transport) -> None:
-        self.rank = transport.rank
-        self.exposed_seconds = 0.0
-        self._compressor = compressor
-        self._transport = transport
-
-    def all_reduce(self, x: Tensor, pieces: Sequence[tuple[str, int]]) -> None:
-        """Replaces x, 1-D and contiguous, by its sum over all ranks."""
-        layout = BucketLayout.of(*_columns(pieces), self._transport.world_size)
-        self._run(lambda: all_reduce(x, layout, self._compressor, self._transport, op="sum"))
-
-    def sum_at_owners(self, parts: Sequence[Tensor], pieces: Sequence[Sequence[tuple[str, int]]]) -> Tensor:
-        """Returns the sum of all ranks' parts for this rank; see `comm.sum_at_owners`."""
-        layouts = [BucketLayout.of(*_columns(part), 1) for part in pieces]
-        return self._run(lambda: sum_at_owners(parts, layouts, self._compressor, self._transport))
-
-    def _run(self, collective: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return collective()
-        except BaseException:
-            self._transport.abort()  # the peers learn of it now, not after a time-out
-            raise
-        finally:
-            self.exposed_seconds += time.perf_counter() - start
 
 
 class EnginePlug:
@@ -130,11 +100,12 @@ class EnginePlug:
 
     methods = ENGINE_METHODS
 
-    def __init__(self, engine: Any, names: Mapping[int, str], reducer: Reducer) -> None:
+    reducer: Reducer
+
+    def __init__(self, engine: Any, names: Mapping[int, str]) -> None:
         self.target = engine
         self.group = engine.seq_data_parallel_group
         self._names = names
-        self._reducer = reducer
 
     def allreduce_bucket(
         self, bucket: list[Tensor], dp_group: dist.ProcessGroup, dp_world_size: float | None = None
@@ -149,17 +120,21 @@ class EnginePlug:
         x = flat.to(engine.communication_data_type)
         predivide = engine.gradient_predivide_factor()
         if not engine.gradient_average:
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
         elif engine.postscale_gradients():
             if predivide != 1.0:
                 x.mul_(1.0 / predivide)
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
             if predivide != size:
                 x.mul_(predivide / size)
         else:
             x.mul_(1.0 / size)
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
         return flat if x is flat else flat.copy_(x)
+
+    def gradient_numels(self) -> dict[str, int]:
+        """Values of the gradients that are longer than their parameters: padding counts as the last one's."""
+        return {name: gradient.numel() for name, gradient in self._gradients()}
 
     def _gradients(self) -> Iterable[tuple[str, Tensor]]:
         optimizer = self.target.optimizer
@@ -168,7 +143,7 @@ class EnginePlug:
                 if parameter.requires_grad and parameter.grad is not None:
                     yield self._names[id(parameter)], parameter.grad
             return
-        # BF16_Optimizer reduces float32 gradients of its own, flat by group; padding counts as the last one's.
+        # BF16_Optimizer reduces float32 gradients of its own, flat by group.
         for parameters, flat in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
             numels = [parameter.numel() for parameter in parameters]
             numels[-1] += flat.numel() - sum(numels)
@@ -185,11 +160,16 @@ class ZeroPlug:
 
     methods = ZERO_METHODS
 
-    def __init__(self, engine: Any, names: Mapping[int, str], reducer: Reducer) -> None:
+    reducer: Reducer
+
+    def __init__(self, engine: Any, names: Mapping[int, str]) -> None:
         self.target = engine.optimizer
         self.group = engine.optimizer.dp_process_group
         self._names = names
-        self._reducer = reducer
+
+    def gradient_numels(self) -> dict[str, int]:
+        """As `EnginePlug.gradient_numels`; there are none."""
+        return {}
 
     def allreduce_and_copy_with_multiple_ranks(
         self,
@@ -202,7 +182,7 @@ class ZeroPlug:
         output_bucket: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Sums every slice of the bucket at its rank, and puts the sums where DeepSpeed wants them."""
-        optimizer, rank = self.target, self._reducer.rank
+        optimizer, rank = self.target, self.reducer.rank
         owners = [_single_owner(owner) for owner in bucket_ranks]
         result = self._sum_at(owners, small_bucket, communication_data_type, divide, process_group)
         mine = [index for index, owner in enumerate(owners) if owner == rank]
@@ -225,13 +205,13 @@ class ZeroPlug:
         """Returns the bucket's sum, flat; with a rank given only there, and the rank's own values elsewhere."""
         if rank is not None:
             owners = [rank] * len(bucket)
-            result = self._sum_at(owners, bucket, communication_data_type, divide, process_group)
-            return result if rank == self._reducer.rank else self.target.flatten(bucket)
+            result = self._sum_at(owners, bucket, communication_data_type, divide, process_group, rank)
+            return result if rank == self.reducer.rank else self.target.flatten(bucket)
         pieces = self._pieces(bucket, communication_data_type)
         flat = self.target.flatten(bucket)
         x = flat.to(communication_data_type)
         self._divide(x, divide, process_group)
-        self._reducer.all_reduce(x, [piece for part in pieces for piece in part])
+        self.reducer.all_reduce(x, [piece for part in pieces for piece in part])
         if x is not flat:
             flat.copy_(x)
         return x
@@ -245,42 +225,40 @@ class ZeroPlug:
         size, predivide = dist.get_world_size(self.group), optimizer.gradient_predivide_factor
         x = tensor.to(communication_data_type)
         if not optimizer.gradient_average:
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
         elif optimizer.postscale_gradients:
             if predivide != 1.0:
                 x.mul_(1.0 / predivide)
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
             if predivide != size:
                 x.mul_(predivide / size)
         else:
             x.div_(size)
-            self._reducer.all_reduce(x, pieces)
+            self.reducer.all_reduce(x, pieces)
         if x is not tensor:
             tensor.copy_(x)
         return x
 
     def _sum_at(
-        self, owners: list[int], bucket: list[Tensor], dtype: Any, divide: bool, group: Any
+        self,
+        owners: list[int],
+        bucket: list[Tensor],
+        dtype: Any,
+        divide: bool,
+        group: Any,
+        root: int | None = None,
     ) -> Tensor:
-        located = self._pieces(bucket, dtype)
-        parts: list[Tensor] = []
-        pieces: list[list[tuple[str, int]]] = []
-        for rank in range(dist.get_world_size(self.group)):
-            owned = [index for index, owner in enumerate(owners) if owner == rank]
-            slices = [bucket[index] for index in owned]
-            part = self.target.flatten(slices) if slices else bucket[0].new_empty(0)
-            part = part.to(dtype)
-            self._divide(part, divide, group)
-            parts.append(part)
-            pieces.append([piece for index in owned for piece in located[index]])
-        return self._reducer.sum_at_owners(parts, pieces)
+        pieces = self._pieces(bucket, dtype)
+        flat = self.target.flatten(bucket).to(dtype)
+        self._divide(flat, divide, group)
+        return self.reducer.sum_slices(flat, [x.numel() for x in bucket], owners, pieces, root)
 
     def _divide(self, x: Tensor, divide: bool, group: dist.ProcessGroup | None) -> None:
         _check_group(group or self.group, self.group)
         if divide and self.target.gradient_average:
             x.div_(dist.get_world_size(self.group))
 
-    def _pieces(self, bucket: list[Tensor], dtype: Any) -> list[list[tuple[str, int]]]:
+    def _pieces(self, bucket: list[Tensor], dtype: Any) -> list[list[Piece]]:
         """The named pieces of each tensor: whole gradients, or slices of the flat bucket that they lie in."""
         waiting = self.target.ipg_buckets[dtype]
         located = GradientMap(
@@ -305,10 +283,6 @@ def remove(plug: EnginePlug | ZeroPlug) -> None:
     """Gives the target its own methods back."""
     for name in plug.methods:
         delattr(plug.target, name)
-
-
-def _columns(pieces: Sequence[tuple[str, int]]) -> tuple[list[str], list[int]]:
-    return [name for name, _ in pieces], [numel for _, numel in pieces]
 
 
 def _single_owner(rank: Any) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS
+from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS, Plan
+from efficient_dl.comm.plan import Scale
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 
 SECTION = "efficient_dl"
+SCALES = ("auto", "local", "global")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WHERE = f'section "{SECTION}" of the DeepSpeed configuration'
 
@@ -25,6 +27,11 @@ class Settings:
     check_every: int = 50
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     kernel: str = "auto"
+    scale: str = "auto"
+    error_feedback: bool | str = "auto"
+    shadow: bool = False
+    max_relative_error: float | None = None
+    on_alarm: str = "warn"
 
     @staticmethod
     def of(config: Mapping[str, Any], **arguments: Any) -> Settings:
@@ -65,12 +72,24 @@ class Settings:
             "check_every": _is_number(self.check_every, int) and self.check_every >= 0,
             "timeout": _is_number(self.timeout, int, float) and self.timeout > 0,
             "kernel": isinstance(self.kernel, str),
+            "scale": self.scale in SCALES,
+            "error_feedback": isinstance(self.error_feedback, bool) or self.error_feedback == "auto",
+            "shadow": isinstance(self.shadow, bool),
+            "max_relative_error": self.max_relative_error is None
+            or (_is_number(self.max_relative_error, int, float) and self.max_relative_error > 0),
+            "on_alarm": self.on_alarm in ("warn", "disable"),
         }
         expected = {
             "bits": 'a number of bits a value, "lossless", "identity", "none" or "auto"',
             "check_every": "a number of optimizer steps, or 0",
             "timeout": "seconds, more than 0",
             "kernel": "a name",
+            "scale": ", ".join(SCALES)
+            + '; "second_moment" needs an optimizer that no rank has only a part of',
+            "error_feedback": 'true, false or "auto"',
+            "shadow": "true or false",
+            "max_relative_error": "a number above 0, such as 0.5",
+            "on_alarm": '"warn" or "disable"',
         }
         for name, is_valid in valid.items():
             if not is_valid:
@@ -80,6 +99,28 @@ class Settings:
                     found=repr(getattr(self, name)),
                     where=f"{_WHERE}, or the argument",
                 )
+        if self.on_alarm == "disable" and not self.check_every:
+            raise ConfigError(
+                'on_alarm="disable" needs the comparison of parameters, with which ranks agree on it',
+                expected="check_every above 0",
+            )
+
+    def plan(self, engine: Any) -> Plan:
+        """What travels; "auto" goes by the engine's optimizer and device, as for DistributedDataParallel."""
+        is_sgd = isinstance(engine.basic_optimizer, torch.optim.SGD)
+        scale: Scale = "local"
+        if self.scale == "global" or (self.scale == "auto" and is_sgd and engine.device.type == "cpu"):
+            scale = "global"
+        plan = Plan.of(self.bits, scale=scale, error_feedback=self.error_feedback is True)
+        hides_skips = bool(engine.torch_autocast_z0_gradscaler)
+        if plan.error_feedback and hides_skips:
+            raise ConfigError(
+                "error feedback has to know which steps are skipped",
+                found="torch_autocast with a GradScaler and without ZeRO, whose skipped steps DeepSpeed does not tell",
+                fix="error_feedback=False, or DeepSpeed's own fp16",
+            )
+        automatic = self.error_feedback == "auto" and is_sgd and scale == "global" and plan.is_lossy
+        return replace(plan, error_feedback=True) if automatic and not hides_skips else plan
 
 
 def check_supported(engine: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.comm import parameter_scalars, total_scalars
+from efficient_dl.comm.plan import Scale
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp import compress_ddp
@@ -197,6 +198,9 @@ def compressed(
         max_error=settings.max_error or None,
         bytes_per_step=settings.bytes_per_step or None,
         error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
+        scale=_SCALES[settings.scale],
+        hierarchy=None if settings.hierarchy == "none" else settings.hierarchy,
+        transport="mpi" if settings.transport == "mpi" else None,
         shadow=settings.shadow,
         check_every=settings.check_every,
         max_relative_error=settings.max_relative_error,
@@ -214,4 +218,5 @@ def sync_buffers_argument(wanted: bool) -> dict[str, bool]:
 # torch 2.13 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
+_SCALES: dict[str, Scale | Literal["auto"]] = {"auto": "auto", **{scale: scale for scale in get_args(Scale)}}
 _ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}

@@ -104,11 +104,14 @@ def engine_of(case: dict[str, Any], section: Any = None) -> Any:
     parameters: Any = [p for p in net.parameters() if p.requires_grad]
     if case.pop("groups", False):
         parameters = [{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.002}]
+    optimizer: Any = torch.optim.Adam(parameters, lr=0.005)
+    if case.pop("sgd", False):
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
     zero = {"reduce_bucket_size": 16000, **case.pop("zero")}
     config = {**CONFIG, **case, "zero_optimization": zero}
     if section is not None:
         config["efficient_dl"] = section
-    return deepspeed.initialize(model=net, optimizer=torch.optim.Adam(parameters, lr=0.005), config=config)[0]
+    return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
 
 
 def train(engine: Any, rank: int, steps: int = STEPS, poisoned: int | None = None) -> list[float]:

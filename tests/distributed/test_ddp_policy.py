@@ -87,6 +87,8 @@ def test_ranks_stay_equal_and_learn(world_size: int, wishes: dict[str, Any]) -> 
     expected = ("global", True) if "scale" not in wishes else (wishes["scale"], False)
     norms = [row.get("residual_norm", 0.0) for row in stats["parameters"].values()]
     assert (max(norms) > 0) == stats["error_feedback"]
+    assert (stats["transport"], stats["hierarchy"]) == ("process_group", None)
+    assert all(row["model_bits"] > 0 for row in stats["parameters"].values() if row["values_sent"] > 500)
     assert (stats["scale"], stats["error_feedback"]) == (
         expected[0],
         wishes.get("error_feedback", expected[1]),
@@ -174,7 +176,9 @@ def interrupted(rank: int, wishes: dict[str, Any]) -> bool:
     return torch.equal(resumed.weights(), whole.weights())
 
 
-@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all", "second moment"])
+@pytest.mark.parametrize(
+    "name", ["sgd's default", "bounded error", "budget", "error feedback", "all", "second moment"]
+)
 def test_resuming_equals_never_stopping(name: str) -> None:
     assert run_ranks(interrupted, 2, WISHES[name]) == [True, True]
 

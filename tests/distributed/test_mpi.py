@@ -179,7 +179,7 @@ def test_transports_that_do_not_fit_are_refused_on_every_rank(mpi: str) -> None:
     for rank, texts in enumerate(run_mpi_ranks(mpi, with_another_order, 2)):
         order, different, nothing, unknown = texts
         assert f"expected: rank {rank} of 2, as in the process group\n  found: rank {1 - rank} of 2" in order
-        assert "transport = MpiTransport object (rank 1), process group (rank 0)" in different
+        assert "transport = MpiTransport object (rank 1), process_group (rank 0)" in different
         assert "would carry nothing" in nothing
         assert "unknown transport 'pigeons'" in unknown
 

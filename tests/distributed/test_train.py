@@ -49,6 +49,7 @@ RESUMED = {
         "compression.bits=0.5", "optimizer.name=sgd", "compression.overrides=*.bias=none",
     ],
     "bounded-error-adamw": ["compression.max_error=0.2"],
+    "second-moment-adamw": ["compression.bits=2.0", "compression.scale=second_moment"],
     "2bit-muon-gpt": [
         "compression.bits=2.0", "optimizer.name=muon", "model.name=gpt", "model.context=32", "data.name=stdlib",
         "model.dropout=0.1", "train.precision=bf16",
@@ -101,6 +102,19 @@ def without_times(row: dict[str, float]) -> dict[str, float]:
 def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
     for differences in run_ranks(resume_each, 2, tmp_path, timeout=110):
         assert differences == {name: [] for name in RESUMED}
+
+
+def bytes_by_hierarchy(rank: int, folder: Path) -> list[float]:
+    settings = ["train.steps=2", "compression.bits=identity"]
+    return [
+        run(tiny(folder / nodes, *settings, f"compression.hierarchy={nodes}")).wire_bytes_per_step
+        for nodes in ("none", "2")
+    ]
+
+
+def test_the_hierarchy_of_a_run_sends_a_third_out_of_two_nodes_of_two(tmp_path: Path) -> None:
+    flat, by_nodes = run_ranks(bytes_by_hierarchy, 4, tmp_path)[0]
+    assert by_nodes == pytest.approx(flat / 3, rel=0.02)
 
 
 def test_ranks_of_a_launcher_train_and_write_a_run_folder(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ def _values(kind: Any, rule: Any) -> st.SearchStrategy[Any]:
     if kind is str:
         text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1 if rule["required"] else 0)
         return text if words is None else words
-    if kind is int:
-        return st.integers(rule["low"], rule["high"])
+    if kind in (int, int | str):
+        integers = st.integers(rule["low"], rule["high"])
+        return integers if words is None else st.one_of(words, integers)
     low = rule["low"] if rule["low"] is not None else rule["above"]
     high = rule["high"] if rule["high"] is not None else rule["below"]
     open_ends = {"exclude_min": rule["above"] is not None, "exclude_max": rule["below"] is not None}

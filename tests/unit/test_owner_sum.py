@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficient_dl.comm import BucketLayout, Compressor, Plan, Transport, sum_at_owners, summary
+from efficient_dl.comm import BucketLayout, Compressor, Plan, Residuals, Transport, sum_at_owners, summary
 from tests.unit.ranks import on_ranks
 
 # For each owner the pieces it owns: one of them owns a part of "weight" and a bias, one nothing.
@@ -79,3 +79,31 @@ def test_a_non_finite_value_reaches_the_owner(sender: int, bits: Any) -> None:
     values = contributions()
     values[sender][0][5] = torch.inf
     assert not at_owners(values, bits)[0][0][5].isfinite()
+
+
+def test_what_was_not_sent_to_the_owners_is_in_the_residuals() -> None:
+    """Two owners share "weight": what one of them lacks lies behind what the other lacks."""
+    numels = {"weight": 700 + 811, "bias": 70}
+    layouts = [
+        BucketLayout.of([name for name, _ in owned], [n for _, n in owned], 1).beginning_at(begins)
+        for owned, begins in zip(PIECES, [[0], [700, 0], []], strict=True)
+    ]
+
+    def rank(transport: Transport) -> tuple[Tensor, list[Tensor]]:
+        residuals = Residuals(numels, torch.device("cpu"))
+        compressor = Compressor(Plan.of(0.5, error_feedback=True), NAMES, residuals=residuals)
+        total = torch.zeros(sum(n for _, n in PIECES[transport.rank]))
+        for _ in range(4):
+            compressor.begin_step()
+            total += sum_at_owners(contributions()[transport.rank], layouts, compressor, transport)
+            compressor.commit_step()
+        kept = residuals.state_dict()["parameters"]
+        own = [kept.get(name, torch.zeros(numel)) for name, numel in numels.items()]
+        return total, [own[0][:700], torch.cat([own[0][700:], own[1]])]
+
+    results = on_ranks(3, rank)
+    values = contributions()
+    for owner in (0, 1):
+        sent = results[owner][0] + sum(kept[owner] for _, kept in results)
+        torch.testing.assert_close(sent, 4 * sum(one[owner] for one in values), rtol=1e-4, atol=1e-4)
+        assert all(kept[owner].norm() > 0 for rank, (_, kept) in enumerate(results) if rank != owner)

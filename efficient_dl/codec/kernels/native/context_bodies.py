@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,8 @@ class NativeGrid:
             measured,
         )
         report(measured, stats)
+        if stats is not None:
+            (stats.step_size,) = struct.unpack("<f", body[:4].numpy().tobytes())
         return body_bytes
 
     def decode(

@@ -19,6 +19,7 @@ ESCAPE_BYTES = 2
 _MAX_Q = 32767.0
 _ROUNDING = 0.375  # less than one half: a dead zone of 1.25 steps
 _FIRST_HUGE_BITS = 253 << 23
+SMALLEST_HUGE = 2.0**126  # blocks with such values, or with NaN, are not quantized
 _OCTAVE = 32  # steps
 _FINEST, _COARSEST = (
     -40 * _OCTAVE,
@@ -38,6 +39,7 @@ def encode(
     (step_bits,) = struct.unpack("<I", struct.pack("<f", step))
     if stats is not None:
         stats.header_bits += 32
+        stats.step_size = step
     return torch.cat([to_bytes(torch.tensor([step_bits], device=x.device), 4), body])
 
 

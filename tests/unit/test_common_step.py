@@ -1,0 +1,143 @@
+"""One step size for all packets of a model: unequal rates by tensor, the average kept, the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import PacketStats
+from efficient_dl.comm import BucketLayout, Compressor, Plan, Transport, all_reduce, since, summary
+from efficient_dl.comm.common_step import CommonStep
+from efficient_dl.comm.meter import Tally
+from efficient_dl.errors import SideMismatch
+from tests.unit.ranks import on_ranks
+
+SPREADS = {"small": 0.1, "middle": 1.0, "large": 4.0}  # one bucket each
+NUMEL = 16_384
+STEPS, SETTLED = 14, 8
+
+
+def gradient(name: str, step: int, rank: int) -> Tensor:
+    seed = 1000 * step + 10 * rank + list(SPREADS).index(name)
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(seed)) * SPREADS[name]
+
+
+def trained(transport: Transport, bits: float, agrees: bool) -> dict[str, Any]:
+    """Reduces the gradients of some steps; returns what the last of them cost and erred."""
+    compressor = Compressor(Plan.of(bits, scale="global"), list(SPREADS))
+    assert compressor.common_step is not None
+    squares, x = 0.0, torch.empty(0)
+    before = compressor.meter.state_dict()
+    for step in range(STEPS):
+        if step == SETTLED:
+            before = compressor.meter.state_dict()
+        compressor.begin_step()
+        for name in SPREADS:
+            layout = BucketLayout.of([name], [NUMEL], transport.world_size)
+            x = gradient(name, step, transport.rank)
+            all_reduce(x, layout, compressor, transport)
+            if step >= SETTLED:
+                everyone = [gradient(name, step, rank) for rank in range(transport.world_size)]
+                squares += float((x - sum(everyone) / transport.world_size).square().sum())
+        compressor.end_step(0.0)
+        if agrees:
+            compressor.agree(transport)
+    found = summary(since(compressor.meter.state_dict(), before))
+    return {
+        "bits": {name: row["bits_per_value"] for name, row in found["parameters"].items()},
+        "mean": found["encoded_bits"] - found["header_bits"],
+        "bytes": found["wire_bytes"],
+        "squares": squares,
+        "steps": [compressor.common_step.step(result) for result in (False, True)],
+        "x": x,
+    }
+
+
+@pytest.mark.parametrize("bits", [1.0, 2.0])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_tensors_of_a_larger_rms_get_more_bits_and_the_average_stays(world_size: int, bits: float) -> None:
+    results = on_ranks(world_size, lambda transport: trained(transport, bits, agrees=True))
+    for found in results:
+        assert found["bits"]["small"] + 0.4 < found["bits"]["middle"] + 0.3 < found["bits"]["large"]
+        assert found["mean"] == pytest.approx(bits, abs=0.04)  # headers and tables come on top
+        assert found["steps"] == results[0]["steps"] and None not in found["steps"]
+        assert torch.equal(found["x"], results[0]["x"])
+
+
+def test_a_common_step_errs_less_with_no_more_bits() -> None:
+    own, common = (
+        on_ranks(2, lambda transport, agrees=agrees: trained(transport, 2.0, agrees))
+        for agrees in (False, True)
+    )
+    assert all(one["steps"] == [None, None] for one in own)
+    for before, after in zip(own, common, strict=True):
+        assert after["squares"] < 0.6 * before["squares"]
+        assert after["bytes"] < 1.01 * before["bytes"]
+
+
+def counted(packet_bits: float, step_size: float = 0.0, nonfinite: int = 0) -> PacketStats:
+    return PacketStats(
+        numel=10_000,
+        packet_bytes=round(packet_bits * 1250),
+        step_size=step_size,
+        nonfinite_blocks=nonfinite,
+    )
+
+
+def after(common: CommonStep, stats: PacketStats) -> float | None:
+    common.count(stats, result=False)
+    with common._lock:
+        total = [n for one in common._directions for n in (one.values, one.bits, one.places)]
+        total.append(common._nonfinite)
+        common._forget()
+    common.agreed(total)
+    return common.step(False)
+
+
+def test_a_step_follows_the_missed_rate_and_no_step_that_is_not_finite() -> None:
+    common = CommonStep(2.0)
+    assert after(common, counted(2.0, step_size=0.5)) == 0.5
+    assert after(common, counted(2.0)) == 0.5
+    assert after(common, counted(3.0)) == pytest.approx(0.5 * 2**0.75, rel=1e-3)
+    assert after(common, counted(0.0, nonfinite=1)) == pytest.approx(0.5 * 2**0.75, rel=1e-3)
+    assert after(common, counted(1.0)) == 0.5
+    assert after(common, counted(200.0)) == 2.0  # four times as coarse at most
+    assert common.step(True) is None
+
+
+def test_a_step_follows_the_loss_scale() -> None:
+    common = CommonStep(2.0)
+    common.begin(1024.0)
+    assert after(common, counted(2.0, step_size=1024.0)) == 1024.0
+    common.begin(512.0)
+    assert common.step(False) == 512.0
+
+
+def test_few_values_keep_their_own_steps() -> None:
+    common = CommonStep(2.0)
+    assert after(common, PacketStats(numel=100, packet_bytes=500, step_size=1.0)) is None
+
+
+def test_a_restored_step_goes_on_exactly() -> None:
+    common, again = CommonStep(2.0), CommonStep(2.0)
+    after(common, counted(2.0, step_size=0.5))
+    common.count(counted(3.1), result=False)
+    again.load_state_dict(common.state_dict())
+    assert again.state_dict() == common.state_dict()
+    assert after(again, counted(2.5)) == after(common, counted(2.5))
+
+
+def test_a_packet_with_another_step_is_refused() -> None:
+    layout = BucketLayout.of(["large"], [NUMEL], 1)
+    sender, receiver = (Compressor(Plan.of(2.0, scale="global"), ["large"]) for _ in range(2))
+    shard, x = layout.shards[0], gradient("large", 0, 0)
+    for compressor, step_size in ((sender, 0.5), (receiver, 0.25)):
+        assert compressor.common_step is not None
+        after(compressor.common_step, counted(2.0, step_size=step_size))
+    room = torch.empty(sender.max_bytes(shard, x.dtype), dtype=torch.uint8)
+    message = sender.encode(x, room, shard, Tally(layout), copies=1)
+    with pytest.raises(SideMismatch):
+        receiver.decode(message, torch.empty_like(x), shard, Tally(layout))
