@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 
@@ -27,3 +28,11 @@ CONTEXT.set_forkserver_preload(
         "efficient_dl.cli",
     ]
 )
+
+
+@functools.cache
+def start_server() -> None:
+    """Waits until the server has imported all that, which no test wants on its clock."""
+    first = CONTEXT.Process(target=int)
+    first.start()
+    first.join()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed.forks import CONTEXT
+from tests.distributed.forks import CONTEXT, start_server
 
 
 @dataclass
@@ -50,6 +50,7 @@ def run_failing_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 100.0
 ) -> list[Outcome]:
     """The same for ranks that may fail or die; fails the test if one is still running after `timeout` seconds."""
+    start_server()
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         ranks = [
