@@ -52,6 +52,7 @@ class LocalLearner:
         to half as much more backward work.
     clip: the largest norm of a partition's gradient; 0.0: not clipped.
     penalty: 1/τ of a penalty (1/2τ)·‖branch‖² on residual branches.
+    objective: the loss of logits, a name of efficient_dl.objectives.OBJECTIVES.
     seed: of the heads' initial values.
     autocast: entered for every forward pass, such as lambda: torch.autocast("cuda", torch.bfloat16).
 
@@ -75,6 +76,7 @@ class LocalLearner:
         window: Literal[1, 2] = 1,
         clip: float = 0.0,
         penalty: float = 0.0,
+        objective: str = "cross-entropy",
         seed: int = 0,
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
@@ -88,7 +90,17 @@ class LocalLearner:
         self.losses: list[float] = []  # by partition, of the latest step; NaN where it did not train
         self._window, self._autocast, self._clip = window, autocast, clip
         self._make_optimizer = optimizer
-        self._blocks = Blocks(partitions, inputs, targets, kind, classes, unit, penalty=penalty, seed=seed)
+        self._blocks = Blocks(
+            partitions,
+            inputs,
+            targets,
+            kind,
+            classes,
+            unit,
+            penalty=penalty,
+            objective=objective,
+            seed=seed,
+        )
         self._trained: dict[int, Trained] = {}
         self._stage(range(len(partitions)))
 

@@ -124,6 +124,7 @@ class LocalTrainer(RunLoop):
             self.data.spec.classes,
             self.task.unit,
             penalty=self.config.local.penalty,
+            objective=self.config.train.objective,
             seed=self.config.train.seed,
         )
 
