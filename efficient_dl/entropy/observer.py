@@ -111,8 +111,9 @@ class EntropyObserver:
         self._frozen: dict[tuple[str, str], Tensor] = {}  # steps, 0-dim, on the tensors' devices
         self._before: dict[str, Tensor] = {}  # samples of weights
         self._found: dict[tuple[str, str], tuple[int, Tensor]] = {}  # numel, _COLUMNS; not fetched yet
-        self._measured = 0
-        self._file: IO[str] | None = None if path is None else Path(path).open("a", encoding="utf-8")
+        self._file: IO[str] | None = None
+        if path is not None:
+            self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         self._handles: list[Any] = []
         self._attach()
         if "weights" in self.kinds:
@@ -252,18 +253,23 @@ class EntropyObserver:
             for kind, name in sorted(fetched, key=lambda key: order[key[0]])
         ]
         self._found = {}
-        self._measured += 1
-        if "activations" in self.kinds and not any(row.kind == "activations" for row in self.rows):
-            if ("activations", "") not in self.skipped:
-                self.skipped["activations", ""] = "no module was seen running"
-                _log.warning(
-                    "no activations were observed at step %d: no watched module ran with gradients recorded "
-                    "(torch.compile hides them), or none has %d values",
-                    self.step,
-                    self.min_numel,
-                )
+        self._miss_activations()
         self._remember()
         self._write()
+
+    def _miss_activations(self) -> None:
+        """Say once that there are none, though they are wanted."""
+        key = ("activations", "")
+        if "activations" not in self.kinds or any(row.kind == "activations" for row in self.rows):
+            return
+        if key not in self.skipped:
+            self.skipped[key] = "no module was seen running"
+            _log.warning(
+                "no activations were observed at step %d: no watched module ran with gradients recorded "
+                "(torch.compile hides them), or none has %d values",
+                self.step,
+                self.min_numel,
+            )
 
     def _remember(self) -> None:
         if len(self.history) >= MAX_COLUMNS:

@@ -24,7 +24,8 @@ class Blocks:
     """Makes the blocks of a model's partitions, each with the same initial values whenever it is made.
 
     inputs, targets: a batch. heads: a kind of `make_head`. classes: of logits. unit: "tokens" or "samples".
-    penalty: 1/τ of the transport penalty, 0.0 for none. objective: a name of efficient_dl.objectives. seed: of the heads' initial values.
+    penalty: 1/τ of the transport penalty, 0.0 for none. objective: a name of efficient_dl.objectives.OBJECTIVES.
+    seed: of the heads' initial values.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ class _LinearObjective(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         divisor, *saved = ctx.saved_tensors
         scale = grads[0] / divisor
         scaled = [

@@ -317,7 +317,7 @@ def test_the_fused_loss_saves_no_tensor_of_rows_times_classes() -> None:
 
 
 def test_a_fused_loss_for_each_row_is_refused() -> None:
-    with pytest.raises(ConfigError, match="mean | sum"):
+    with pytest.raises(ConfigError, match=r"mean \| sum"):
         linear_objective(
             CROSS_ENTROPY, torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1]), reduction="none"
         )
