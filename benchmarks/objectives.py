@@ -31,7 +31,9 @@ from efficient_dl.objectives import OBJECTIVES, make_objective
 BENCH = "objectives"
 REFERENCE = "cross-entropy"
 FIRST_TUNING_SEED = 1000
-RATES = tuple(1e-3 * 10 ** (i / 2) for i in range(8))  # 0.001 to 3.16; then two between the best one and its neighbours
+RATES = tuple(
+    1e-3 * 10 ** (i / 2) for i in range(8)
+)  # 0.001 to 3.16; then two between the best one and its neighbours
 MOMENTUM = 0.9
 
 

@@ -28,36 +28,39 @@ def rms_step(rms: Tensor, bits: int = 8) -> Tensor:
 
 
 def entropy_bits(counts: Tensor, population: int | None = None) -> Tensor:
-    """Bits a symbol of the distribution with these counts, 0-dim float32.
+    """Bits a symbol of the distributions with these counts: float32 (...).
 
-    counts: (symbols,), non-negative. population: of how many values the counted ones are a random sample; then the
+    counts: (..., symbols), non-negative. population: of how many values the counted ones are a random sample; then the
     sample's mean error, (symbols seen − 1) / 2n nats, is added in the share that was not looked at. Source: Shannon
     1948; Miller 1955 for the error.
     """
     counts = counts.float()
-    n = counts.sum()
-    entropy = n.log2() - torch.special.xlogy(counts, counts).sum() / (n * math.log(2))
+    n = counts.sum(-1)
+    nats = n.log() - torch.special.xlogy(counts, counts).sum(-1) / n
     if population is not None:
-        seen = (counts > 0).sum()
-        entropy = entropy + (seen - 1) * (1 / n - 1 / population).clamp(min=0) / (2 * math.log(2))
-    return torch.where(n > 0, entropy.clamp(min=0), n.log2())
+        seen = torch.count_nonzero(counts, -1)
+        nats = nats + (seen - 1) * (1 / n - 1 / population).clamp(min=0) / 2
+    return torch.where(n > 0, nats.clamp(min=0) / math.log(2), math.nan)
 
 
 def quantized_entropy(
     x: Tensor, step: Tensor, population: int | None = None, offset: Tensor | None = None
 ) -> Tensor:
-    """Entropy of round((x − offset) / step) in bits a value, 0-dim float32.
+    """Entropy of round((x − offset) / step) in bits a value, float32 of step's shape.
 
-    x: any shape and floating dtype. step, offset: 0-dim; NaN for a step that is not a positive finite number. NaNs in
-    x count as symbol 0. At most NUM_BINS symbols are told apart.
+    x: any shape and floating dtype. step, offset: 0-dim, or (k,) for k quantizers at once; NaN for a step that is not a
+    positive finite number. NaNs in x count as symbol 0. At most NUM_BINS symbols are told apart.
     """
-    scaled = x.float().flatten()
-    scaled = scaled if offset is None else scaled - offset
+    values = x.float().reshape(1, -1)
+    if offset is not None:
+        values = values - offset.reshape(-1, 1)
     half = NUM_BINS // 2
-    symbols = (scaled / step).nan_to_num(0.0, half, -half).round().clamp(-half, half - 1).long() + half
-    counts = torch.zeros(NUM_BINS, device=x.device).scatter_add_(0, symbols, torch.ones_like(scaled))
+    scaled = (values / step.reshape(-1, 1)).nan_to_num(0.0, half, -half)
+    symbols = scaled.round_().clamp_(-half, half - 1).long() + half
+    counts = values.new_zeros((len(symbols), NUM_BINS))
+    counts.scatter_add_(1, symbols, values.new_ones(()).expand_as(symbols))
     usable = (step > 0) & step.isfinite()
-    return torch.where(usable, entropy_bits(counts, population), torch.full_like(counts[0], math.nan))
+    return torch.where(usable, entropy_bits(counts, population).reshape(step.shape), math.nan)
 
 
 def range_entropy(x: Tensor, bits: int = 8) -> Tensor:

@@ -88,10 +88,10 @@ class EntropyObserver:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
-        every: int = 100,
+        every: int = 500,
         bits: int = 8,
         kinds: Iterable[str] = KINDS,
-        sample: int = 8192,
+        sample: int = 4096,
         min_numel: int = 1024,
         writer: Writer | None = None,
         path: str | Path | None = None,
@@ -218,22 +218,19 @@ class EntropyObserver:
         low, high = _extremes(x)
         rms = torch.linalg.vector_norm(x, dtype=torch.float32) / math.sqrt(numel)
         frozen = self._freeze((kind, name), low, high)
-        nothing, zero = low.new_full((), math.nan), low.new_zeros(())
-        by_range = quantized_entropy(values, range_step(low, high, self.bits), population, offset=low)
-        by_rms = quantized_entropy(values, rms_step(rms, self.bits), population)
-        entropies = [
-            torch.where(low == high, zero, by_range),  # one symbol, whatever the step
-            quantized_entropy(values, frozen, population),
-            torch.where(rms == 0, zero, by_rms),
-            exponent_entropy(values, population),
-        ]
-        entropies = [torch.where(rms.isfinite(), one, nothing) for one in entropies]
+        steps = torch.stack([range_step(low, high, self.bits), frozen, rms_step(rms, self.bits)])
+        zero = torch.zeros_like(low)
+        entropies = quantized_entropy(values, steps, population, torch.stack([low, zero, zero]))
+        constant = torch.stack([low == high, zero > 0, rms == 0])  # one symbol, whatever the step
+        entropies = entropies.masked_fill(constant, 0.0)
+        entropies = torch.cat([entropies, exponent_entropy(values, population).reshape(1)])
+        entropies = torch.where(rms.isfinite(), entropies, math.nan)
         if before is None:
-            unchanged = [nothing, nothing]
+            unchanged = entropies.new_full((2,), math.nan)
         else:
             rounded = before.to(torch.bfloat16), values.to(torch.bfloat16)
-            unchanged = [unchanged_share(before, values), unchanged_share(*rounded)]
-        self._found[kind, name] = numel, torch.stack([*entropies, *unchanged])
+            unchanged = torch.stack([unchanged_share(before, values), unchanged_share(*rounded)])
+        self._found[kind, name] = numel, torch.cat([entropies, unchanged])
 
     def _freeze(self, key: tuple[str, str], low: Tensor, high: Tensor) -> Tensor:
         """The step of the tensor's first range that is one: a bias of zeros has none at initialization."""
