@@ -168,13 +168,13 @@ class EntropyObserver:
         if "activations" in self.kinds:
             for name, module in self._model.named_modules():
                 if not any(module.children()) and not isinstance(module, (nn.Dropout, nn.Identity)):
-                    self._handles.append(module.register_forward_hook(self._hook(name)))
+                    self._handles.append(module.register_forward_hook(self._hook(name, module)))
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, watched: nn.Module) -> Any:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch.compiler.is_compiling() or not self._due() or not torch.is_grad_enabled():
                 return
-            if ("activations", name) in self._found:
+            if module is not watched or ("activations", name) in self._found:  # a copy carries the hooks along
                 return
             first = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(first, Tensor):
