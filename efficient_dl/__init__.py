@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from efficient_dl import entropy, objectives
     from efficient_dl.codec import make_codec
     from efficient_dl.integrations.compress import compress
     from efficient_dl.integrations.ddp_compression import Compression
@@ -17,10 +18,13 @@ __all__ = [
     "Partition",
     "Partitions",
     "compress",
+    "entropy",
     "make_codec",
+    "objectives",
     "partition",
 ]
 
+_MODULES = ("entropy", "objectives")
 _HOMES = {
     "Compression": "efficient_dl.integrations.ddp_compression",
     "compress": "efficient_dl.integrations.compress",
@@ -35,8 +39,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: `import efficient_dl` alone does not load torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -78,6 +78,10 @@ def train(
         typer.Option(help="mlp, vgg8b, resnet18 or gpt, with a size: gpt-nano, gpt-micro, gpt-mini."),
     ] = None,
     data: Annotated[str | None, typer.Option(help="stdlib, digits, fashion-mnist or tokens:PATH.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="cross-entropy, linear, expgb, pow3gb, squentropy or rescaled-square: the loss."),
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adamw or muon.")] = None,
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
@@ -121,6 +125,7 @@ def train(
         "model.name": None if model is None else name,
         "model.size": size if dash else None,
         "data.name": data,
+        "train.objective": objective,
         "optimizer.name": optimizer,
         "compression.bits": bits,
         "local.mode": mode,

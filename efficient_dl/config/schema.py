@@ -12,6 +12,7 @@ from efficient_dl.config.setting import Section, setting, to_toml_value
 from efficient_dl.errors import ConfigError
 
 BITS_WORDS = ("none", "identity", "lossless", "auto")
+OBJECTIVE_WORDS = ("cross-entropy", "linear", "expgb", "pow3gb", "squentropy", "rescaled-square")
 _MANY = 2**40  # more steps than anyone runs, and far from the end of int64
 
 
@@ -138,6 +139,9 @@ class TrainConfig(Section):
     section: ClassVar[str] = "train"
     steps: int = setting(500, "optimizer steps", low=1, high=_MANY)
     seed: int = setting(0, "the only source of randomness", low=0, high=2**63 - 1)
+    objective: str = setting(
+        "cross-entropy", "the loss of the model's outputs; val_loss is nats for all", words=OBJECTIVE_WORDS
+    )
     precision: str = setting("fp32", "arithmetic of the layers; bf16: autocast", words=("fp32", "bf16"))
     accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
     eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)

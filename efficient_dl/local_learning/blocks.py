@@ -25,7 +25,8 @@ class Blocks:
     """Makes the blocks of a model's partitions, each with the same initial values whenever it is made.
 
     inputs, targets: a batch. heads: a kind of `make_head`. classes: of logits. unit: "tokens" or "samples".
-    penalty: 1/τ of the transport penalty, 0.0 for none. seed: of the heads' initial values. Raises ConfigError.
+    penalty: 1/τ of the transport penalty, 0.0 for none. objective: a name of efficient_dl.objectives.OBJECTIVES.
+    seed: of the heads' initial values. Raises ConfigError.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Blocks:
         unit: str,
         *,
         penalty: float = 0.0,
+        objective: str = "cross-entropy",
         seed: int = 0,
     ) -> None:
         if heads == "deep":
@@ -49,7 +51,7 @@ class Blocks:
             )
         self.partitions = partitions
         self._heads, self._classes, self._unit = heads, classes, unit
-        self._penalty, self._seed = penalty, seed
+        self._penalty, self._objective, self._seed = penalty, objective, seed
         self._targets = targets[:_EXAMPLES].clone()  # not a view, which would keep the whole batch
         self._features = _features(partitions, inputs[:_EXAMPLES].clone())
 
@@ -71,6 +73,7 @@ class Blocks:
             [piece.module for piece in self.partitions.pieces if id(piece.module) in inside],
             tau=1 / self._penalty if self._penalty else None,
             unit=self._unit,
+            task_loss=self._objective,
         )
         return LocalBlock(body, head, objective).train()
 

@@ -54,6 +54,7 @@ class LocalLearner:
         to half as much more backward work.
     clip: the largest norm of a partition's gradient; 0.0: not clipped.
     penalty: 1/τ of a penalty (1/2τ)·‖branch‖² on residual branches.
+    objective: the loss of logits, a name of efficient_dl.objectives.OBJECTIVES.
     seed: of the heads' initial values.
     autocast: entered for every forward pass, such as lambda: torch.autocast("cuda", torch.bfloat16).
 
@@ -77,6 +78,7 @@ class LocalLearner:
         window: Literal[1, 2] = 1,
         clip: float = 0.0,
         penalty: float = 0.0,
+        objective: str = "cross-entropy",
         seed: int = 0,
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
@@ -93,7 +95,17 @@ class LocalLearner:
         self._window, self._autocast, self._clip = window, autocast, clip
         self._make_optimizer = optimizer
         self._trainable = {id(one) for one in partitions.model.parameters() if one.requires_grad}
-        self._blocks = Blocks(partitions, inputs, targets, kind, classes, unit, penalty=penalty, seed=seed)
+        self._blocks = Blocks(
+            partitions,
+            inputs,
+            targets,
+            kind,
+            classes,
+            unit,
+            penalty=penalty,
+            objective=objective,
+            seed=seed,
+        )
         self._trained: dict[int, Trained] = {}
         self._stage(range(len(partitions)))
 

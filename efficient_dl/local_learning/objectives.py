@@ -1,9 +1,9 @@
-"""Local losses: cross-entropy, similarity matching, and a penalty on how far a partition moves its features."""
+"""Local losses: the task's loss, similarity matching, and a penalty on how far a partition moves its features."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.block import LocalObjective
+from efficient_dl.objectives import make_objective as make_task_loss
 
 SIMILARITY_WEIGHT = 0.99  # Nøkland & Eidnes 2019, arXiv 1901.06656
 
@@ -26,20 +27,37 @@ class CrossEntropy:
         return cross_entropy(head(features), targets)
 
 
+class TaskLoss:
+    """A loss of logits (rows, classes) and targets (rows), as efficient_dl.objectives has them, for any shape."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
+
+    def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+        return self.of(head(features), targets)
+
+    def of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        _check_shapes(logits, targets)
+        return self.loss(logits.flatten(0, -2), targets.flatten())
+
+
 class PredSim:
-    """weight · MSE(S(matching features), S(one-hot targets)) + (1 − weight) · cross-entropy.
+    """weight · MSE(S(matching features), S(one-hot targets)) + (1 − weight) · task loss, which is cross-entropy.
 
     S: the samples' cosine similarities (similarities). Needs a head that returns (logits, matching features), as
     heads.PredSimHead does, and several samples in a batch. Source: Nøkland & Eidnes 2019.
     """
 
-    def __init__(self, weight: float = SIMILARITY_WEIGHT) -> None:
+    def __init__(
+        self, weight: float = SIMILARITY_WEIGHT, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
         self.weight = weight
+        self.task_loss = cross_entropy if task_loss is None else task_loss
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         answer = head(features)
         if isinstance(head, nn.Identity):  # of the last partition, which has the task's loss
-            return cross_entropy(answer, targets)
+            return self.task_loss(answer, targets)
         if not isinstance(answer, tuple):
             raise ConfigError(
                 "predsim's loss needs a head with two branches",
@@ -50,7 +68,7 @@ class PredSim:
         logits, matching = answer
         classes = F.one_hot(targets, logits.shape[-1]).float()
         similarity = F.mse_loss(similarities(matching), similarities(classes))
-        return self.weight * similarity + (1 - self.weight) * cross_entropy(logits, targets)
+        return self.weight * similarity + (1 - self.weight) * self.task_loss(logits, targets)
 
 
 class TransportPenalty:
@@ -109,21 +127,37 @@ class Sum:
 
 
 def make_objective(
-    head_kind: str, pieces: Iterable[nn.Module] = (), *, tau: float | None = None, unit: str = "samples"
+    head_kind: str,
+    pieces: Iterable[nn.Module] = (),
+    *,
+    tau: float | None = None,
+    unit: str = "samples",
+    task_loss: str = "cross-entropy",
 ) -> LocalObjective:
     """The loss that belongs to a head of this kind (heads.make_head), with the transport penalty if tau is given.
 
-    pieces: the modules of the partition's pieces, which the penalty observes.
+    pieces: the modules of the partition's pieces, which the penalty observes. task_loss: a name of
+    efficient_dl.objectives.OBJECTIVES.
     """
-    loss: LocalObjective = PredSim() if head_kind.partition(":")[0] == "predsim" else CrossEntropy()
+    matches = head_kind.partition(":")[0] == "predsim"
+    loss: LocalObjective
+    if task_loss == "cross-entropy":
+        loss = PredSim() if matches else CrossEntropy()
+    else:
+        other = TaskLoss(make_task_loss(task_loss))
+        loss = PredSim(task_loss=other.of) if matches else other
     return loss if tau is None else Sum(loss, TransportPenalty(pieces, tau, unit))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The mean in nats, 0-dim float32. logits: (..., classes); targets: int64 (...)."""
+    _check_shapes(logits, targets)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+
+def _check_shapes(logits: Tensor, targets: Tensor) -> None:
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"logits of shape {tuple(logits.shape)} for targets of shape {tuple(targets.shape)}")
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
 
 def similarities(x: Tensor) -> Tensor:

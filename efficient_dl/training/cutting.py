@@ -50,6 +50,7 @@ class Cutter:
             self._spec.classes,
             self._unit,
             penalty=self._config.local.penalty,
+            objective=self._config.train.objective,
             seed=self._config.train.seed,
         )
 

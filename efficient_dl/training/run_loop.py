@@ -35,7 +35,7 @@ class RunLoop(ABC):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = RunFolder(Path(config.run.out), writes=self.rank == 0)
         self.checkpoints = CheckpointFolder(self.folder.checkpoints, config.train.keep_checkpoints)
-        self.task = task_for(data.spec.kind)
+        self.task = task_for(data.spec.kind, config.train.objective)
         self.clock = measure.StepClock(device)
         self.step = 0
         self.last_step = config.train.steps

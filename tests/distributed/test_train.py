@@ -171,6 +171,18 @@ def test_metrics_are_of_the_steps_since_the_row_before(tmp_path: Path) -> None:
     assert all("relative_error" in row for part in parts for row in part["parameters"].values())
 
 
+def train_with_objective(rank: int, folder: Path) -> None:
+    run(tiny(folder, "train.objective=pow3gb", "compression.bits=none", "train.steps=2", "train.log_every=1"))
+
+
+def test_another_objective_is_trained_and_evaluated_in_nats_and_its_own_loss(tmp_path: Path) -> None:
+    run_ranks(train_with_objective, 1, tmp_path / "run")
+    rows = RunFolder(tmp_path / "run", writes=False).rows()
+    first, last = rows[0], rows[-1]
+    assert first["loss"] < 1.0  # of small logits pow3gb is about 0, cross-entropy about log 10
+    assert last["val_objective"] < 1.0 < last["val_loss"] and 0 <= last["val_accuracy"] <= 1
+
+
 def test_a_run_at_its_last_step_is_not_trained_again(tmp_path: Path) -> None:
     out = tmp_path / "run"
     edl(tmp_path, *DIGITS, "--steps", "2", "--out", str(out), ranks=1)

@@ -16,10 +16,12 @@ from efficient_dl.local_learning.objectives import (
     CrossEntropy,
     PredSim,
     Sum,
+    TaskLoss,
     TransportPenalty,
     make_objective,
     similarities,
 )
+from efficient_dl.objectives import exp_gb
 
 
 class Residual(nn.Module):
@@ -173,3 +175,15 @@ def test_uniform_logits_cost_the_logarithm_of_the_classes() -> None:
     features = torch.zeros(3, 4)
     loss = CrossEntropy()(features, features, nn.Identity(), torch.tensor([0, 1, 2]))
     assert loss.item() == pytest.approx(math.log(4))
+
+
+def test_a_partition_may_learn_by_another_loss_than_cross_entropy() -> None:
+    logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    expected = exp_gb(logits.flatten(0, 1), targets.flatten())
+    objective = make_objective("causal:1", task_loss="expgb")
+    assert isinstance(objective, TaskLoss)
+    torch.testing.assert_close(objective(logits, logits, nn.Identity(), targets), expected)
+    of_last = make_objective("predsim", task_loss="expgb")
+    torch.testing.assert_close(of_last(logits, logits, nn.Identity(), targets), expected)
+    with pytest.raises(ValueError, match="for targets of shape"):
+        objective(logits, logits, nn.Identity(), targets[:1])
