@@ -174,7 +174,7 @@ def _buckets_of(numels: tuple[int, ...], itemsize: int, bucket_bytes: int) -> tu
 def _routes(
     measurements: Measurements, model: Shapes, floor_bits: float, options: PlannerOptions
 ) -> list[_Route]:
-    """Every choice that the floor and the options allow, the least compressing first; per codec the faster reduction."""
+    """Every choice that is allowed, the least compressing first; for each codec the faster one of the reductions."""
     allowed = [one for one in measurements.codecs if codec_bits(one.codec) >= floor_bits]
     choices = [_native(measurements, model, options)] if options.native else []
     for codec in sorted(allowed, key=lambda one: -one.bytes_per_value):
@@ -375,10 +375,10 @@ def _reason(decision: Decision, measurements: Measurements, floor_bits: float) -
             if chosen.break_even == math.inf
             else f"it pays below {_mbits(chosen.break_even)}"
         )
+    assumed = f"; {measurements.assumed}" if measurements.assumed else ""
     return (
         f"{wording(chosen)}: a step of {_ms(chosen.step_seconds)} is predicted ({others}); the links have {speed}, "
-        f"{why}; {known}; the floor is {floor_bits:g} bits"
-        + (f"; {measurements.assumed}" if measurements.assumed else "")
+        f"{why}; {known}; the floor is {floor_bits:g} bits{assumed}"
     )
 
 

@@ -14,14 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.codec import make_codec
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.layout import BucketLayout
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, merged
-from efficient_dl.comm.planner import Shapes
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import Transport
@@ -97,9 +95,7 @@ def probe(
     )
 
 
-def sample_gradient(
-    names: Sequence[str], parameters: Sequence[Tensor], shapes: Shapes
-) -> tuple[Tensor, list[int]]:
+def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Values like a bucket's, at most 8 MiB of float32, and how many of them are of each parameter.
 
     They are the last parameters' gradients where there are any, else normal with a spread of their own for each
