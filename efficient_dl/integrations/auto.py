@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class AutoOptions:
     family: str = "bits"
     exact: bool = True
     kernel: str = "auto"
-    planner: PlannerOptions = PlannerOptions()
+    planner: PlannerOptions = field(default_factory=PlannerOptions)
 
     def facts(self) -> dict[str, Any]:
         """What ranks compare before they measure; their own backward times may differ."""
