@@ -198,14 +198,17 @@ def probe(
         "model.size": size if dash else None,
         "data.name": data,
         "compression.floor_bits": floor_bits,
-        "run.workers": workers or (None if config else 1 if what_if else 2),
     }
-    settings = [f"{key}={value}" for key, value in given.items() if value is not None]
-    flags = TrainFlags([*settings, *(set_ or [])], workers, config=config)
     with _reported():
         from efficient_dl.training import launch, launched
         from efficient_dl.training.probing import WhatIf
 
+        if not launched() and config is None:
+            workers = workers or (1 if what_if else 2)
+        settings = [
+            f"{key}={value}" for key, value in {**given, "run.workers": workers}.items() if value is not None
+        ]
+        flags = TrainFlags([*settings, *(set_ or [])], workers, config=config)
         imagined = None if what_if is None else WhatIf.of(what_if)
         settled = settled_config(flags, new_run=False)
         launch(1 if launched() else settled.run.workers, probe_rank, settled, json_, imagined)

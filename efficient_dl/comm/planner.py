@@ -389,7 +389,8 @@ def wording(one: Prediction) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 9.995 else f"{seconds:.3g} s"
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.3g} ms" if milliseconds < 999.5 else f"{milliseconds:,.0f} ms"
 
 
 def _mbits(bytes_per_second: float) -> str:
