@@ -94,7 +94,11 @@ def decided(
     if config.compression.shadow:
         return _with_bits(config, floor), f"bits auto: {floor:g} bits, the floor, in the shadow", None
     if dist.get_world_size() == 1:
-        return _with_bits(config, "none"), "bits auto: native, one worker sends nothing", None
+        return (
+            _with_bits(config, floor),
+            f"bits auto: {floor:g} bits, the floor; one worker sends nothing",
+            None,
+        )
     planned = measured_plan(config, data, device, progress)
     bits = planned.decision.bits
     note = f"bits auto: {planned.decision.reason}"
