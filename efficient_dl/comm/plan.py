@@ -145,7 +145,7 @@ def _decision(wish: str) -> tuple[str, str]:
     if wish == "auto":
         return _codec(
             f"bits:{AUTO_BITS}"
-        ), f"auto is {AUTO_BITS} bits a value: the links are not measured yet"
+        ), f"auto is {AUTO_BITS} bits a value where no planner measures the links"
     return _codec(wish), "as asked for"
 
 

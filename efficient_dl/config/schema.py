@@ -76,6 +76,7 @@ class CompressionConfig(Section):
     bits: float | str = setting(
         "auto", "bits a value, or one of the words", low=0.1, high=7.0, words=BITS_WORDS
     )
+    floor_bits: float = setting(2.0, "the fewest bits a value that auto may choose", low=0.1, high=7.0)
     overrides: str = setting(
         "", "other bits by parameter name: '*.bias=none, head.*=4.0'; the first pattern that fits counts"
     )

@@ -21,7 +21,9 @@ from efficient_dl.comm import (
     handshake,
 )
 from efficient_dl.comm.plan import Scale
+from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
 from efficient_dl.integrations.ddp_setup import (
@@ -60,6 +62,8 @@ def compress_ddp(
     hierarchy: Hierarchy = None,
     max_relative_error: float | None = None,
     on_alarm: OnAlarm = "warn",
+    floor_bits: float = DEFAULT_FLOOR_BITS,
+    backward_seconds: float = 0.0,
 ) -> Compression:
     """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
 
@@ -71,7 +75,9 @@ def compress_ddp(
         not float32, bfloat16 or float16, go by torch's own all-reduce, which is logged, and count as native_bytes.
     optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself.
     bits: "none" (the native collective, untouched), "identity" (our reduction, uncompressed), "lossless", a number
-        of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto".
+        of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto": links and codecs are measured for
+        some seconds, and the least compression that makes a step as short as it gets is chosen, or "none"; the reason
+        is in `stats()` (docs/planner.md). A run that is to go on bit for bit after a restart passes its `plan.bits`.
     overrides: other wishes for parameters by shell-style patterns of their names, the first match counts:
         {"*.bias": "none", "lm_head.*": 4.0}. "none" sends them uncompressed in the same messages.
     max_error: instead of bits: as many as keep the relative error of every packet, ‖decoded − x‖ / ‖x‖, within this
@@ -104,6 +110,9 @@ def compress_ddp(
         is larger; None: 1.0, the error of sending nothing. Other alarms: compression costs more time than it saves,
         unusually many escapes or zeroed blocks, gradients that are never finite. Each kind is raised once. Times are
         judged by all ranks together, when they compare their parameters.
+    floor_bits: the fewest bits a value that "auto" may choose.
+    backward_seconds: for "auto": what a step takes without communication, forward pass included; 0.0: not known, then
+        communication counts as if nothing could hide it.
     on_alarm: "warn" logs it, "disable" also turns compression off on all ranks (see `Compression.disable`), but not
         in the shadow; it needs an optimizer and check_every.
 
@@ -154,6 +163,15 @@ def compress_ddp(
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, make_residuals(plan, parameters, device))
         check_transport(transport, control, native=shadow or plan.codec == "none")
+        auto = AutoOptions(
+            floor_bits,
+            backward_seconds,
+            family="grid" if scale == "global" else "bits",
+            exact=scale != "second_moment",
+            kernel=kernel,
+            planner=PlannerOptions(bucket_bytes=bucket_bytes(model), hierarchy=hierarchy is not None),
+        )
+        auto.check()
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
@@ -161,9 +179,41 @@ def compress_ddp(
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
     facts["transport"] = transport_name(transport)
     facts["hierarchy"] = wish.fact()
+    is_auto = plan.bits == "auto" and not plan.varies_rates and not shadow and control.world_size > 1
+    facts["auto"] = auto.facts() if is_auto else None
     handshake(facts, control)
     topology = wish.topology()
     carrier = make_transport(transport, control)
+    if is_auto:
+        try:
+            _, decision = decide(parameters, control, carrier, topology, auto)
+        finally:
+            if isinstance(transport, str):
+                carrier.close()
+        native = decision.bits == "none"
+        reason = decision.reason
+        if native:
+            reason += note_ignored(overrides=overrides, hierarchy=hierarchy, transport=transport)
+        compression = compress_ddp(
+            model,
+            optimizer,
+            decision.bits,
+            overrides=None if native else overrides,
+            error_feedback="auto" if native else error_feedback,
+            scale="auto" if native else scale,
+            scaler=scaler,
+            group=group,
+            transport=None if native else transport,
+            check_every=check_every,
+            timeout=timeout,
+            kernel=kernel,
+            extra=extra,
+            hierarchy=hierarchy if decision.hierarchy else None,
+            max_relative_error=max_relative_error,
+            on_alarm=on_alarm,
+        )
+        compression.plan = dataclasses.replace(compression.plan, reason=reason)
+        return compression
     try:
         compression = Compression(
             model,

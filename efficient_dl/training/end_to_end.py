@@ -43,9 +43,7 @@ class Trainer(RunLoop):
     def _prepare(self) -> None:
         """Measure the computation alone, then wrap the model: DDP, and the compression in its all-reduce."""
         measure.reset_peak_memory(self.device)
-        self.compute_seconds = measure.compute_seconds(
-            self.model, self.device, lambda: self._backward(self.model)
-        )
+        self.compute_seconds = self.measured_compute()
         self.ddp = DistributedDataParallel(
             self.model, device_ids=[self.device] if self._on_gpu else None, **self._ddp_arguments()
         )
@@ -54,6 +52,10 @@ class Trainer(RunLoop):
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
+
+    def measured_compute(self) -> float:
+        """Seconds of a step's forward and backward passes without communication; all ranks measure together."""
+        return measure.compute_seconds(self.model, self.device, lambda: self.backward(self.model))
 
     def _ddp_arguments(self) -> dict[str, Any]:
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
@@ -66,7 +68,7 @@ class Trainer(RunLoop):
         shards follow the buckets, so without this the first step after a resume would differ in its bits.
         """
         with measure.untouched(self.model, self.device):
-            self._backward(self.ddp)
+            self.backward(self.ddp)
 
     def _compress(self) -> Compression:
         """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
@@ -77,7 +79,7 @@ class Trainer(RunLoop):
         lr = learning_rate(self.config.optimizer, self.step, self.config.train.steps)
         row: dict[str, Tensor | float] = {"lr": lr}
         with self.clock.step():
-            row["loss"] = self._backward(self.ddp)
+            row["loss"] = self.backward(self.ddp)
             if self.config.optimizer.clip > 0:
                 row["grad_norm"] = clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.optimizer.step(lr)
@@ -85,7 +87,7 @@ class Trainer(RunLoop):
         self.step += 1
         return row
 
-    def _backward(self, model: nn.Module) -> Tensor:
+    def backward(self, model: nn.Module) -> Tensor:
         """Forward and backward over this rank's batches of the step; DDP reduces after the last one. The mean loss."""
         accumulate = self.config.train.accumulate
         total = torch.zeros((), device=self.device)

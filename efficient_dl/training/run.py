@@ -21,6 +21,7 @@ from efficient_dl.training.console import Progress, progress_for, result_text
 from efficient_dl.training.end_to_end import Trainer
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.planning import decided, is_planned
 from efficient_dl.training.run_folder import (
     SUMMARY,
     Summary,
@@ -29,10 +30,10 @@ from efficient_dl.training.run_folder import (
     locked,
     new_folder,
     recorded_config,
+    write_plan,
 )
 from efficient_dl.training.worker import Worker
 
-AUTO_BITS = 2.0  # what "auto" means until a planner measures links and codecs
 RUNS = Path("runs")
 FETCH_SECONDS = 1800.0  # ranks wait at least so long for the one that downloads
 
@@ -79,18 +80,17 @@ class _Prepared:
 
 
 def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
-    """The configuration without "auto", with its folder, fit for a resume; and what the user should know of that."""
+    """The configuration with its folder, fit for a resume; and what the user should know of that."""
     notes: list[str] = []
-    compression = config.compression
-    compression.overrides_by_pattern()  # fails here, before any data is read
-    if compression.bits == "auto" and not (compression.max_error or compression.bytes_per_step):
-        config = _with(config, "compression", bits=AUTO_BITS)
-        notes.append(
-            f"bits auto: {AUTO_BITS:g} bits a value, until there is a planner that measures the links"
-        )
+    config.compression.overrides_by_pattern()  # fails here, before any data is read
     config = _with(_with_shared_folder(config, resumed), "run", workers=dist.get_world_size())
     if resumed:
         before = recorded_config(Path(config.run.out))
+        if is_planned(config) and before.run.workers == config.run.workers:
+            config = _with(config, "compression", bits=before.compression.bits)
+            notes.append(
+                f"bits auto: {before.compression.bits} as before; a resumed run measures nothing again"
+            )
         notes += resume.check_same_training(before, config)
         if not config.data.fingerprint:
             config = _with(config, "data", fingerprint=before.data.fingerprint)
@@ -115,12 +115,18 @@ def _train(
     for note in prepared.notes:
         shown.note(note)
     shown.note(f"run folder: {prepared.config.run.out}")
+    config = prepared.config
     try:
-        kind = Trainer if prepared.config.local.mode == "end-to-end" else LocalTrainer
-        summary = kind(prepared.config, prepared.data, device, shown).train(resumed)
+        if is_planned(config):
+            config, note, planned = decided(config, prepared.data, device, shown)
+            shown.note(note)
+            if planned is not None and dist.get_rank() == 0:
+                write_plan(Path(config.run.out), planned.to_json())
+        kind = Trainer if config.local.mode == "end-to-end" else LocalTrainer
+        summary = kind(config, prepared.data, device, shown).train(resumed)
     finally:
         shown.stop()
-    path = Path(prepared.config.run.out) / SUMMARY
+    path = Path(config.run.out) / SUMMARY
     shown.note(result_text(summary, path))
     return summary
 

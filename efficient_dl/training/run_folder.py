@@ -29,6 +29,7 @@ CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOI
     "tensorboard",
     "checkpoints",
 )
+PLAN = "plan.json"
 LOCK = ".lock"
 
 
@@ -201,6 +202,13 @@ def recorded_config(path: Path) -> Config:
             fix="give the --out of a run that was started, or leave --resume out to start one",
         )
     return load_config(path / CONFIG)
+
+
+def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
+    """Write what was measured and decided for bits = "auto" to plan.json. Raises DiskFull, ConfigError."""
+    with _writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def default_name(config: Config) -> str:

@@ -79,7 +79,7 @@ def frozen_on_one_rank(rank: int) -> None:
     model = ddp()
     if rank == 1:
         model.module[0].weight.requires_grad_(False)
-    edl.compress(model)
+    edl.compress(model, bits=2.0)
 
 
 def test_a_parameter_frozen_on_one_rank_is_named() -> None:
@@ -91,7 +91,7 @@ def test_a_parameter_frozen_on_one_rank_is_named() -> None:
 def leaving(rank: int, how: str, timeout: float, options: dict[str, Any]) -> None:
     model = ddp(**options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    edl.compress(model, optimizer, timeout=timeout)
+    edl.compress(model, optimizer, 2.0, timeout=timeout)
     for number in range(6):
         if rank == 1 and number == 3:
             if how == "killed":
@@ -226,7 +226,7 @@ def test_what_cannot_be_compressed_is_refused_with_the_reason() -> None:
 def closed(rank: int) -> str:
     model = ddp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    compression = edl.compress(model, optimizer)
+    compression = edl.compress(model, optimizer, 2.0)
     step(model, optimizer)
     compression.close()
     compression.close()
@@ -253,7 +253,7 @@ SCRIPT = """
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     model = DistributedDataParallel(nn.Linear(300, 300))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    compression = edl.compress(model, optimizer)
+    compression = edl.compress(model, optimizer, 2.0)
     for step in range(3):
         if how == "in flight" and step == 2:
             if rank == 0:          # leave while our threads wait for rank 1

@@ -264,7 +264,7 @@ def unfrozen(rank: int) -> None:
     net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5))
     net[0].requires_grad_(False)
     model = ddp(net)
-    edl.compress(model)
+    edl.compress(model, bits=2.0)
     for step in range(3):
         if step == 1:
             net[0].requires_grad_(True)
@@ -273,7 +273,7 @@ def unfrozen(rank: int) -> None:
 
 def joining(rank: int) -> None:
     model = DistributedDataParallel(nn.Linear(20, 5))
-    edl.compress(model)
+    edl.compress(model, bits=2.0)
     with model.join():
         for _ in range(2 + rank):
             model(torch.randn(8, 20)).square().mean().backward()
@@ -294,8 +294,8 @@ def python_reducer(rank: int) -> None:
 
 def compressed_twice(rank: int) -> None:
     model = DistributedDataParallel(nn.Linear(20, 5))
-    edl.compress(model)
-    edl.compress(model)
+    edl.compress(model, bits=2.0)
+    edl.compress(model, bits=2.0)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_parameters_without_a_second_moment_train_beside_those_that_have_one() -
 def small(rank: int) -> bool:
     model = DistributedDataParallel(nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    edl.compress(model, optimizer)
+    edl.compress(model, optimizer, 2.0)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(2, 4)).sum().backward()

@@ -119,9 +119,8 @@ def test_the_hierarchy_of_a_run_sends_a_third_out_of_two_nodes_of_two(tmp_path: 
 
 def test_ranks_of_a_launcher_train_and_write_a_run_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    ended = edl(tmp_path, *DIGITS, "--bits", "auto", "--steps", "4", "--out", str(out), "--workers", "2")
+    ended = edl(tmp_path, *DIGITS, "--bits", "2.0", "--steps", "4", "--out", str(out), "--workers", "2")
     assert [one.code for one in ended] == [0, 0], ended
-    assert "bits auto: 2 bits" in ended[0].out
     assert ended[1].out == ended[1].err == ""
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() == SUMMARY_KEYS | {"bytes_source"}
@@ -131,6 +130,50 @@ def test_ranks_of_a_launcher_train_and_write_a_run_folder(tmp_path: Path) -> Non
     assert load_config(out / "config.toml").data.fingerprint.startswith("xxh3:")
     assert list((out / "tensorboard").iterdir())
     assert CheckpointFolder(out / "checkpoints").steps() == [4]
+
+
+@pytest.mark.slow
+def test_auto_is_decided_once_recorded_with_its_reason_and_not_measured_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*DIGITS, "--bits", "auto", "--out", str(out)]
+    first = edl(tmp_path / "a", *words, "--steps", "2")
+    assert [one.code for one in first] == [0, 0], first
+    shown = " ".join(first[0].out.split())
+    assert all(text in shown for text in ("bits auto: ", "is predicted", "the floor is 2 bits"))
+    plan = json.loads((out / "plan.json").read_text())
+    bits = plan["decision"]["bits"]
+    assert f"{load_config(out / 'config.toml').compression.bits}" == bits
+    assert plan["measurements"]["backward_seconds"] > 0
+    assert [one["bits"] for one in plan["decision"]["predictions"]] == ["none", "lossless", "4.0", "2.0"]
+
+    (out / "plan.json").unlink()
+    second = edl(tmp_path / "b", *words, "--steps", "4", "--resume")
+    assert [one.code for one in second] == [0, 0], second
+    assert f"bits auto: {bits} as before" in " ".join(second[0].out.split())
+    assert not (out / "plan.json").exists()
+
+
+def test_probe_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    words = ["probe", "--model", "mlp-nano", "--data", "digits", "--floor-bits", "3", "--json", str(file)]
+    ended = edl(tmp_path, *words, "--what-if", "rate=1mbit,hosts=16,workers-per-host=4,latency=1ms")
+    assert [one.code for one in ended] == [0, 0], ended
+    for text in ("64 ranks on 16 nodes (assumed)", "bits:3.0", "pays below", "node 0 to node 1", "native"):
+        assert text in ended[0].out
+    assert ended[1].out == ""
+    plan = json.loads(file.read_text())
+    assert (plan["decision"]["bits"], plan["decision"]["hierarchy"]) == ("3.0", True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rate=fast,hosts=2", "rate=1mbit", "rate=1mbit,hosts=1", "rate=1mbit,hosts=2,x=1"]
+)
+def test_a_network_that_cannot_be_imagined_is_an_error_with_an_example(tmp_path: Path, text: str) -> None:
+    from efficient_dl.errors import ConfigError
+    from efficient_dl.training.probing import WhatIf
+
+    with pytest.raises(ConfigError, match="--what-if rate=400mbit,hosts=16"):
+        WhatIf.of(text)
 
 
 def test_more_workers_take_over_what_fewer_had_not_sent(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from efficient_dl.training.demo import BITS, MARKER, _make_room, demo_configs, r
 from efficient_dl.training.disk import disk_full
 from efficient_dl.training.measure import untouched
 from efficient_dl.training.optimizers import Optimizer, hidden_matrices
+from efficient_dl.training.probing import WhatIf
 from efficient_dl.training.resume import check_same_training
 from efficient_dl.training.run_folder import RunFolder, Summary, default_name, locked, new_folder
 from efficient_dl.training.schedule import learning_rate
@@ -314,11 +315,20 @@ def test_workers_must_match_the_launcher_only_if_given(
         settled_config(TrainFlags([*out, "run.workers=3"], workers=3))
 
 
-@pytest.mark.parametrize("command", ["train", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["train", "probe", "demo", "doctor"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"edl {command}" in result.output
+
+
+NO_NETWORKS = ["", "rate=fast,hosts=2", "rate=1mbit", "rate=1mbit,hosts=1", "rate=1mbit,hosts=2,x=1"]
+
+
+@pytest.mark.parametrize("text", NO_NETWORKS)
+def test_a_network_that_cannot_be_imagined_is_an_error_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="--what-if rate=400mbit,hosts=16"):
+        WhatIf.of(text)
 
 
 def test_train_takes_the_flags_that_scripts_rely_on() -> None:

@@ -1,0 +1,300 @@
+"""Measures what a plan depends on, in a few seconds: links under load, the native all-reduce, and codecs.
+
+Machines are shared and clocks are noisy. So latencies are the least of several tries, bandwidths and codec times
+medians, each try begins on all ranks together and lasts until the slowest rank is through, and codecs are timed on all
+ranks at the same moment, as in training.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efficient_dl.codec import make_codec
+from efficient_dl.comm.handshake import gather_json
+from efficient_dl.comm.layout import BucketLayout
+from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, merged
+from efficient_dl.comm.process_group import ProcessGroupTransport
+from efficient_dl.comm.topology import Topology
+from efficient_dl.comm.transport import Transport
+
+_SMALL_BYTES = 1024
+_FIRST_BYTES = 128 << 10  # for a first impression of the bandwidth
+_LARGEST_BYTES = 16 << 20  # of what one rank sends in a try
+_TRY_SECONDS = 0.15  # what the large messages of a try should take
+_TRIES = 5
+_CODEC_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
+_LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
+_MOST_SHIFTS = 7  # of pairs of nodes: with more than 8 nodes a sample
+AUTO_RATES = (4.0, 2.0)  # bits a value that "auto" chooses among, beside the floor and lossless
+
+
+def codecs_for(floor_bits: float, family: str = "bits") -> tuple[str, ...]:
+    """The codecs to measure and choose among. family: "bits" or "grid", what a number of bits means in this run.
+
+    Rates within a tenth of the floor are left out: they would gain too little to be told apart from it.
+    """
+    rates = [rate for rate in AUTO_RATES if rate > 1.1 * floor_bits]
+    return ("lossless", *(f"{family}:{rate}" for rate in (*rates, float(floor_bits))))
+
+
+def probe(
+    transport: Transport,
+    native: Callable[[Tensor], object],
+    topology: Topology,
+    codecs: Sequence[str],
+    sample: Tensor,
+    segments: Sequence[int],
+    backward_seconds: float = 0.0,
+    control: ProcessGroupTransport | None = None,
+    kernel: str = "auto",
+) -> Measurements:
+    """Measures on all ranks, which call it together; all get the same numbers.
+
+    transport: what will carry compressed bytes. native: torch's all-reduce of a tensor, in place.
+    topology: which ranks share a node. control: makes the groups inside of nodes and between them, where nodes have
+        several ranks each; without it these are not measured.
+    sample: 1-D gradient, or what resembles one, of the parameters that a bucket holds; segments: their numels.
+    backward_seconds: this rank's; the slowest one's counts.
+
+    Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
+    """
+    speeds = [codec_speed(codec, sample, segments, transport.world_size, kernel) for codec in codecs]
+    own: dict[str, Any] = {
+        "codecs": [
+            [one.codec, one.encode_seconds, one.decode_seconds, one.bytes_per_value] for one in speeds
+        ],
+        "backward": backward_seconds,
+        "idle": (os.cpu_count() or 1) - torch.get_num_threads() * len(topology.node_of(transport.rank)),
+        "gpu": transport.device.type == "cuda",
+    }
+    everyone = gather_json(own, transport)
+    ranks_per_node = tuple(map(len, topology.nodes))
+    between = inside = None
+    several = topology.flat_reason() is None and len(topology.nodes) > 1
+    if several and control is not None:
+        between = _measured_among(control, topology.peers_of(control.rank), transport)
+        inside = _measured_among(control, topology.node_of(control.rank), transport)
+    return Measurements(
+        ranks_per_node,
+        native=_native_line(native, transport, sample.dtype),
+        exchange=_exchange_line(transport, transport),
+        between=between,
+        inside=inside,
+        links=_node_links(transport, topology),
+        codecs=merged([[CodecSpeed(*one) for one in theirs["codecs"]] for theirs in everyone]),
+        backward_seconds=max(theirs["backward"] for theirs in everyone),
+        # A codec beside backward needs a core that backward leaves idle; on a GPU both want the same processors.
+        contended=any(theirs["gpu"] or theirs["idle"] < 1 for theirs in everyone),
+    )
+
+
+def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Values like a bucket's, at most 8 MiB of float32, and how many of them are of each parameter.
+
+    They are the last parameters' gradients where there are any, else normal with a spread of their own for each
+    parameter, the same on every rank.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts: list[Tensor] = []
+    left = _CODEC_NUMEL
+    for parameter in reversed(list(parameters)):
+        numel = min(parameter.numel(), left)
+        if numel == 0:
+            continue
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:
+            parts.append(gradient.detach().reshape(-1)[:numel].to(parameter.dtype))
+        else:
+            drawn = torch.randn(numel, generator=generator) * max(parameter.numel(), 1) ** -0.5
+            parts.append(drawn.to(parameter.dtype).to(parameter.device))
+        left -= numel
+    return torch.cat(parts).contiguous(), [part.numel() for part in parts]
+
+
+def codec_speed(
+    codec: str, sample: Tensor, segments: Sequence[int], world_size: int, kernel: str = "auto"
+) -> CodecSpeed:
+    """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries."""
+    coder = make_codec(codec, kernel=kernel)
+    layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
+    shards = [shard for shard in layout.shards if shard.numel]
+    room = [
+        torch.empty(
+            coder.max_bytes(shard.numel, sample.dtype, shard.side), dtype=torch.uint8, device=sample.device
+        )
+        for shard in shards
+    ]
+    total = torch.zeros_like(sample, dtype=torch.float32)
+    encoding: list[float] = []
+    decoding: list[float] = []
+    num_bytes = 0
+    for _ in range(_TRIES):
+        start = _now(sample.device)
+        packets = [
+            place[: int(coder.encode_into(sample[shard.start : shard.stop], place, shard.side))]
+            for shard, place in zip(shards, room, strict=True)
+        ]
+        middle = _now(sample.device)
+        for packet, shard in zip(packets, shards, strict=True):
+            coder.decode(packet, total[shard.start : shard.stop], accumulate=True, side=shard.side)
+        encoding.append(middle - start)
+        decoding.append(_now(sample.device) - middle)
+        num_bytes = sum(map(len, packets))
+    numel = sample.numel()
+    return CodecSpeed(
+        codec, statistics.median(encoding) / numel, statistics.median(decoding) / numel, num_bytes / numel
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _timed(action: Callable[[], object], transport: Transport, tries: int = _TRIES) -> list[float]:
+    """Seconds of each try on the slowest rank; equal on all ranks, which begin each try together."""
+    own: list[float] = []
+    action()
+    for _ in range(tries):
+        _together(transport)
+        start = _now(transport.device)
+        action()
+        own.append(_now(transport.device) - start)
+    return [max(column) for column in zip(*gather_json(own, transport), strict=True)]
+
+
+def _together(transport: Transport) -> None:
+    transport.gather(torch.zeros(1, dtype=torch.uint8, device=transport.device)).wait()
+
+
+def _line(send: Callable[[int], Callable[[], object]], everyone: Transport) -> Line:
+    """send(n): an action in which this rank sends n bytes. Latency from small messages, bandwidth from large ones."""
+    latency = min(_timed(send(_SMALL_BYTES), everyone))
+    first = statistics.median(_timed(send(_FIRST_BYTES), everyone, tries=3))
+    if first >= _TRY_SECONDS:
+        return Line(latency, _slope(_FIRST_BYTES, first, latency))
+    num_bytes = _large(_slope(_FIRST_BYTES, first, latency), _TRY_SECONDS)
+    return Line(latency, _slope(num_bytes, statistics.median(_timed(send(num_bytes), everyone)), latency))
+
+
+def _large(bytes_per_second: float, seconds: float) -> int:
+    return int(min(max(bytes_per_second * seconds, _FIRST_BYTES), _LARGEST_BYTES)) // 64 * 64
+
+
+def _slope(num_bytes: int, seconds: float, latency: float) -> float:
+    """Bytes per second; where noise has made the latency as long as the transfer, a twentieth of that counts."""
+    return (num_bytes - _SMALL_BYTES) / max(seconds - latency, 0.05 * seconds, 1e-9)
+
+
+def _exchange_line(transport: Transport, everyone: Transport) -> Line:
+    peers = max(transport.world_size - 1, 1)
+
+    def send(num_bytes: int) -> Callable[[], object]:
+        message = torch.zeros(num_bytes // peers, dtype=torch.uint8, device=transport.device)
+        return lambda: transport.exchange([message] * transport.world_size).wait()
+
+    return _line(send, everyone)
+
+
+def _native_line(native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype) -> Line:
+    ranks = max(transport.world_size, 2)
+
+    def send(num_bytes: int) -> Callable[[], object]:
+        numel = num_bytes * ranks // (2 * (ranks - 1) * dtype.itemsize)
+        x = torch.zeros(max(numel, 1), dtype=dtype, device=transport.device)
+        return lambda: native(x)
+
+    return _line(send, transport)
+
+
+def _measured_among(control: ProcessGroupTransport, members: Sequence[int], everyone: Transport) -> Line:
+    """Our exchange among some ranks, while all other such groups do the same."""
+    group = control.subgroup(members)
+    try:
+        line = _exchange_line(group, everyone)
+        _together(everyone)  # no rank gives up the group while another one is still inside
+        return line
+    finally:
+        group.close()
+
+
+def _node_links(transport: Transport, topology: Topology) -> tuple[NodeLink, ...]:
+    """One way at a time, between the first ranks of the nodes: no node sends while it receives.
+
+    In the rounds of a shift k every node sends to the one k further. These pairs form rings; a ring's pairs take two
+    turns, or three where their number is odd.
+    """
+    nodes = len(topology.nodes)
+    shifts = list(range(1, nodes))
+    if len(shifts) > _MOST_SHIFTS:
+        shifts = [1 + round(k * (nodes - 2) / (_MOST_SHIFTS - 1)) for k in range(_MOST_SHIFTS)]
+    leaders = [ranks[0] for ranks in topology.nodes]
+    links = [
+        link
+        for shift in shifts
+        for pairs in link_turns(nodes, shift)
+        for link in _one_way(transport, leaders, pairs)
+    ]
+    return tuple(sorted(links, key=lambda link: (link.source, link.target)))
+
+
+def link_turns(nodes: int, shift: int) -> list[list[tuple[int, int]]]:
+    """All pairs (node, node + shift), in turns in which no node occurs twice."""
+    turns: list[list[tuple[int, int]]] = [[], [], []]
+    seen: set[int] = set()
+    for start in range(nodes):
+        ring: list[int] = []
+        node = start
+        while node not in seen:
+            seen.add(node)
+            ring.append(node)
+            node = (node + shift) % nodes
+        for position, source in enumerate(ring):
+            last_of_odd = len(ring) % 2 == 1 and position == len(ring) - 1
+            turns[2 if last_of_odd else position % 2].append((source, (source + shift) % nodes))
+    return [turn for turn in turns if turn]
+
+
+def _one_way(
+    transport: Transport, leaders: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> list[NodeLink]:
+    targets = {leaders[source]: leaders[target] for source, target in pairs}
+
+    def tries(num_bytes: int) -> list[list[float]]:
+        """Seconds of each try, by rank."""
+        outgoing = [torch.empty(0, dtype=torch.uint8, device=transport.device)] * transport.world_size
+        if transport.rank in targets:
+            message = torch.zeros(num_bytes, dtype=torch.uint8, device=transport.device)
+            outgoing[targets[transport.rank]] = message
+        seconds: list[float] = []
+        for _ in range(_LINK_TRIES):
+            _together(transport)
+            start = _now(transport.device)
+            transport.exchange(outgoing).wait()
+            seconds.append(_now(transport.device) - start)
+        return gather_json(seconds, transport)
+
+    small, first = tries(_SMALL_BYTES), tries(_FIRST_BYTES)
+    latencies = [min(small[leaders[target]]) for _, target in pairs]
+    speeds = [
+        _slope(_FIRST_BYTES, statistics.median(first[leaders[target]]), latency)
+        for (_, target), latency in zip(pairs, latencies, strict=True)
+    ]
+    if (num_bytes := _large(min(speeds), _LINK_SECONDS)) > _FIRST_BYTES:
+        large = tries(num_bytes)
+        speeds = [
+            _slope(num_bytes, statistics.median(large[leaders[target]]), latency)
+            for (_, target), latency in zip(pairs, latencies, strict=True)
+        ]
+    return [
+        NodeLink(source, target, latency, speed)
+        for (source, target), latency, speed in zip(pairs, latencies, speeds, strict=True)
+    ]

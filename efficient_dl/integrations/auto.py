@@ -1,0 +1,113 @@
+"""What bits="auto" means for a model: a probe of links and codecs on all ranks, and the planner's decision."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from efficient_dl.comm import ProcessGroupTransport, Topology, Transport
+from efficient_dl.comm.measurements import Measurements
+from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, Decision, PlannerOptions, Shapes, plan_for
+from efficient_dl.comm.probe import codecs_for, probe, sample_gradient
+from efficient_dl.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """What decides how "auto" decides; equal on all ranks.
+
+    floor_bits: the fewest bits a value. backward_seconds: of a step without communication, forward pass included;
+        0.0: not known, then all communication is taken to be exposed. family: "bits" or "grid", what rates mean here.
+    exact: whether "lossless" may be chosen. planner: what else the planner may choose.
+    """
+
+    floor_bits: float = DEFAULT_FLOOR_BITS
+    backward_seconds: float = 0.0
+    family: str = "bits"
+    exact: bool = True
+    kernel: str = "auto"
+    planner: PlannerOptions = field(default_factory=PlannerOptions)
+
+    def facts(self) -> dict[str, Any]:
+        """What ranks compare before they measure; their own backward times may differ."""
+        return {"floor_bits": self.floor_bits, "family": self.family, "exact": self.exact}
+
+    def check(self) -> None:
+        """Raises ConfigError for a floor or a time that cannot be."""
+        if not 0.1 <= self.floor_bits <= 7:
+            raise ConfigError(
+                "floor_bits is out of range", expected="0.1 to 7 bits a value", found=f"{self.floor_bits}"
+            )
+        if not 0 <= self.backward_seconds < float("inf"):
+            raise ConfigError(
+                "backward_seconds is no duration",
+                expected="seconds of a step",
+                found=f"{self.backward_seconds}",
+            )
+
+
+def decide(
+    parameters: Mapping[str, Tensor],
+    control: ProcessGroupTransport,
+    carrier: Transport,
+    topology: Topology | None,
+    options: AutoOptions,
+) -> tuple[Measurements, Decision]:
+    """Measures and plans; all ranks call it together with equal options, and get the same.
+
+    control: on the process group whose all-reduce is the native one; nothing else may use it meanwhile. carrier: what
+    will carry compressed bytes. topology: None: the nodes are looked for. Raises TransportError if a rank is gone.
+    """
+    topology = topology or Topology.discover(control, os.environ, socket.gethostname())
+    trained = [p for p in parameters.values() if p.requires_grad and p.dtype in _DTYPES and p.numel()]
+    if not trained:
+        raise ConfigError(
+            "there is nothing to plan for", found="no trainable parameter that can be compressed"
+        )
+    codecs = [
+        one for one in codecs_for(options.floor_bits, options.family) if options.exact or one != "lossless"
+    ]
+    same = [p for p in trained if p.dtype == trained[-1].dtype]
+    sample, segments = sample_gradient(same)
+    measurements = probe(
+        carrier,
+        lambda x: dist.all_reduce(x, group=control.group),
+        topology,
+        codecs,
+        sample,
+        segments,
+        options.backward_seconds,
+        control if options.planner.hierarchy else None,
+        options.kernel,
+    )
+    model = Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
+    decision = plan_for(measurements, model, options.floor_bits, options.planner)
+    if control.rank == 0:
+        _log.info("auto: %s", decision.reason)
+    return measurements, decision
+
+
+def bucket_bytes(model: DistributedDataParallel) -> int:
+    """The size of the model's buckets, 0 if it is DDP's own choice."""
+    return 0 if model.bucket_bytes_cap_default else int(model.bucket_bytes_cap)
+
+
+def note_ignored(**options: object) -> str:
+    """What the native all-reduce makes of the user's other options: a warning, and words for the reason."""
+    ignored = [name for name, value in options.items() if value]
+    if not ignored:
+        return ""
+    _log.warning("auto chose the native all-reduce, which leaves %s without effect", ", ".join(ignored))
+    return f"; {', '.join(ignored)} without effect on the native all-reduce"

@@ -1,0 +1,110 @@
+"""The probe measures on all ranks, all get the same numbers, and a rank that is gone ends it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import efficient_dl as edl
+from efficient_dl.comm import ProcessGroupTransport, Topology
+from efficient_dl.comm.measurements import Measurements
+from efficient_dl.comm.planner import PlannerOptions
+from efficient_dl.errors import ConfigError, TransportError
+from efficient_dl.integrations.auto import AutoOptions, decide
+from tests.distributed.launch import run_failing_ranks, run_ranks
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {
+        name: nn.Parameter(torch.zeros(numel)) for name, numel in (("a", 70_000), ("b", 300), ("c", 30_001))
+    }
+
+
+def measured(rank: int, nodes: tuple[tuple[int, ...], ...]) -> dict[str, Any]:
+    control = ProcessGroupTransport(dist.new_group(), timeout=60.0)
+    options = AutoOptions(backward_seconds=0.25 * (1 + rank), planner=PlannerOptions(hierarchy=True))
+    topology = Topology(nodes, "this test")
+    measurements, decision = decide(parameters(), control, control, topology, options)
+    return {"measurements": measurements, "decision": decision}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [((0,), (1,), (2,)), ((0, 1), (2,))])
+def test_all_ranks_get_the_same_measurements_and_decision(nodes: tuple[tuple[int, ...], ...]) -> None:
+    first, *others = run_ranks(measured, 3, nodes)
+    assert all(other == first for other in others)
+    found: Measurements = first["measurements"]
+    assert found.backward_seconds == 0.75  # the slowest rank's
+    count = len(nodes)
+    assert [(link.source, link.target) for link in found.links] == [
+        (a, b) for a in range(count) for b in range(count) if a != b
+    ]
+    assert [one.codec for one in found.codecs] == ["lossless", "bits:4.0", "bits:2.0"]
+    assert [one.bytes_per_value for one in found.codecs] == sorted(
+        (one.bytes_per_value for one in found.codecs), reverse=True
+    )
+    assert found.codecs[2].bytes_per_value * 8 == pytest.approx(2.0, abs=0.15)
+    assert all(
+        line.bytes_per_second > 0 and line.latency_seconds > 0 for line in (found.native, found.exchange)
+    )
+    assert found.between is None  # nodes with one rank each, or with different numbers of them
+    assert Measurements.from_json(found.to_json()) == found
+
+
+def gone(rank: int) -> None:
+    control = ProcessGroupTransport(dist.new_group(), timeout=5.0)
+    dist.barrier()
+    if rank == 1:
+        os._exit(3)
+    decide(parameters(), control, control, Topology(((0,), (1,)), "this test"), AutoOptions())
+
+
+def test_a_rank_that_is_gone_ends_the_probe() -> None:
+    outcomes = run_failing_ranks(gone, 2)
+    assert isinstance(outcomes[0].error, TransportError)
+
+
+def trained(rank: int) -> list[dict[str, Any]]:
+    """Backward that takes no time against codecs that do, on no network: native. Then the plan is applied."""
+    seen = []
+    for options in ({"backward_seconds": 100.0, "overrides": {"*.bias": "none"}}, {"shadow": True}):
+        torch.manual_seed(rank)
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 300), nn.Linear(300, 5)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        compression = edl.compress(model, optimizer, "auto", check_every=1, floor_bits=3.0, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 20)).sum().backward()
+            optimizer.step()
+        stats = compression.stats()
+        seen.append({key: stats[key] for key in ("bits", "reason", "steps")})
+        compression.close()
+    dist.barrier()
+    return seen
+
+
+def test_compress_applies_what_auto_chose_and_says_why() -> None:
+    (auto, shadow), others = run_ranks(trained, 2)
+    assert [auto, shadow] == others
+    assert auto["bits"] in ("none", "lossless", "4.0", "3.0")
+    assert "backward takes 100,000 ms" in auto["reason"]
+    assert "the floor is 3 bits" in auto["reason"]
+    assert (auto["bits"] == "none") == ("overrides without effect" in auto["reason"])
+    assert auto["steps"] == shadow["steps"] == 3
+
+
+def impossible(rank: int) -> None:
+    model = DistributedDataParallel(nn.Linear(4, 1))
+    edl.compress(model, floor_bits=0.0 if rank else 2.0)
+
+
+def test_an_impossible_floor_on_one_rank_stops_all() -> None:
+    first, second = run_failing_ranks(impossible, 2)
+    assert isinstance(second.error, ConfigError)
+    assert "rank 1 cannot start: ConfigError" in str(first.error)

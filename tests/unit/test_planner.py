@@ -1,0 +1,256 @@
+"""What the planner promises: never slower than native, monotone in links and codecs, reproducible, with reasons."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, assumed_network
+from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
+from efficient_dl.comm.probe import codecs_for, link_turns
+from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
+from efficient_dl.errors import ConfigError
+
+MEGABIT = 1e6 / 8
+MODEL = Shapes((1_000_000,) * 10)
+
+
+def codecs(slowness: float = 1.0) -> tuple[CodecSpeed, ...]:
+    return (
+        CodecSpeed("lossless", 2e-9 * slowness, 1.5e-9 * slowness, 3.39),
+        CodecSpeed("bits:4.0", 2.5e-9 * slowness, 1.6e-9 * slowness, 0.501),
+        CodecSpeed("bits:2.0", 3e-9 * slowness, 1.7e-9 * slowness, 0.2505),
+    )
+
+
+def network(megabits: float, backward: float = 0.3, slowness: float = 1.0, hosts: int = 2) -> Measurements:
+    speed = megabits * MEGABIT
+    return Measurements(
+        ranks_per_node=(1,) * hosts,
+        native=Line(2e-4, speed),
+        exchange=Line(2e-4, speed),
+        between=None,
+        inside=None,
+        links=(NodeLink(0, 1, 2e-4, speed), NodeLink(1, 0, 2e-4, speed)),
+        codecs=codecs(slowness),
+        backward_seconds=backward,
+        contended=True,
+    )
+
+
+# Compression in this order: the rank in a decision's predictions.
+def compression(decision: Decision) -> int:
+    return [one.bits for one in decision.predictions].index(decision.bits)
+
+
+seconds = st.floats(1e-11, 1e-6)
+
+
+@st.composite
+def measured(draw: st.DrawFn, ordered: bool = False) -> Measurements:
+    """Anything that a probe could find. ordered: more compression costs at least as much codec time."""
+    times = [(draw(seconds), draw(seconds)) for _ in range(3)]
+    if ordered:
+        times = list(zip(*(sorted(column) for column in zip(*times, strict=True)), strict=True))
+    sizes = (draw(st.floats(2.5, 3.9)), draw(st.floats(0.45, 0.6)), draw(st.floats(0.2, 0.35)))
+    names = ("lossless", "bits:4.0", "bits:2.0")
+    speed = draw(st.floats(1e5, 1e11))
+    latency = draw(st.floats(1e-6, 0.05))
+    hosts = draw(st.integers(2, 64))
+    return Measurements(
+        (1,) * hosts,
+        # Where torch's own messages had a larger latency than ours, a fast link could prefer ours for that.
+        native=Line(latency * draw(st.floats(0.1, 2.0)), speed * draw(st.floats(0.3, 1.5))),
+        exchange=Line(latency, speed),
+        between=None,
+        inside=None,
+        links=(NodeLink(0, 1, latency, speed),),
+        codecs=tuple(
+            CodecSpeed(name, *one, size) for name, one, size in zip(names, times, sizes, strict=True)
+        ),
+        backward_seconds=draw(st.floats(0.0, 10.0)),
+        contended=draw(st.booleans()),
+    )
+
+
+models = st.lists(st.integers(1, 30_000_000), min_size=1, max_size=12).map(
+    lambda numels: Shapes(tuple(numels))
+)
+floors = st.sampled_from([1.0, 2.0, 3.0, 5.0])
+
+
+@given(measured(), models, floors)
+@settings(max_examples=100, deadline=None)
+def test_what_is_chosen_is_never_predicted_slower_than_native_nor_under_the_floor(
+    found: Measurements, model: Shapes, floor: float
+) -> None:
+    decision = plan_for(found, model, floor)
+    steps = {one.bits: one.step_seconds for one in decision.predictions}
+    assert steps[decision.bits] <= steps["none"]
+    assert steps[decision.bits] <= 1.02 * min(steps.values())
+    assert decision.bits in ("none", "lossless") or float(decision.bits) >= floor
+    assert decision == plan_for(found, model, floor)
+
+
+@given(measured(), models, st.floats(1.0, 1e4))
+@settings(max_examples=150, deadline=None)
+def test_a_faster_link_never_leads_to_more_compression(
+    found: Measurements, model: Shapes, factor: float
+) -> None:
+    slow, fast = plan_for(found, model), plan_for(found.with_faster_links(factor), model)
+    assert compression(fast) <= compression(slow)
+
+
+@given(measured(ordered=True), models, st.floats(1.0, 1e4))
+@settings(max_examples=150, deadline=None)
+def test_slower_codecs_never_lead_to_more_compression(
+    found: Measurements, model: Shapes, factor: float
+) -> None:
+    slower = tuple(
+        replace(one, encode_seconds=factor * one.encode_seconds, decode_seconds=factor * one.decode_seconds)
+        for one in found.codecs
+    )
+    assert compression(plan_for(replace(found, codecs=slower), model)) <= compression(plan_for(found, model))
+
+
+@given(measured(), models, st.integers(0, 2), st.floats(1.0, 1e4))
+@settings(max_examples=100, deadline=None)
+def test_no_codec_is_chosen_because_it_became_slower(
+    found: Measurements, model: Shapes, which: int, factor: float
+) -> None:
+    one = found.codecs[which]
+    slower = list(found.codecs)
+    slower[which] = replace(one, encode_seconds=factor * one.encode_seconds)
+    before, after = plan_for(found, model), plan_for(replace(found, codecs=tuple(slower)), model)
+    name = before.predictions[1 + which].bits
+    assert after.bits != name or before.bits == name
+
+
+@given(measured(), models)
+@settings(max_examples=150, deadline=None)
+def test_at_its_break_even_link_a_codec_is_as_fast_as_native(found: Measurements, model: Shapes) -> None:
+    for one in plan_for(found, model).predictions[1:]:
+        if 0 < one.break_even < math.inf:
+            there = plan_for(found.with_faster_links(one.break_even / found.slowest_link), model)
+            steps = {other.bits: other.step_seconds for other in there.predictions}
+            assert steps[one.bits] == pytest.approx(steps["none"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("megabits", "bits"), [(100, "2.0"), (900, "4.0"), (100_000, "none")])
+def test_known_links_lead_to_known_choices(megabits: float, bits: str) -> None:
+    decision = plan_for(network(megabits), MODEL)
+    assert decision.bits == bits
+    for number in (
+        f"{decision.chosen.step_seconds * 1000:.3g}"[:3],
+        "native",
+        "backward takes 300 ms",
+        "2 bits",
+    ):
+        assert number in decision.reason
+
+
+def test_a_step_without_overlap_is_backward_plus_codec_plus_transfer() -> None:
+    """One bucket: nothing can hide. Two ranks send each value once: half of them up, half of the sums down."""
+    model = Shapes((250_000,))
+    predictions = plan_for(network(100, backward=0.5), model).predictions
+    native = predictions[0].step_seconds
+    assert native == pytest.approx(0.5 + 2e-4 + 250_000 * 4 / (100 * MEGABIT))
+    coded = 250_000 * (3e-9 + 1.5 * 1.7e-9)
+    two = predictions[3].step_seconds
+    assert two == pytest.approx(0.5 + 4e-4 + coded + 250_000 * 0.2505 / (100 * MEGABIT))
+
+
+def test_communication_hides_behind_a_long_backward() -> None:
+    hidden = plan_for(network(1000, backward=20.0), Shapes((1_000_000,) * 60)).predictions[0]
+    assert hidden.transfer_seconds > 1.5
+    assert hidden.exposed_seconds < 0.3 * hidden.transfer_seconds
+
+
+@pytest.mark.parametrize("numels", [[7_000_000, 6_000_000, 1_000_000, 300_000], [100], [200_000] * 90 + [7]])
+def test_buckets_are_those_that_ddp_builds(numels: list[int]) -> None:
+    last_first = [torch.empty(numel) for numel in reversed(numels)]
+    for bucket_bytes, limits in ((0, [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 << 20]), (4 << 20, [4 << 20])):
+        buckets, _ = dist._compute_bucket_assignment_by_size(last_first, limits)
+        expected = [sum(last_first[index].numel() for index in bucket) for bucket in buckets]
+        assert bucket_numels(numels, bucket_bytes=bucket_bytes) == expected
+
+
+def test_one_rank_has_nothing_to_plan_and_no_choice_is_an_error() -> None:
+    alone = replace(network(100), ranks_per_node=(1,), links=())
+    assert plan_for(alone, MODEL).bits == "none"
+    lossy = replace(network(100), codecs=codecs()[1:])
+    with pytest.raises(ConfigError, match="nothing to choose from"):
+        plan_for(lossy, MODEL, 5.0, PlannerOptions(native=False))
+
+
+def test_a_hierarchy_is_chosen_where_the_ranks_of_a_node_share_a_slow_link() -> None:
+    shared = assumed_network(network(100), 100 * MEGABIT, nodes=4, ranks_per_node=8, latency_seconds=1e-4)
+    assert plan_for(shared, MODEL, options=PlannerOptions(hierarchy=True)).hierarchy
+    assert not plan_for(shared, MODEL).hierarchy
+    fast = shared.with_faster_links(1e5)
+    flat_only = plan_for(fast, MODEL, options=PlannerOptions(hierarchy=True, native=False))
+    assert not flat_only.hierarchy
+
+
+def test_measurements_survive_json_and_refuse_what_they_are_not() -> None:
+    shared = assumed_network(network(100), 50 * MEGABIT, nodes=2, ranks_per_node=2, latency_seconds=1e-4)
+    for one in (network(123.4), shared):
+        assert Measurements.from_json(json.loads(json.dumps(one.to_json()))) == one
+    for broken in ({"version": 99}, {**network(1).to_json(), "links": [{}]}, {}):
+        with pytest.raises(ConfigError, match="no measurements of this version"):
+            Measurements.from_json(broken)
+    decision = plan_for(network(100), MODEL)
+    assert json.loads(json.dumps(decision.to_json(), allow_nan=False))["bits"] == "2.0"
+
+
+def test_a_plan_changes_after_two_clear_wins_in_a_row_and_not_for_noise() -> None:
+    state = PlanState("none", False)
+    slow, fast = network(100), network(100_000)
+    first = reconsider(state, slow, MODEL, 2.0)
+    assert first.decision is None and first.state.wins == 1 and "1 of 2" in first.reason
+    interrupted = reconsider(first.state, fast, MODEL, 2.0)
+    assert interrupted.decision is None and interrupted.state == state
+    again = reconsider(interrupted.state, slow, MODEL, 2.0)
+    assert again.decision is None
+    second = reconsider(again.state, slow, MODEL, 2.0)
+    assert second.decision is not None and second.state == PlanState("2.0", False)
+    assert PlanState.from_json(json.loads(json.dumps(first.state.to_json()))) == first.state
+    back = reconsider(second.state, fast, MODEL, 2.0, hysteresis=Hysteresis(patience=1))
+    assert back.decision is not None and back.state.bits == "none"
+
+
+def test_a_small_gain_switches_nothing() -> None:
+    near = network(2.0)  # where 2 bits beat 4 bits by far
+    wins = reconsider(PlanState("4.0", False), near, MODEL, 2.0, hysteresis=Hysteresis(gain=0.1, patience=1))
+    assert wins.decision is not None
+    keeps = reconsider(PlanState("4.0", False), near, MODEL, 2.0, hysteresis=Hysteresis(gain=0.9, patience=1))
+    assert keeps.decision is None and "too small" in keeps.reason
+
+
+def test_a_plan_under_a_raised_floor_is_left_at_once() -> None:
+    left = reconsider(PlanState("2.0", False), network(100), MODEL, 4.0)
+    assert left.decision is not None and left.state == PlanState("4.0", False)
+
+
+@pytest.mark.parametrize("nodes", range(2, 12))
+def test_every_pair_of_nodes_is_measured_once_and_no_node_does_two_things_at_once(nodes: int) -> None:
+    turns = [turn for shift in range(1, nodes) for turn in link_turns(nodes, shift)]
+    for turn in turns:
+        busy = [node for pair in turn for node in pair]
+        assert len(busy) == len(set(busy))
+    pairs = [pair for turn in turns for pair in turn]
+    assert sorted(pairs) == [(a, b) for a in range(nodes) for b in range(nodes) if a != b]
+
+
+def test_the_floor_is_among_the_codecs_and_nothing_lies_under_it() -> None:
+    assert codecs_for(2.0) == ("lossless", "bits:4.0", "bits:2.0")
+    assert codecs_for(1.0, "grid") == ("lossless", "grid:4.0", "grid:2.0", "grid:1.0")
+    assert codecs_for(3.9) == ("lossless", "bits:3.9")
+    assert codecs_for(6) == ("lossless", "bits:6.0")
