@@ -43,7 +43,10 @@ class WhatIf:
     @staticmethod
     def of(text: str) -> WhatIf:
         """Reads "rate=400mbit,hosts=16", optionally with workers-per-host=8 and latency=5ms. Raises ConfigError."""
-        words = dict(one.strip().partition("=")[::2] for one in text.split(","))
+        words: dict[str, str] = {}
+        for one in text.split(","):
+            key, _, value = one.strip().partition("=")
+            words[key] = value
         unknown = set(words) - {"rate", "hosts", "workers-per-host", "latency"}
         rate = _RATE.fullmatch(words.get("rate", ""))
         latency = _DURATION.fullmatch(words.get("latency", "200us"))
