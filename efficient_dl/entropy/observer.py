@@ -174,7 +174,9 @@ class EntropyObserver:
         def observe(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if torch.compiler.is_compiling() or not self._due() or not torch.is_grad_enabled():
                 return
-            if module is not watched or ("activations", name) in self._found:  # a copy carries the hooks along
+            if (
+                module is not watched or ("activations", name) in self._found
+            ):  # a copy carries the hooks along
                 return
             first = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(first, Tensor):
