@@ -218,6 +218,7 @@ def train_with_objective(rank: int, folder: Path) -> None:
     run(tiny(folder, "train.objective=pow3gb", "compression.bits=none", "train.steps=2", "train.log_every=1"))
 
 
+@pytest.mark.slow
 def test_another_objective_is_trained_and_evaluated_in_nats_and_its_own_loss(tmp_path: Path) -> None:
     run_ranks(train_with_objective, 1, tmp_path / "run")
     rows = RunFolder(tmp_path / "run", writes=False).rows()
