@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +38,7 @@ _KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequen
 _BALANCE: dict[str, Balance] = {"time": "time", "memory": "memory", "parameters": "parameters"}
 _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a parameter
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
+_RUNS = itertools.count()  # in these processes, all of which make them in the same order
 
 
 class LocalTrainer(RunLoop):
@@ -78,6 +80,7 @@ class LocalTrainer(RunLoop):
             self.world_size,
             self.options,
             timeout=timeout,
+            name=f"coordinator/{next(_RUNS)}",  # a store knows a name once
             facts={"data": self.data.fingerprint, "heads": self.heads, "settings": self.config.fingerprint()},
         )
         self.compute_seconds = 0.0
