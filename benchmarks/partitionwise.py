@@ -12,6 +12,7 @@ What is in --out already is not repeated, except times, of which every call adds
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.partitionwise_report import BENCH, Measured, print_report
+from benchmarks.partitionwise_report import BENCH, Measured, print_report, read_rows
 from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
 from benchmarks.rows import Row, RowFile
 from cluster.emulate import EmulatedNetwork
@@ -30,6 +31,7 @@ _TIMEOUT_SECONDS = 3600.0
 _WARM_UP = 3  # steps until queues are full
 _PROBES = (8, 24)  # samples a rank takes at once, between and beyond which memory is taken to be linear
 _PROBE_STEPS = 3
+_TRIES = 4
 
 
 class Bench:
@@ -83,19 +85,30 @@ class Bench:
             metric = f"largest_batch_in_{cap_mib}_MiB"
             if (title, system, metric) in self.measured:
                 continue
-            grown = dict(zip(_PROBES, self._grown(case, ranks, system, _PROBES), strict=True))
-            (low, high), (below, above) = _PROBES, (grown[one] for one in _PROBES)
-            slope = (above - below) / (high - low)
-            largest = int((cap - below) / slope) + low
-            (found,) = self._grown(case, ranks, system, (largest,))
-            while found > cap:
-                largest -= max(1, int((found - cap) / slope))
-                (found,) = self._grown(case, ranks, system, (largest,))
-            for batch, bytes_ in [*grown.items(), (largest, found)]:
+            grown, largest = self._largest(case, ranks, system, cap)
+            for batch, bytes_ in grown.items():
                 self._add(
                     title, system, f"memory_at_batch_{batch}", bytes_, "bytes, growth of the largest rank"
                 )
-            self._add(title, system, metric, largest, "samples that a rank takes at once", higher=True)
+            if largest is None:
+                print(f"{system}: found no batch that fits in {cap_mib} MiB: {grown}", file=sys.stderr)
+            else:
+                self._add(title, system, metric, largest, "samples that a rank takes at once", higher=True)
+
+    def _largest(self, case: Case, ranks: int, system: str, cap: int) -> tuple[dict[int, int], int | None]:
+        """Memory by batch of all that ran; and the largest batch, None where the line leads to none that fits."""
+        grown = dict(zip(_PROBES, self._grown(case, ranks, system, _PROBES), strict=True))
+        (low, below), (high, above) = grown.items()
+        per_sample = max((above - below) / (high - low), 1.0)
+        batch = low + int((cap - below) / per_sample)
+        for _ in range(_TRIES):
+            if batch < 1:
+                break
+            (grown[batch],) = self._grown(case, ranks, system, (batch,))
+            if grown[batch] <= cap:
+                return grown, batch
+            batch -= math.ceil((grown[batch] - cap) / per_sample)
+        return grown, None
 
     def _grown(self, case: Case, ranks: int, system: str, batches: tuple[int, ...]) -> list[int]:
         jobs = [
@@ -146,16 +159,6 @@ def _run(
             print("\n".join(result.output), file=sys.stderr)
             raise typer.Exit(result.exit_code)
         return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def read_rows(path: Path | None) -> Measured:
-    """All values of a file's rows by (case, system, metric), in their order."""
-    measured: Measured = {}
-    if path is not None and path.exists():
-        for row in map(json.loads, path.read_text().splitlines()):
-            if row["bench"] == BENCH and row["value"] is not None:
-                measured.setdefault((row["case"], row["system"], row["metric"]), []).append(row["value"])
-    return measured
 
 
 def main(

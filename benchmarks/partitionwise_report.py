@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -68,6 +70,16 @@ def step_seconds(case: Case, ranks: int, rate: str, system: str, measured: Measu
     return statistics.median(found) if found else math.nan
 
 
+def read_rows(path: Path | None) -> Measured:
+    """All values of a file's rows by (case, system, metric), in their order."""
+    measured: Measured = {}
+    if path is not None and path.exists():
+        for row in map(json.loads, path.read_text().splitlines()):
+            if row["bench"] == BENCH and row["value"] is not None:
+                measured.setdefault((row["case"], row["system"], row["metric"]), []).append(row["value"])
+    return measured
+
+
 def print_report(
     case: Case, ranks: int, rates: list[str], seeds: int, cap_mib: int, measured: Measured
 ) -> None:
@@ -78,7 +90,7 @@ def print_report(
         caption="to target: the lowest loss that all systems reach with that seed; against: the better data-parallel "
         "one's seconds / these; memory: growth of the largest rank",
     )
-    columns = ["system", "loss", "steps to target", "MB/step", "memory", f"batch in {cap_mib} MiB"]
+    columns = ["system", "loss", "steps to target", "MB/step", "memory, MB", f"batch in {cap_mib} MiB"]
     for rate in rates:
         columns += [f"ms/step, {rate}", "s to target", "against"]
     for name in columns:
@@ -110,7 +122,7 @@ def print_report(
             cell([found[system].losses[-1] for found in by_seed.values() if system in found], ".4f"),
             f"{steps[system]:.0f}" if system in steps else "",
             cell(of_seeds("nic_bytes_per_step"), ".2f", 1e-6),
-            cell(of_seeds("peak_memory_bytes"), ".0f MB", 1e-6),
+            cell(of_seeds("peak_memory_bytes"), ".0f", 1e-6),
             cell(batch[-1:], ".0f"),
         ]
         for rate in rates:
