@@ -166,6 +166,15 @@ def test_a_resume_equals_never_stopping(tmp_path: Path, case: str) -> None:
         assert differences == []
 
 
+def twice(rank: int, out: Path) -> list[float]:
+    return [trained(rank, out / name, *GPT, "local.mode=partitionwise")[0].val_loss for name in ("a", "b")]
+
+
+def test_one_process_can_train_twice(tmp_path: Path) -> None:
+    for first, second in run_ranks(twice, 2, tmp_path):
+        assert first == second
+
+
 def freezing(rank: int, out: Path) -> tuple[list[dict[str, Any]], Summary]:
     settings = ["local.mode=partitionwise", "local.stage_steps=3", "local.freeze_below=0.9", "train.steps=40"]
     summary = run(config_of(out, *GPT, *settings, "optimizer.lr=1e-5"))
