@@ -102,7 +102,7 @@ CASES = {
             "local.heads=causal:1",
         ),
         batch=8,
-        steps=200,
+        steps=150,
         eval_every=10,
         eval_samples=32,
     ),
