@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.partitionwise_report import BENCH, Measured, print_report, read_rows
+from benchmarks.partitionwise_report import BENCH, PROBES, Measured, print_report, read_rows
 from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
 from benchmarks.rows import Row, RowFile
 from cluster.emulate import EmulatedNetwork
@@ -29,7 +29,6 @@ PARTS = ("losses", "times", "memory")
 MIB = 2**20
 _TIMEOUT_SECONDS = 3600.0
 _WARM_UP = 3  # steps until queues are full
-_PROBES: tuple[int, ...] = (
     8,
     24,
 )  # samples a rank takes at once, between and beyond which memory is taken to be linear
@@ -45,7 +44,7 @@ class Bench:
         self.measured = measured
 
     def losses(self, case: Case, ranks: int, systems: list[str], seed: int) -> None:
-        """Whole runs on links that are not shaped: losses by step, bytes, and each rank's memory."""
+        """Whole runs on links that are not shaped: losses by step, and bytes."""
         title = f"{case.title(ranks)}, seed {seed}"
         todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
         evaluation = [
@@ -56,9 +55,8 @@ class Bench:
         for found in _run(jobs, ranks, "none") if jobs else []:
             for step, loss in found["losses"].items():
                 self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
-            sent, memory = found["nic_bytes_per_step"], max(found["memory_bytes"])
+            sent = found["nic_bytes_per_step"]
             self._add(title, found["name"], "nic_bytes_per_step", sent, "bytes, all ranks, by the kernel")
-            self._add(title, found["name"], "peak_memory_bytes", memory, "growth of the largest rank")
 
     def times(
         self, case: Case, ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int
@@ -100,7 +98,7 @@ class Bench:
 
     def _largest(self, case: Case, ranks: int, system: str, cap: int) -> tuple[dict[int, int], int | None]:
         """Memory by batch of all that ran; and the largest batch, None where the line leads to none that fits."""
-        grown = dict(zip(_PROBES, self._grown(case, ranks, system, _PROBES), strict=True))
+        grown = dict(zip(PROBES, self._grown(case, ranks, system, PROBES), strict=True))
         (low, below), (high, above) = grown.items()
         per_sample = max((above - below) / (high - low), 1.0)
         batch = low + int((cap - below) / per_sample)

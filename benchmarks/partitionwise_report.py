@@ -17,6 +17,7 @@ BENCH = "partitionwise"
 Measured = dict[tuple[str, str, str], list[float]]
 """Values by (case, system, metric); several where a run was repeated."""
 
+PROBES: tuple[int, ...] = (8, 24)  # samples a rank takes at once; memory is about linear in them
 _LOSS = "val_loss_at_"
 
 
@@ -88,9 +89,16 @@ def print_report(
     table = Table(
         title=case.title(ranks),
         caption="to target: the lowest loss that all systems reach with that seed; against: the better data-parallel "
-        "one's seconds / these; memory: growth of the largest rank",
+        "one's seconds / these; MB: growth of the largest rank",
     )
-    columns = ["system", "loss", "steps to target", "MB/step", "memory, MB", f"batch in {cap_mib} MiB"]
+    columns = [
+        "system",
+        "loss",
+        "steps to target",
+        "MB/step",
+        f"MB at batch {PROBES[0]}",
+        f"batch in {cap_mib} MiB",
+    ]
     for rate in rates:
         columns += [f"ms/step, {rate}", "s to target", "against"]
     for name in columns:
@@ -116,14 +124,16 @@ def print_report(
         def cell(values: list[float], form: str, scale: float = 1.0) -> str:
             return format(statistics.mean(values) * scale, form) if values else ""
 
-        batch = measured.get((case.title(ranks), system, f"largest_batch_in_{cap_mib}_MiB"), [])
+        def known(metric: str, system: str = system) -> list[float]:
+            return measured.get((case.title(ranks), system, metric), [])[-1:]
+
         row = [
             system,
             cell([found[system].losses[-1] for found in by_seed.values() if system in found], ".4f"),
             f"{steps[system]:.0f}" if system in steps else "",
             cell(of_seeds("nic_bytes_per_step"), ".2f", 1e-6),
-            cell(of_seeds("peak_memory_bytes"), ".0f", 1e-6),
-            cell(batch[-1:], ".0f"),
+            cell(known(f"memory_at_batch_{PROBES[0]}"), ".0f", 1e-6),
+            cell(known(f"largest_batch_in_{cap_mib}_MiB"), ".0f"),
         ]
         for rate in rates:
             taken = seconds[rate, system] * steps.get(system, math.nan)
@@ -136,7 +146,7 @@ def print_report(
                 _or_empty(best / taken, ".2f"),
             ]
         table.add_row(*row)
-    Console(width=max(150, Console().width)).print(table)
+    Console(width=max(180, Console().width)).print(table)
 
 
 def _or_empty(value: float, form: str) -> str:
