@@ -29,9 +29,6 @@ PARTS = ("losses", "times", "memory")
 MIB = 2**20
 _TIMEOUT_SECONDS = 3600.0
 _WARM_UP = 3  # steps until queues are full
-    8,
-    24,
-)  # samples a rank takes at once, between and beyond which memory is taken to be linear
 _PROBE_STEPS = 3
 _TRIES = 4
 
