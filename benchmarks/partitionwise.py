@@ -1,0 +1,202 @@
+"""Partition-wise training on slow links: how long to the same loss as data-parallel backprop, and with what memory?
+
+python -m benchmarks.partitionwise --out benchmarks/results/partitionwise.jsonl       # an hour on 2 quiet cores
+python -m benchmarks.partitionwise --part times --out ...                             # of losses, times, memory
+python -m benchmarks.partitionwise --quick                                            # two minutes
+Every rank is an emulated host (see cluster/). A loss after a step does not depend on the link, and a step's time not
+on what was learned. So losses come from whole runs on links that are not shaped; times from short runs on shaped ones,
+in which the systems take turns; the time to a loss is the product of its steps and the seconds of one.
+What is in --out already is not repeated, except times, of which every call adds rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.partitionwise_report import BENCH, PROBES, Measured, print_report, read_rows
+from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
+from benchmarks.rows import Row, RowFile
+from cluster.emulate import EmulatedNetwork
+
+PARTS = ("losses", "times", "memory")
+MIB = 2**20
+_TIMEOUT_SECONDS = 3600.0
+_WARM_UP = 3  # steps until queues are full
+_PROBE_STEPS = 3
+_TRIES = 4
+
+
+class Bench:
+    """Runs jobs on emulated hosts and turns their outcomes into rows."""
+
+    def __init__(self, file: RowFile, measured: Measured) -> None:
+        self._file = file
+        self.measured = measured
+
+    def losses(self, case: Case, ranks: int, systems: list[str], seed: int) -> None:
+        """Whole runs on links that are not shaped: losses by step, and bytes."""
+        title = f"{case.title(ranks)}, seed {seed}"
+        todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
+        evaluation = [
+            f"train.eval_every={case.eval_every}",
+            f"train.eval_batches={max(1, case.eval_samples * ranks // case.batch)}",
+        ]
+        jobs = [_job(one, case.overrides(one, ranks, seed, case.steps, *evaluation), 1) for one in todo]
+        for found in _run(jobs, ranks, "none") if jobs else []:
+            for step, loss in found["losses"].items():
+                self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
+            sent = found["nic_bytes_per_step"]
+            self._add(title, found["name"], "nic_bytes_per_step", sent, "bytes, all ranks, by the kernel")
+
+    def times(
+        self, case: Case, ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int
+    ) -> None:
+        """Short runs on shaped links, systems taking turns, each round beginning with another one."""
+        for rate in rates:
+            order = [
+                systems[(i + turn) % len(systems)] for turn in range(rounds) for i in range(len(systems))
+            ]
+            jobs = [
+                _job(
+                    system,
+                    case.overrides(system, ranks, 0, steps, "train.eval_every=0", "train.eval_batches=1"),
+                    _WARM_UP,
+                )
+                for system in order
+            ]
+            for number, found in enumerate(_run(jobs, ranks, rate)):
+                where = f"{case.title(ranks)}, {rate}, round {number // len(systems)}"
+                seconds = found["seconds_per_step"]
+                self._add(where, found["name"], "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
+
+    def memory(self, case: Case, ranks: int, systems: list[str], cap_mib: int) -> None:
+        """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third."""
+        title, cap = case.title(ranks), cap_mib * MIB
+        for system in systems:
+            metric = f"largest_batch_in_{cap_mib}_MiB"
+            if (title, system, metric) in self.measured:
+                continue
+            grown, largest = self._largest(case, ranks, system, cap)
+            for batch, bytes_ in grown.items():
+                self._add(
+                    title, system, f"memory_at_batch_{batch}", bytes_, "bytes, growth of the largest rank"
+                )
+            if largest is None:
+                print(f"{system}: found no batch that fits in {cap_mib} MiB: {grown}", file=sys.stderr)
+            else:
+                self._add(title, system, metric, largest, "samples that a rank takes at once", higher=True)
+
+    def _largest(self, case: Case, ranks: int, system: str, cap: int) -> tuple[dict[int, int], int | None]:
+        """Memory by batch of all that ran; and the largest batch, None where the line leads to none that fits."""
+        grown = dict(zip(PROBES, self._grown(case, ranks, system, PROBES), strict=True))
+        (low, below), (high, above) = grown.items()
+        per_sample = max((above - below) / (high - low), 1.0)
+        batch = low + int((cap - below) / per_sample)
+        for _ in range(_TRIES):
+            if batch < 1:
+                break
+            (grown[batch],) = self._grown(case, ranks, system, (batch,))
+            if grown[batch] <= cap:
+                return grown, batch
+            batch -= math.ceil((grown[batch] - cap) / per_sample)
+        return grown, None
+
+    def _grown(self, case: Case, ranks: int, system: str, batches: tuple[int, ...]) -> list[int]:
+        jobs = [
+            _job(
+                system,
+                case.overrides(
+                    system,
+                    ranks,
+                    0,
+                    _PROBE_STEPS,
+                    "train.eval_every=0",
+                    "train.eval_batches=1",
+                    f"data.batch_size={batch}",
+                ),
+                1,
+            )
+            for batch in (1, *batches)  # the first one loads what is imported late
+        ]
+        # Freed memory goes back to the system at once, so that what the kernel counts is in use.
+        outcomes = _run(jobs, ranks, "none", {"MALLOC_MMAP_THRESHOLD_": "65536"})
+        return [max(one["memory_bytes"]) for one in outcomes[1:]]
+
+    def _add(
+        self, case: str, system: str, metric: str, value: float, unit: str, higher: bool = False
+    ) -> None:
+        self._file.add(Row(BENCH, case, system, metric, float(value), unit, higher))
+        self.measured.setdefault((case, system, metric), []).append(float(value))
+
+
+def _job(system: str, settings: list[str], warm_up: int) -> dict[str, Any]:
+    return {"name": system, "settings": settings, "warm_up": warm_up}
+
+
+def _run(
+    jobs: list[dict[str, Any]], ranks: int, rate: str, environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """The jobs' outcomes, in new processes, a rank on each host. Ends the benchmark where a job fails."""
+    with tempfile.TemporaryDirectory() as name, EmulatedNetwork(hosts=ranks, rate=rate) as network:
+        folder = Path(name)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        result = network.run(
+            [sys.executable, "-m", "benchmarks.partitionwise_runs", str(folder)],
+            environment={"OMP_NUM_THREADS": "1", **(environment or {})},
+            timeout_seconds=_TIMEOUT_SECONDS,
+            quiet=True,
+        )
+        if result.exit_code != 0:
+            print("\n".join(result.output), file=sys.stderr)
+            raise typer.Exit(result.exit_code)
+        return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="append rows to this JSON Lines file")] = None,
+    case: Annotated[str, typer.Option(help="of " + ", ".join(CASES))] = ",".join(CASES),
+    part: Annotated[str, typer.Option(help="of " + ", ".join(PARTS))] = ",".join(PARTS),
+    systems: Annotated[str, typer.Option(help="semicolons between")] = ";".join(SYSTEMS),
+    ranks: Annotated[str, typer.Option(help="numbers of ranks")] = "2,4",
+    rates: Annotated[str, typer.Option(help="link speeds")] = "100mbit,1gbit",
+    seeds: Annotated[int, typer.Option(help="whole runs of each system", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="short runs of each system on each link", min=1)] = 5,
+    round_steps: Annotated[int, typer.Option(help="steps of a short run", min=_WARM_UP + 1)] = 15,
+    cap: Annotated[int, typer.Option(help="memory that a rank may need, MiB")] = 512,
+    quick: Annotated[bool, typer.Option(help="the MLP on 2 ranks, few steps")] = False,
+) -> None:
+    """Compare partition-wise training with data-parallel backprop, native and at 2 bits, on the same links."""
+    chosen = {name.strip(): None for name in case.split(",")}
+    parts, named = ([one.strip() for one in text.split(mark)] for text, mark in ((part, ","), (systems, ";")))
+    for given, known in ((chosen, CASES), (parts, PARTS), (named, SYSTEMS)):
+        if unknown := [one for one in given if one not in known]:
+            raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
+    cases = {name: CASES[name] for name in chosen}
+    if quick:
+        one = CASES["mlp"]
+        cases = {"mlp": Case(one.settings, one.batch, steps=40, eval_every=20, eval_samples=512)}
+        ranks, rates, seeds, rounds, round_steps = "2", "100mbit", 1, 2, 8
+    measured = read_rows(out)
+    bench = Bench(RowFile(out), measured)
+    sizes, links = [int(one) for one in ranks.split(",")], rates.split(",")
+    for size in sizes:
+        for name, one in cases.items():
+            if "losses" in parts:
+                for seed in range(seeds):
+                    bench.losses(one, size, named, seed)
+            if "times" in parts:
+                bench.times(one, size, named, links, rounds, round_steps)
+            if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
+                bench.memory(one, size, named, cap)
+            print_report(one, size, links, seeds, cap, measured)
+
+
+if __name__ == "__main__":
+    typer.run(main)
