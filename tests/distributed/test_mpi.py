@@ -27,7 +27,7 @@ BOTH = [
     pytest.param("openmpi", marks=pytest.mark.mpi("openmpi")),
     pytest.param("mpich", marks=pytest.mark.mpi("mpich")),
 ]
-SOON = 30.0  # seconds, on a machine that may be busy
+SOON = 100.0  # seconds, on a machine that may be busy; a transfer itself may take 250
 pytestmark = pytest.mark.timeout(300)  # most of it to start ranks on such a machine
 
 
@@ -231,7 +231,7 @@ def leaving(how: str) -> None:
     rank = dist.get_rank()
     model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 200), nn.Linear(200, 5)), bucket_cap_mb=0.01)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    edl.compress(model, optimizer, 2.0, timeout=3.0 if how == "silent" else 60.0, transport="mpi")
+    edl.compress(model, optimizer, 2.0, timeout=3.0 if how == "silent" else 250.0, transport="mpi")
     for number in range(5):
         if rank == 1 and number == 2:
             if how == "killed":

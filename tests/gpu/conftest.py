@@ -8,8 +8,6 @@ import os
 import pytest
 import torch
 
-from tests.gpu.hurry import hurry
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -24,6 +22,4 @@ def device(request: pytest.FixtureRequest) -> str:
         pytest.skip("without TRITON_INTERPRET=1 Triton has no CPU; the same test runs on the GPU")
     if request.param == "cuda" and interpreted:
         pytest.skip("TRITON_INTERPRET=1 is set; the same test runs on the CPU")
-    if request.param == "cpu":
-        hurry()
     return request.param
