@@ -185,7 +185,7 @@ def test_a_damaged_packet_stops_every_rank_while_the_one_that_noticed_lives_on()
 def refused(rank: int) -> list[str]:
     """The kinds of errors for models that cannot be compressed."""
     hooked = ddp()
-    edl.compress(hooked)
+    edl.compress(hooked, bits=2.0)
     found = []
     for model, options in [
         (nn.Linear(3, 3), {}),
@@ -198,7 +198,7 @@ def refused(rank: int) -> list[str]:
         (ddp(), {"on_alarm": "disable"}),
     ]:
         try:
-            edl.compress(model, **options)
+            edl.compress(model, **{"bits": 2.0, **options})
         except (ConfigError, UnsupportedTensor) as error:
             found.append(f"{type(error).__name__}: {error.problem}")
     return found
