@@ -11,6 +11,7 @@ import math
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -63,7 +64,7 @@ class ChannelTotals:
         self.lead_most = most
 
 
-class _End:
+class _End(ABC):
     """What both ends have: a thread, a queue, and the error that ended the thread."""
 
     def __init__(
@@ -100,8 +101,9 @@ class _End:
         except Exception as error:
             self._error = error
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """What the thread does until it has ended."""
 
     def _late(self, timeout: float) -> TransportError:
         return TransportError(

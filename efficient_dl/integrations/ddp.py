@@ -23,12 +23,12 @@ from efficient_dl.comm import (
 from efficient_dl.comm.plan import Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
-    check_alarms,
     check_hierarchy,
     check_supported,
     feeds_back,

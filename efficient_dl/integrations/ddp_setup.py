@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efficient_dl.comm import OnAlarm, Plan, Residuals, Transport, check_options
+from efficient_dl.comm import Plan, Residuals, Transport
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 from efficient_dl.integrations.nodes import Hierarchy
 
@@ -50,22 +50,6 @@ def make_residuals(
     if not plan.error_feedback:
         return None
     return Residuals({name: parameter.numel() for name, parameter in parameters.items()}, device)
-
-
-def check_alarms(
-    max_relative_error: float | None,
-    on_alarm: OnAlarm,
-    optimizer: torch.optim.Optimizer | None,
-    check_every: int,
-) -> None:
-    """Raises ConfigError for options of the alarms that cannot be or do not go together."""
-    check_options(max_relative_error, on_alarm)
-    if on_alarm == "disable" and not (optimizer and check_every):
-        raise ConfigError(
-            'on_alarm="disable" needs the comparison of parameters',
-            expected="an optimizer and check_every above 0: the ranks agree on it on the way",
-            fix="give compress() the optimizer, and a check_every above 0",
-        )
 
 
 def join_check(model: DistributedDataParallel) -> Callable[[], bool]:

@@ -18,13 +18,13 @@ from efficient_dl.comm import (
     handshake,
 )
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 from efficient_dl.integrations.fsdp_setup import (
     REPLICATE,
     SHARD,
     AxisWish,
-    check_alarms,
     check_replicas,
     check_supported,
     lane_key,

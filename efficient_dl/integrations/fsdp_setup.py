@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from efficient_dl.comm import Compressor, OnAlarm, Plan, Residuals, check_options, shard_numels
+from efficient_dl.comm import Compressor, Plan, Residuals, shard_numels
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 from efficient_dl.integrations.fsdp_comms import GRADIENT_DTYPES, Lane
 from efficient_dl.integrations.fsdp_gathers import WEIGHT_DTYPES
@@ -141,22 +141,6 @@ def check_replicas(units: Sequence[Unit]) -> None:
                     where=f"the module of {unit.label!r}",
                     fix='DistributedDataParallel; or bits="none"',
                 )
-
-
-def check_alarms(
-    max_relative_error: float | None,
-    on_alarm: OnAlarm,
-    optimizer: torch.optim.Optimizer | None,
-    check_every: int,
-) -> None:
-    """Raises ConfigError for options of the alarms that cannot be or do not go together."""
-    check_options(max_relative_error, on_alarm)
-    if on_alarm == "disable" and not (optimizer and check_every):
-        raise ConfigError(
-            'on_alarm="disable" needs the comparison of parameters',
-            expected="an optimizer and check_every above 0: the ranks agree on it on the way",
-            fix="give compress() the optimizer, and a check_every above 0",
-        )
 
 
 def _values_scattered(unit: Unit) -> int:
