@@ -13,6 +13,13 @@ from hypothesis import HealthCheck, settings
 # Several ranks share few cores: one thread each, in this process and in those that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a GPU the kernels run in Triton's interpreter. Triton reads this when it is imported, which some of torch's
+# modules do: decided here, before any test's module is read.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A script's background jobs ignore Ctrl-C, and so would the programs that the tests start, and send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -93,8 +100,6 @@ def _missing_for_mpi(name: str) -> tuple[str, ...]:
 
 @functools.cache
 def _missing_for_gpu() -> tuple[str, ...]:
-    import torch
-
     return () if torch.cuda.is_available() else ("a CUDA device",)
 
 

@@ -1,4 +1,4 @@
-"""Runs the GPU kernels in Triton's interpreter where there is no GPU; decided before Triton is imported."""
+"""Where the GPU kernels run: on the GPU, or in Triton's interpreter, as tests/conftest.py decided."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import importlib.util
 import os
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
