@@ -29,7 +29,7 @@ _FIRST_BYTES = 128 << 10  # for a first impression of the bandwidth
 _LARGEST_BYTES = 16 << 20  # of what one rank sends in a try
 _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
-_CODEC_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
+SAMPLE_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
 _LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
 _MOST_SHIFTS = 7  # of pairs of nodes: with more than 8 nodes a sample
 AUTO_RATES = (4.0, 2.0)  # bits a value that "auto" chooses among, beside the floor and lossless
@@ -54,6 +54,7 @@ def probe(
     backward_seconds: float = 0.0,
     control: ProcessGroupTransport | None = None,
     kernel: str = "auto",
+    native_one_way: bool = False,
 ) -> Measurements:
     """Measures on all ranks, which call it together; all get the same numbers.
 
@@ -83,7 +84,7 @@ def probe(
         inside = _measured_among(control, topology.node_of(control.rank), transport)
     return Measurements(
         ranks_per_node,
-        native=_native_line(native, transport, sample.dtype),
+        native=_native_line(native, transport, sample.dtype, native_one_way),
         exchange=_exchange_line(transport, transport),
         between=between,
         inside=inside,
@@ -103,7 +104,7 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """
     generator = torch.Generator().manual_seed(0)
     parts: list[Tensor] = []
-    left = _CODEC_NUMEL
+    left = SAMPLE_NUMEL
     for parameter in reversed(list(parameters)):
         numel = min(parameter.numel(), left)
         if numel == 0:
@@ -204,12 +205,14 @@ def _exchange_line(transport: Transport, everyone: Transport) -> Line:
     return _line(send, everyone)
 
 
-def _native_line(native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype) -> Line:
-    ranks = max(transport.world_size, 2)
+def _native_line(
+    native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype, one_way: bool
+) -> Line:
+    ranks, ways = max(transport.world_size, 2), 1 if one_way else 2
 
     def send(num_bytes: int) -> Callable[[], object]:
-        numel = num_bytes * ranks // (2 * (ranks - 1) * dtype.itemsize)
-        x = torch.zeros(max(numel, 1), dtype=dtype, device=transport.device)
+        values_a_rank = num_bytes // (ways * (ranks - 1) * dtype.itemsize)
+        x = torch.zeros(max(values_a_rank, 1) * ranks, dtype=dtype, device=transport.device)
         return lambda: native(x)
 
     return _line(send, transport)
