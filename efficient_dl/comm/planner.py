@@ -15,7 +15,8 @@ Bytes that a rank sends, of V values at b bytes on n ranks:
     one way     half of either, where gradients travel to the ranks that keep their sums, and not back (FSDP2, ZeRO)
     hierarchy   2 (N − 1) / N · V / l · b     between N nodes of l ranks; inside of them 2 (l − 1) / l · V · itemsize
 Codec seconds: all values are encoded once, and (2 n − 1) / n of them decoded (V / l values, N for n, in a hierarchy);
-one way (n − 1) / n of them are encoded and as many decoded.
+one way (n − 1) / n of them are encoded and as many decoded. Every packet costs its header and calls beside: with many
+ranks shards become small, and that is what ends the one-shot exchange (benchmarks/scaling.py).
 
 The rule: of all choices within `tolerance` of the fastest one, the least compressing. So nothing is chosen that is
 predicted to be slower than the native all-reduce, and native wins ties.
@@ -259,11 +260,19 @@ def _route(
     codec_seconds: float,
     bucket_seconds: float,
     hierarchy: bool = False,
+    packets: tuple[int, int, int] = (0, 0, 0),
 ) -> _Route:
-    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size."""
+    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size.
+
+    packets: how many a rank encodes, decodes and sends for each bucket.
+    """
     buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
     first, last = buckets[0] / model.numel, buckets[-1] / model.numel
     backward = measurements.backward_seconds
+    encoded, decoded, sent = packets
+    cost = measurements.packet
+    sent_bytes += len(buckets) * sent * cost.num_bytes
+    codec_seconds += len(buckets) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
     if measurements.contended:
         processor = backward + codec_seconds
     else:
@@ -298,6 +307,7 @@ def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options:
         line.bytes_per_second,
         coded,
         ways * line.latency_seconds,
+        packets=_packets(ranks, ways),
     )
 
 
@@ -320,7 +330,14 @@ def _hierarchical(
         coded + inside,
         2 * (measurements.between.latency_seconds + measurements.inside.latency_seconds),
         hierarchy=True,
+        packets=_packets(nodes, 2),
     )
+
+
+def _packets(ranks: int, ways: int) -> tuple[int, int, int]:
+    """Of a bucket, per rank: encoded, decoded, sent. On the way back one packet goes to all."""
+    others = ranks - 1
+    return (others + (ways == 2), ways * others + (ways == 2), ways * others)
 
 
 def _break_even(one: _Route, native: _Route, speed: float) -> float:

@@ -12,7 +12,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, assumed_network
+from efficient_dl.comm.measurements import (
+    CodecSpeed,
+    Line,
+    Measurements,
+    NodeLink,
+    PacketCost,
+    assumed_network,
+)
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
 from efficient_dl.comm.probe import codecs_for, link_turns
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
@@ -77,6 +84,7 @@ def measured(draw: st.DrawFn, ordered: bool = False) -> Measurements:
         ),
         backward_seconds=draw(st.floats(0.0, 10.0)),
         contended=draw(st.booleans()),
+        packet=PacketCost(draw(st.floats(0, 1e-3)), draw(st.floats(0, 1e-3)), draw(st.floats(0, 1000))),
     )
 
 
@@ -182,6 +190,19 @@ def test_gradients_that_travel_one_way_are_half_the_bytes_and_codec_time() -> No
     # DeepSpeed's own collective is an all-reduce even then.
     native = plan_for(found, MODEL, options=PlannerOptions(one_way=True)).predictions[0]
     assert native.sent_bytes == there_and_back[0].sent_bytes
+
+
+def test_what_packets_cost_ends_the_one_shot_exchange_among_many_ranks() -> None:
+    packet = PacketCost(20e-6, 10e-6, 100.0)
+    sent: dict[int, float] = {}
+    for hosts in (2, 10_000):
+        found = replace(assumed_network(network(100), 100 * MEGABIT, hosts, 1, 1e-5), packet=packet)
+        decision = plan_for(found, MODEL)
+        sent[hosts] = decision.predictions[-1].sent_bytes
+        assert decision.bits == ("2.0" if hosts == 2 else "none")
+    buckets = len(bucket_numels(MODEL.numels))
+    overhead = sent[10_000] - 2 * 0.9999 * MODEL.numel * 0.2505
+    assert overhead == pytest.approx(buckets * 2 * 9_999 * 100)
 
 
 def test_communication_hides_behind_a_long_backward() -> None:
