@@ -41,6 +41,7 @@ lint: .venv/installed-test
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck .ci/run $(SCRIPTS)
+	$(BIN)/hadolint $(wildcard docker/*.Dockerfile)
 
 fuzz:
 	bash tests/fuzz/fuzz.sh $(SECONDS)
