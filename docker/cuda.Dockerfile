@@ -66,6 +66,6 @@ ENV PATH=/opt/edl/bin:$PATH \
 USER 10001:10001
 WORKDIR /work
 # Importing torch takes seconds of one core: seldom, therefore. --no-healthcheck leaves it out.
-HEALTHCHECK --interval=5m --timeout=1m --start-period=1m --retries=3 CMD ["edl-health", "--gpu"]
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=3 CMD ["edl-health", "--gpu"]
 ENTRYPOINT ["edl"]
 CMD ["--help"]

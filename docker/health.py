@@ -25,7 +25,9 @@ def problems(gpu: bool) -> list[str]:
     """What keeps this container from its work; [] if it is healthy. gpu: whether it needs a device."""
     found = [problem for spec in ("lossless", "bits:2.0") if (problem := _codec_problem(spec))]
     if gpu and not torch.cuda.is_available():
-        found.append("torch sees no GPU: start with --gpus all, and see that the host's driver is recent enough")
+        found.append(
+            "torch sees no GPU: start with --gpus all, and see that the host's driver is recent enough"
+        )
     return found
 
 
