@@ -2,16 +2,18 @@
 # Builds cpu.Dockerfile and uses the image: its health check, `edl doctor`, a short training with two workers, and the
 # two services of compose.yaml. As root on Debian, with apt's buildah and mmdebstrap and no container engine:
 #
-#   sudo docker/check.sh            # some minutes; python3 with pip downloads the wheels, apt the packages
+#   sudo docker/check.sh            # some minutes; this machine's pip downloads the wheels, apt the packages
 #
-# Its base is a stand-in: Debian bookworm with Debian's Python, under the name of the base that the Dockerfile gives. So
-# it needs no registry, and says nothing about that base itself. ROOTFS=FILE.tar keeps the stand-in for the next time.
+# Its base is a stand-in: the Debian that has this machine's Python (3.11 or 3.13; PYTHON=python3.11 chooses), under the
+# name of the base that the Dockerfile gives. So it needs no registry, and says nothing about that base itself.
+# ROOTFS=FILE.tar keeps the stand-in for the next time.
 # Nothing is left: storage, temporary files and mounts lie in one folder, which goes at the end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+python=${PYTHON:-python3}
 lacking=()
-for program in buildah mmdebstrap python3 timeout; do
+for program in buildah mmdebstrap "$python" timeout; do
     command -v "$program" >/dev/null || lacking+=("$program")
 done
 [[ $(id -u) == 0 ]] || lacking+=("root's rights")
@@ -19,6 +21,15 @@ if ((${#lacking[@]})); then
     echo "this machine lacks: ${lacking[*]} (Debian: apt-get install --no-install-recommends buildah mmdebstrap)" >&2
     exit 3
 fi
+
+case $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') in
+    3.11) suite=bookworm ;;
+    3.13) suite=trixie ;;
+    *)
+        echo "no Debian has $("$python" -V), so its wheels would not fit: PYTHON=python3.11 docker/check.sh" >&2
+        exit 3
+        ;;
+esac
 
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/edl-images.XXXXXX")
 export TMPDIR=$scratch/tmp XDG_RUNTIME_DIR=$scratch/runtime
@@ -49,14 +60,14 @@ base=$(sed -n 's/^ARG BASE=//p' docker/cpu.Dockerfile)
 image=localhost/efficient-dl:cpu
 
 step "wheels that the build will find, downloaded by this machine's pip"
-python3 -m venv "$scratch/venv"
+"$python" -m venv "$scratch/venv"
 within 900 "$scratch/venv/bin/python" -m pip download --quiet --disable-pip-version-check --dest "$scratch/wheels" \
     --constraint constraints.txt '.[bytes,data]' scikit-build-core cmake ninja
 
 step "a stand-in for $base"
 rootfs=${ROOTFS:-$scratch/rootfs.tar}
 if [[ ! -f $rootfs ]]; then
-    within 900 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$rootfs"
+    within 900 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$rootfs"
 fi
 container=$("${buildah[@]}" from scratch)
 "${buildah[@]}" add --quiet "$container" "$rootfs" / >/dev/null
