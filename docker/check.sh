@@ -80,7 +80,6 @@ within 1800 "${buildah[@]}" bud --quiet --format docker --isolation chroot --net
     --build-arg REVISION="$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
     --tag "$image" --file docker/cpu.Dockerfile . >/dev/null
 
-inspect() { "${buildah[@]}" inspect --type image --format "{{json .Docker.config.$1}}" "$image"; }
 # In a container of its own, as the image's user; the image's entry point is only for what starts containers.
 inside() { # seconds, an environment (NAME=VALUE,...), the command
     local seconds=$1 variable options=() name status=0
@@ -95,12 +94,21 @@ chmod 1777 "$scratch/runs" # as the image's own folder there
 
 step "what the image says of itself"
 "${buildah[@]}" images "$image"
-echo "entry point $(inspect Entrypoint), health check $(inspect Healthcheck), user $(inspect User)"
-[[ $(inspect Entrypoint) == '["edl"]' && $(inspect Healthcheck.Test) == '["CMD","edl-health"]' ]]
+"${buildah[@]}" inspect --type image "$image" >"$scratch/image.json"
+"$python" - "$scratch/image.json" <<'PYTHON'
+import json, sys
+
+config = json.load(open(sys.argv[1]))["Docker"]["config"]
+expected = {"Entrypoint": ["edl"], "User": "10001:10001", "WorkingDir": "/work"}
+found = {key: config.get(key) for key in expected}
+assert found == expected, f"expected {expected}, found {found}"
+assert config["Healthcheck"]["Test"] == ["CMD", "edl-health"], config["Healthcheck"]
+print(*sorted(config["Labels"].items()), sep="\n")
+PYTHON
 
 step "its health check, doctor and user; no compiler and no threads set"
-inside 120 '' edl-health
-inside 120 '' edl doctor
+inside 300 '' edl-health
+inside 300 '' edl doctor
 # shellcheck disable=SC2016 # for the shell in the container
 inside 60 '' bash -c '
     set -euo pipefail
