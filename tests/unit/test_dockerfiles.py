@@ -79,6 +79,13 @@ def test_all_that_is_copied_is_in_the_build_context():
     assert all((ROOT / path).exists() for path in listed)
 
 
+def test_constraints_fit_torch_with_and_without_cuda():
+    """torch's CUDA builds require one version of Triton exactly; its CPU builds require none."""
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert re.search(r"^torch==", constraints, re.MULTILINE)
+    assert not re.search(r"^triton==", constraints, re.MULTILINE)
+
+
 def test_compose_starts_every_rank_of_one_world_in_its_own_container():
     compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     services = compose["services"]
