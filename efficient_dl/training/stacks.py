@@ -9,18 +9,19 @@ from types import FrameType
 
 _PACKAGE = "/efficient_dl/"
 _COMM = "/efficient_dl/comm/"
+_WATCHERS = ("edl-watch", "edl-signals")  # which look, and wait for nothing else
 _DISTRIBUTED = "/torch/distributed/distributed_c10d.py"
 
 
 def all_stacks() -> str:
-    """Every thread's name, the collective it is in, and its stack, the main thread's first."""
+    """Every thread's name but the watch's own, the collective it is in, and its stack, the main thread's first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident
     frames = sorted(sys._current_frames().items(), key=lambda one: one[0] != main)
     parts: list[str] = []
     for ident, frame in frames:
-        if ident == threading.get_ident():
-            continue  # the one that looks
+        if names.get(ident, "") in _WATCHERS:
+            continue
         parts.append(f"thread {names.get(ident, ident)}: {waiting_in(frame) or 'in no collective of Python'}")
         parts += [line.rstrip("\n") for line in traceback.format_stack(frame)]
     return "\n".join(parts)

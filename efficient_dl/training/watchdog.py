@@ -24,8 +24,10 @@ from efficient_dl.training.stacks import all_stacks, main_thread
 
 _BEAT_SECONDS = 0.5
 _SILENT_SECONDS = 2.5  # without a beat, when all ranks look at each other
-_VERDICT_SECONDS = 8.0  # how long a rank whose collective timed out waits for the verdict
-_LEAVE_SECONDS = 5.0  # how long the main thread may take to end after a verdict
+_HEARD_SECONDS = (
+    10.0  # how long a verdict waits for all ranks to have heard it, above all before rank 0's store goes
+)
+_VERDICT_SECONDS = 4 * _BEAT_SECONDS + _SILENT_SECONDS + _HEARD_SECONDS  # from the alarm to all having heard
 _LOST_SECONDS = 30.0  # without progress since the store was lost with its rank
 
 
@@ -46,15 +48,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks print once and end with. printer: the rank that prints."""
+    """What all ranks end with. printer: the rank that prints it. silent: ranks that give no sign of life."""
 
     printer: int
-    is_silent: bool
+    silent: list[int]
     problem: str
     details: dict[str, str]
 
     def error(self) -> EdlError:
-        kind = TransportError if self.is_silent else RankStuck
+        kind = TransportError if self.silent else RankStuck
         return kind(self.problem, **self.details)
 
 
@@ -69,9 +71,10 @@ class Watchdog:
         self._step, self._phase, self._begun, self._since = 0, "preparing", 0, time.monotonic()
         self._beat, self._beat_at = 0, -_BEAT_SECONDS
         self._alarm: str | None = None  # why this rank raises it
+        self._main_waits = False  # for the verdict, and then ends the process
         self._first_look: tuple[float, list[Position | None]] | None = None
-        self._judged = threading.Event()
-        self._judged_at = 0.0
+        self._judged_at: float | None = None
+        self._heard = threading.Event()  # the verdict, by all ranks that live
         self._lost_at: float | None = None
         self.verdict: Verdict | None = None
 
@@ -82,8 +85,9 @@ class Watchdog:
 
     def after_timeout(self, found: str) -> Verdict | None:
         """A collective of this rank has timed out: who is to blame, None if the ranks cannot tell. Takes seconds."""
+        self._main_waits = True
         self._alarm = self._alarm or f"a collective of rank {self._rank} has timed out: {found}"
-        self._judged.wait(_VERDICT_SECONDS)
+        self._heard.wait(_VERDICT_SECONDS)
         return self.verdict
 
     def poll(self, store: dist.Store) -> None:
@@ -97,9 +101,8 @@ class Watchdog:
             self._alarm = (
                 f"rank {self._rank} has made no progress for {self._seconds:g} s (run.watchdog_seconds)"
             )
-        if self._judged.is_set():
-            if now > self._judged_at + _LEAVE_SECONDS:
-                self._end()
+        if self._judged_at is not None:
+            self._finish(store, now - self._judged_at)
             return
         if self._first_look is not None:
             if now > self._first_look[0] + _SILENT_SECONDS:
@@ -113,6 +116,9 @@ class Watchdog:
 
     def store_is_lost(self) -> None:
         """What is left without a store: to end a main thread that its lost peers leave waiting for ever."""
+        self._heard.set()
+        if self.verdict is not None and not self._main_waits:
+            self._end()
         now = time.monotonic()
         self._lost_at = self._lost_at or now
         if now - max(self._lost_at, self._since) > _LOST_SECONDS:
@@ -145,7 +151,16 @@ class Watchdog:
         agreed: Any = json.loads(store.compare_set(key, "", text))  # the first rank's
         self.verdict = None if agreed is None else Verdict(**agreed)
         self._judged_at = time.monotonic()
-        self._judged.set()
+        store.add(f"{self._prefix}/heard", 1)
+
+    def _finish(self, store: dist.Store, seconds: float) -> None:
+        """End the process, whose main thread hangs; one that waits for the verdict ends it itself."""
+        silent = 0 if self.verdict is None else len(self.verdict.silent)
+        late = seconds > _HEARD_SECONDS
+        if late or store.add(f"{self._prefix}/heard", 0) >= self._size - silent:
+            self._heard.set()
+            if late or (self.verdict is not None and not self._main_waits):
+                self._end()
 
     def _end(self) -> None:
         """The main thread hangs, and so cannot end the process."""
@@ -180,7 +195,7 @@ def judged(before: list[Position | None], now: list[Position | None], why: str) 
         last = "; ".join(f"rank {rank}: {now[rank] or 'never seen'}" for rank in silent)
         return Verdict(
             printer,
-            True,
+            silent,
             f"no sign of life from rank {', '.join(map(str, silent))}",
             {
                 "found": f"{why}; last known of {last}",
@@ -195,7 +210,7 @@ def judged(before: list[Position | None], now: list[Position | None], why: str) 
         positions = "; ".join(f"rank {rank}: {one}" for rank, one in alive.items())
         return Verdict(
             printer,
-            False,
+            [],
             "no rank makes progress",
             {
                 "found": f"{why}; {positions}",
@@ -206,7 +221,7 @@ def judged(before: list[Position | None], now: list[Position | None], why: str) 
     others = "; ".join(f"rank {rank}: {one}" for rank, one in alive.items() if rank not in behind)
     return Verdict(
         printer,
-        False,
+        [],
         f"rank {', '.join(map(str, behind))} makes no progress, and the others wait for it",
         {
             "found": f"{why}; {positions}",
