@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from efficient_dl.training.signals import Stopped
 
+_ANSWER_SECONDS = 10.0  # each rank's thread answers at once, whatever its main thread does
+
 
 class CommonStop:
     """One rank's view of one run.
@@ -45,10 +47,10 @@ class CommonStop:
             if not self._is_frozen:
                 self._begun = step
                 return True
-        self._decided.wait()
+        self._decided.wait(_ANSWER_SECONDS)
         if self._last is None:
             assert self.number is not None
-            raise Stopped(self.number)  # a rank has ended meanwhile, and says why
+            raise Stopped(self.number)  # a rank has ended meanwhile, and says why; or cannot be reached
         return step <= self._last
 
     def give_up(self, store: dist.Store) -> None:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from efficient_dl.config import Config, RunConfig
 from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportError
 from efficient_dl.training.console import print_error
+from efficient_dl.training.session import session
 from efficient_dl.training.signals import SIGNALS, Stopped, handled
 from efficient_dl.training.watch import verdict_after_timeout
 
@@ -129,7 +130,7 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     stops: list[Stopped] = []
     try:
         with handled(stops):
-            worker = _of_this_attempt(_find_peers())
+            worker = _with_own_keys(_find_peers())
             result = main(worker, *args)
             if dist.is_initialized():
                 dist.barrier()
@@ -170,12 +171,12 @@ def _find_peers() -> Worker:
     return Worker(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.PrefixStore("edl", store))
 
 
-def _of_this_attempt(worker: Worker) -> Worker:
-    """The worker with keys that no earlier attempt has written: torchrun's agent keeps its store when it restarts."""
+def _with_own_keys(worker: Worker) -> Worker:
+    """The worker with keys that no earlier worker has written: torchrun's agents keep their store over restarts."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return worker
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dataclasses.replace(worker, store=dist.PrefixStore(f"{attempt}/{worker.size}", worker.store))
+    own = session(worker.store, worker.rank, worker.size, _START_TIMEOUT.total_seconds())
+    return dataclasses.replace(worker, store=own)
 
 
 def _cores() -> tuple[str, tuple[int, ...]]:
