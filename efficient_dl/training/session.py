@@ -1,7 +1,8 @@
 """Keys of their own for the workers of one start, in a store that has seen others.
 
 torchrun's agents keep one store over restarts, and count restarts each for itself, so that workers started together
-have nothing in common that earlier ones had not. Reading an earlier worker's key would be fatal, therefore every
+have nothing in common that earlier ones had not; and a second job may be given the first one's address and port.
+Reading another worker's key would be fatal, therefore every
 rank proves that it lives: it leaves a random token, rank 0 answers with a name for all and the tokens it has seen, and
 each rank that finds its own token there confirms the name.
 """

@@ -25,6 +25,7 @@ from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportEr
 from efficient_dl.training.console import print_error
 from efficient_dl.training.session import session
 from efficient_dl.training.signals import SIGNALS, Stopped, handled
+from efficient_dl.training.versions import check_versions, versions
 from efficient_dl.training.watch import verdict_after_timeout
 
 T = TypeVar("T")
@@ -131,6 +132,8 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     try:
         with handled(stops):
             worker = _with_own_keys(_find_peers())
+            per_rank = worker.gather("versions", versions())
+            worker.together("versions", lambda: check_versions(per_rank))
             result = main(worker, *args)
             if dist.is_initialized():
                 dist.barrier()
@@ -172,9 +175,7 @@ def _find_peers() -> Worker:
 
 
 def _with_own_keys(worker: Worker) -> Worker:
-    """The worker with keys that no earlier worker has written: torchrun's agents keep their store over restarts."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return worker
+    """The worker with keys that no other has written: an earlier one, or one of another job at the same address."""
     own = session(worker.store, worker.rank, worker.size, _START_TIMEOUT.total_seconds())
     return dataclasses.replace(worker, store=own)
 
