@@ -100,7 +100,9 @@ class Metrics:
 def running(job: TorchrunJob, out: Path) -> Metrics:
     """Waits until the job has passed the step at which faults happen."""
     metrics = Metrics(out)
-    wait_until(lambda: metrics.last() >= FAULT_STEP, _START_SECONDS, f"step {FAULT_STEP}; {job.output()}")
+    wait_until(
+        lambda: metrics.last() >= FAULT_STEP, _START_SECONDS, lambda: f"step {FAULT_STEP}; {job.output()}"
+    )
     return metrics
 
 
@@ -110,9 +112,11 @@ def recovery(metrics: Metrics, job: TorchrunJob, before: tuple[int, int], begin:
     before: the file and its last step when the fault happened.
     """
     file, last = before
-    wait_until(lambda: metrics.file() != file, _END_SECONDS, f"a restart; {job.output()}")
+    wait_until(lambda: metrics.file() != file, _END_SECONDS, lambda: f"a restart; {job.output()}")
     resumed = metrics.last()
-    wait_until(lambda: metrics.last() > resumed, _START_SECONDS, f"a step after the restart; {job.output()}")
+    wait_until(
+        lambda: metrics.last() > resumed, _START_SECONDS, lambda: f"a step after the restart; {job.output()}"
+    )
     return time.monotonic() - begin, last - resumed // CHECKPOINT_EVERY * CHECKPOINT_EVERY
 
 
@@ -140,7 +144,7 @@ def inside_restarted(words: str) -> Callable[[TorchrunJob, Path], Outcome]:
 
     def fault(job: TorchrunJob, out: Path) -> Outcome:
         metrics, happened = Metrics(out), out.parent / "fault"
-        wait_until(happened.exists, _START_SECONDS, f"the fault; {job.output()}")
+        wait_until(happened.exists, _START_SECONDS, lambda: f"the fault; {job.output()}")
         begin, before = (
             happened.stat().st_mtime - time.time() + time.monotonic(),
             (metrics.file(), metrics.last()),
@@ -167,7 +171,9 @@ def link_cut_for(seconds: float) -> Callable[[TorchrunJob, Path], Outcome]:
         last, begin = metrics.last(), time.monotonic()
         job.network.restore(1)
         wait_until(
-            lambda: metrics.last() > last, _END_SECONDS, f"a step after the link is back; {job.output()}"
+            lambda: metrics.last() > last,
+            _END_SECONDS,
+            lambda: f"a step after the link is back; {job.output()}",
         )
         waited = time.monotonic() - begin
         codes = job.wait(_END_SECONDS)
@@ -184,7 +190,7 @@ def head_killed(job: TorchrunJob, out: Path) -> Outcome:
     begin, before = time.monotonic(), (metrics.file(), metrics.last())
     job.kill_agent(0)
     codes = job.wait(_END_SECONDS)
-    wait_until(lambda: not job.left(), _END_SECONDS, f"all processes to end; {job.output()}")
+    wait_until(lambda: not job.left(), _END_SECONDS, lambda: f"all processes to end; {job.output()}")
     ended = time.monotonic() - begin
     begin = time.monotonic()
     for host in range(2):
@@ -210,9 +216,9 @@ def preempted(number: signal.Signals) -> Callable[[TorchrunJob, Path], Outcome]:
         begin = time.monotonic()
         for host in range(2):
             job.start(host)
-        wait_until(lambda: metrics.file() != file, _END_SECONDS, f"a restart; {job.output()}")
+        wait_until(lambda: metrics.file() != file, _END_SECONDS, lambda: f"a restart; {job.output()}")
         resumed = metrics.last()
-        wait_until(lambda: metrics.last() > resumed, _START_SECONDS, f"a step; {job.output()}")
+        wait_until(lambda: metrics.last() > resumed, _START_SECONDS, lambda: f"a step; {job.output()}")
         seconds = time.monotonic() - begin
         if any(job.wait(_END_SECONDS)):
             raise EmulationError(f"the second job failed; {job.output()}")

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.fault_cases import CASES, STEPS, Case, Outcome, train_words
 from benchmarks.rows import Row, RowFile
-from cluster.emulate import EmulatedNetwork
+from cluster.emulate import EmulatedNetwork, EmulationError
 from efficient_dl.training.checkpoint import CheckpointFolder
 
 BENCH = "faults"
@@ -102,12 +102,19 @@ def main(
     names = only or (["worker-killed", "link-cut-5-s"] if quick else list(CASES))
     if unknown := [name for name in names if name not in CASES]:
         raise typer.BadParameter(f"no case {unknown[0]}; there are {', '.join(CASES)}")
-    file, found = RowFile(out), []
+    file, found, failed = RowFile(out), list[Measured](), list[str]()
     with tempfile.TemporaryDirectory(prefix="edl-faults-") as temporary:
         folder = Path(temporary)
         reference = undisturbed(folder)
         for name in names:
-            one = measure(CASES[name], folder / name, reference)
+            try:
+                one = measure(CASES[name], folder / name, reference)
+            except (
+                EmulationError
+            ) as error:  # a promise is not kept: the other cases are worth knowing all the same
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                failed.append(name)
+                continue
             found.append(one)
             print(table([one], launcher).splitlines()[-1], flush=True)
             for metric, value, unit, higher in (
@@ -129,6 +136,13 @@ def main(
                         )
                     )
     Console(width=200).print(table(found, launcher), markup=False)
+    broken = [one.case.title for one in found if one.left]
+    if failed or broken:
+        print(
+            f"failed: {', '.join(failed) or 'none'}; processes left: {', '.join(broken) or 'none'}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

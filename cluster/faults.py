@@ -76,7 +76,9 @@ class TorchrunJob:
             "--nnodes", launcher.hosts, "--nproc-per-node", "1", "--max-restarts", str(launcher.max_restarts),
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.network.address(0)}:{launcher.port}",
             "--rdzv-id", "faults", "--local-addr", address,
-            "--rdzv-conf", f"join_timeout={launcher.join_seconds},last_call_timeout=1",
+            # Names do not resolve on these hosts, by which torchrun would know where the rendezvous is to be kept.
+            "--rdzv-conf",
+            f"join_timeout={launcher.join_seconds},last_call_timeout=1,is_host={str(host == 0).lower()}",
         ]  # fmt: skip
         variables = {
             "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -165,11 +167,11 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> float:
+def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: Callable[[], str]) -> float:
     """The seconds until the condition holds. Raises EmulationError if it does not in time. what: for its message."""
     begin = time.monotonic()
     while not condition():
         if time.monotonic() > begin + timeout_seconds:
-            raise EmulationError(f"waited {timeout_seconds:g} s in vain for {what}")
+            raise EmulationError(f"waited {timeout_seconds:g} s in vain for {what()}")
         time.sleep(_POLL_SECONDS)
     return time.monotonic() - begin
