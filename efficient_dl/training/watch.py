@@ -17,7 +17,8 @@ from efficient_dl.training.common_stop import CommonStop
 from efficient_dl.training.signals import first_asks
 from efficient_dl.training.watchdog import Verdict, Watchdog
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
+_SPARING_RANKS = 256  # more of them ask rank 0's store in proportion less often
 _CONNECT_SECONDS = 30.0
 _LOST = (dist.DistError, RuntimeError, OSError)
 
@@ -60,6 +61,7 @@ class _RunWatch:
         self.dog = Watchdog(rank, size, f"{name}/dog", run.watchdog_seconds)
         self.store = _own_connection(store)
         self._closed = threading.Event()
+        self._poll_seconds = _POLL_SECONDS * max(1.0, size / _SPARING_RANKS)
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         threading.Thread(target=self._run, name="edl-watch", daemon=True).start()
 
@@ -82,7 +84,7 @@ class _RunWatch:
 
     def _run(self) -> None:
         lost = False
-        while not self._closed.wait(_POLL_SECONDS):
+        while not self._closed.wait(self._poll_seconds):
             self._end_with_the_agent()
             try:
                 if not lost:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -23,7 +24,9 @@ from efficient_dl.errors import EdlError, RankStuck, TransportError
 from efficient_dl.training.stacks import all_stacks, main_thread
 
 _BEAT_SECONDS = 0.5
-_SILENT_SECONDS = 2.5  # without a beat, when all ranks look at each other
+_SILENT_SECONDS = 2.5  # without a beat, when ranks look at each other
+_SPARING_RANKS = 256  # more of them tell in proportion less often, so that rank 0's store keeps up
+_JUDGES = 8  # the lowest ranks look at all others; the rest follow
 _HEARD_SECONDS = (
     10.0  # how long a verdict waits for all ranks to have heard it, above all before rank 0's store goes
 )
@@ -69,7 +72,8 @@ class Watchdog:
     def __init__(self, rank: int, size: int, prefix: str, seconds: float) -> None:
         self._rank, self._size, self._prefix, self._seconds = rank, size, prefix, seconds
         self._step, self._phase, self._begun, self._since = 0, "preparing", 0, time.monotonic()
-        self._beat, self._beat_at = 0, -_BEAT_SECONDS
+        self._beat, self._beat_at = 0, -math.inf
+        self._pace = max(1.0, size / _SPARING_RANKS)
         self._alarm: str | None = None  # why this rank raises it
         self._main_waits = False  # for the verdict, and then ends the process
         self._first_look: tuple[float, list[Position | None]] | None = None
@@ -87,13 +91,13 @@ class Watchdog:
         """A collective of this rank has timed out: who is to blame, None if the ranks cannot tell. Takes seconds."""
         self._main_waits = True
         self._alarm = self._alarm or f"a collective of rank {self._rank} has timed out: {found}"
-        self._heard.wait(_VERDICT_SECONDS)
+        self._heard.wait(_VERDICT_SECONDS * self._pace)
         return self.verdict
 
     def poll(self, store: dist.Store) -> None:
         """Tell where this rank is, raise the alarm if it is due, and follow others'."""
         now = time.monotonic()
-        if now - self._beat_at >= _BEAT_SECONDS:
+        if now - self._beat_at >= _BEAT_SECONDS * self._pace:
             self._beat, self._beat_at = self._beat + 1, now
             store.set(self._key(self._rank), json.dumps(dataclasses.asdict(self._position())))
             self._arm_for_a_held_lock()
@@ -105,14 +109,14 @@ class Watchdog:
             self._finish(store, now - self._judged_at)
             return
         if self._first_look is not None:
-            if now > self._first_look[0] + _SILENT_SECONDS:
-                self._judge(store)
+            if now > self._first_look[0] + _SILENT_SECONDS * self._pace:
+                self._judge(store, now)
         elif self._alarm is not None or store.check([f"{self._prefix}/alarm"]):
             if self._alarm is not None:
                 store.compare_set(f"{self._prefix}/alarm", "", self._alarm)
             why = store.get(f"{self._prefix}/alarm").decode()
             _print(f"rank {self._rank}: {why}\nrank {self._rank}: {self._position()}\n{all_stacks()}")
-            self._first_look = (now, self._look(store))
+            self._first_look = (now, self._look(store) if self._rank < _JUDGES else [])
 
     def store_is_lost(self) -> None:
         """What is left without a store: to end a main thread that its lost peers leave waiting for ever."""
@@ -143,11 +147,19 @@ class Watchdog:
         keys = [self._key(rank) for rank in range(self._size)]
         return [Position(**json.loads(store.get(key))) if store.check([key]) else None for key in keys]
 
-    def _judge(self, store: dist.Store) -> None:
+    def _judge(self, store: dist.Store, now: float) -> None:
+        """Take over the verdict, or reach one; for the others, only after the judges have had their time."""
         assert self._first_look is not None
         key = f"{self._prefix}/verdict"
-        found = judged(self._first_look[1], self._look(store), store.get(f"{self._prefix}/alarm").decode())
-        text = json.dumps(None if found is None else dataclasses.asdict(found))
+        late = now > self._first_look[0] + _HEARD_SECONDS * self._pace
+        if self._rank >= _JUDGES and not late and not store.check([key]):
+            return
+        text = "null"
+        if self._rank < _JUDGES:
+            found = judged(
+                self._first_look[1], self._look(store), store.get(f"{self._prefix}/alarm").decode()
+            )
+            text = json.dumps(None if found is None else dataclasses.asdict(found))
         agreed: Any = json.loads(store.compare_set(key, "", text))  # the first rank's
         self.verdict = None if agreed is None else Verdict(**agreed)
         self._judged_at = time.monotonic()
@@ -156,7 +168,7 @@ class Watchdog:
     def _finish(self, store: dist.Store, seconds: float) -> None:
         """End the process, whose main thread hangs; one that waits for the verdict ends it itself."""
         silent = 0 if self.verdict is None else len(self.verdict.silent)
-        late = seconds > _HEARD_SECONDS
+        late = seconds > _HEARD_SECONDS * self._pace
         if late or store.add(f"{self._prefix}/heard", 0) >= self._size - silent:
             self._heard.set()
             if late or (self.verdict is not None and not self._main_waits):
