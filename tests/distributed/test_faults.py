@@ -28,15 +28,27 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
     return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
+PARTITIONS = (
+    "train", "--model", "gpt-nano", "--data", "stdlib", "--bits", "2.0", "--batch-size", "2", "--partitions", "2",
+    "--mode", "partitionwise", "--set", "model.context=16", "--set", "model.tie_weights=false",
+    "--set", "local.balance=parameters", "--set", "local.stage_steps=6", "--set", "train.eval_batches=2",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code", "job"),
+    [(signal.SIGTERM, 143, DIGITS), (signal.SIGUSR1, 138, DIGITS), (signal.SIGUSR1, 138, PARTITIONS)],
+)
 def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
-    number: int, code: int, tmp_path: Path
+    number: int, code: int, job: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    words = [*DIGITS, *CONSTANT, "--set", "train.checkpoint_every=0", "--out", str(out)]
+    words = [*job, *CONSTANT, "--set", "train.checkpoint_every=0", "--out", str(out)]
     ranks = EdlRanks(tmp_path, *[[*words, "--steps", "1000000"]] * 2)
-    ranks.wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
+    ranks.wait_for(
+        lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0, 120
+    )
     pid = ranks._ranks[1].pid
     assert pid
     os.kill(pid, number)
@@ -47,7 +59,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     assert f"after step {step}, whose checkpoint is complete" in first.err
     more = ["--resume-or-start", "--steps", str(step + 3)]
     assert [one.code for one in edl(tmp_path / "b", *words, *more)] == [0, 0]
-    whole = [*DIGITS, *CONSTANT, "--out", str(tmp_path / "whole"), "--steps", str(step + 3)]
+    whole = [*job, *CONSTANT, "--out", str(tmp_path / "whole"), "--steps", str(step + 3)]
     assert [one.code for one in edl(tmp_path / "c", *whole)] == [0, 0]
     assert differing(weights(out, step + 3), weights(tmp_path / "whole", step + 3)) == []
 
@@ -167,3 +179,18 @@ def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_ranks_killed_while_they_write_a_checkpoint_leave_the_one_before(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [*DIGITS, "--set", "train.checkpoint_every=1", "--out", str(out)]
+    ranks = EdlRanks(tmp_path, *[[*words, "--steps", "1000000"]] * 2)
+    checkpoints = CheckpointFolder(out / "checkpoints")
+    ranks.wait_for(lambda: checkpoints.latest() is not None and any(checkpoints.path.glob(".*.partial")), 120)
+    ranks.signal(signal.SIGKILL)
+    assert [one.code for one in ranks.end()] == [-signal.SIGKILL] * 2
+    step, notes = checkpoints.newest_intact()
+    assert step and notes == []
+    again = edl(tmp_path / "b", *words, "--resume-or-start", "--steps", str(step + 1))
+    assert [one.code for one in again] == [0, 0], again
+    assert not any(checkpoints.path.glob(".*"))
