@@ -49,6 +49,11 @@ def remove(names: list[str]) -> None:
         ip("netns", "del", name)
 
 
+def beginning_with(prefix: str) -> list[str]:
+    """The namespaces of one network, by the `unique_prefix` that their names begin with."""
+    return [name for name in _existing() if name.startswith(f"{prefix}-")]
+
+
 def kill_processes(name: str) -> None:
     """Sends SIGKILL to every process in the namespace, those that left their process group or session too."""
     deadline = time.monotonic() + _KILL_SECONDS

@@ -19,6 +19,11 @@ _MAX_HOSTS = 250  # one /24
 _FIRST_PORT = 29500  # torchrun's
 
 
+def interface_variables() -> dict[str, str]:
+    """What tells gloo, NCCL and tensorpipe to use a host's shaped link, where they would have to guess."""
+    return {f"{library}_SOCKET_IFNAME": INTERFACE for library in ("GLOO", "NCCL", "TP")}
+
+
 class EmulatedNetwork:
     """`hosts` network namespaces, each with an `eth0`, joined by a bridge in a namespace of its own.
 
@@ -65,6 +70,11 @@ class EmulatedNetwork:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def prefix(self) -> str:
+        """How the names of all its namespaces begin."""
+        return self._prefix
 
     # ---------------------------------------------------------------- hosts
     def namespace(self, host: int) -> str:
@@ -130,9 +140,7 @@ class EmulatedNetwork:
             command,
             port=_FIRST_PORT + self._runs,  # the last run's may still be in TIME_WAIT
             workers_per_host=workers_per_host,
-            environment={"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
-            | {"TP_SOCKET_IFNAME": INTERFACE}
-            | (environment or {}),
+            environment={**interface_variables(), **(environment or {})},
             timeout_seconds=timeout_seconds,
             quiet=quiet,
             grace_seconds=grace_seconds,
