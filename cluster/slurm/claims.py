@@ -1,4 +1,4 @@
-"""Names of Slurm clusters and who holds them: a locked file each, so that what a killed holder left is known to be left."""
+"""Who holds which cluster: a locked file each, so that what a killed holder has left is known as such."""
 
 from __future__ import annotations
 

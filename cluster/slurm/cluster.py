@@ -48,12 +48,12 @@ def missing_requirements(delay: bool = False) -> list[str]:
 class RunningCluster:
     """A cluster that is up, as any process can use it.
 
-    namespaces: of every host, the head's included, by name. processes: the daemons that this process has started.
+    namespaces: of every host, the head's included, by name. daemons: those that this process has started.
     """
 
     folder: Folder
     namespaces: Mapping[str, str]
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @classmethod
     def named(cls, name: str) -> RunningCluster:
@@ -123,17 +123,17 @@ class RunningCluster:
 
     def start(self, host: str, daemon: str, command: Sequence[str]) -> None:
         """Starts a daemon on a host; what it prints goes to its log."""
+        if (last := self.daemons.get(daemon)) is not None:
+            last.wait(_CALL_SECONDS)
         with self.folder.log(daemon).open("ab") as log:
-            self.processes.append(
-                subprocess.Popen(
-                    self.on_host(host, command),
-                    cwd="/",
-                    env=self.environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self.daemons[daemon] = subprocess.Popen(
+                self.on_host(host, command),
+                cwd="/",
+                env=self.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
 
@@ -219,9 +219,9 @@ def _answers(command: list[str]) -> bool:
 def _wait(running: RunningCluster, what: str, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while not condition():
-        ended = [process for process in running.processes if process.poll() is not None]
+        ended = [name for name, process in running.daemons.items() if process.poll() is not None]
         if ended or time.monotonic() > deadline:
-            ends = "".join(f"\n  `{' '.join(map(str, p.args[-3:]))}` ended: {p.returncode}" for p in ended)
+            ends = f"; these have ended: {', '.join(ended)}" if ended else ""
             raise EmulationError(f"waited in vain for {what}{ends}\n{_logs(running.folder)}")
         time.sleep(_POLL_SECONDS)
 
@@ -238,5 +238,5 @@ def _reap(running: RunningCluster) -> None:
     """Ends all daemons and waits for those that this process has started."""
     for namespace in running.namespaces.values():
         namespaces.kill_processes(namespace)
-    for process in running.processes:
+    for process in running.daemons.values():
         process.wait()

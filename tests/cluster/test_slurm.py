@@ -17,7 +17,7 @@ from cluster.slurm import RunningCluster, SlurmCluster, SlurmOptions, claims
 from cluster.slurm.__main__ import main
 from cluster.slurm.config import Folder, configuration_text
 
-# One worker for all that starts clusters: a cluster's start removes what killed ones have left, and a test looks at that.
+# In one worker with all that starts clusters: a start removes what killed ones have left, and a test looks at that.
 pytestmark = pytest.mark.xdist_group("slurm")
 
 REPOSITORY = Path(__file__).parents[2]
