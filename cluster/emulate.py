@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from cluster import namespaces
 from cluster.errors import EmulationError
 from cluster.network import EmulatedNetwork
 from cluster.processes import RunResult
+from cluster.scratch import stale_folders
 
 __all__ = ["EmulatedNetwork", "EmulationError", "RunResult", "main"]
 
@@ -138,7 +140,10 @@ def _check(delay: bool) -> int:
 def _clean() -> int:
     names = namespaces.stale()
     namespaces.remove(names)
-    for name in names:
+    folders = stale_folders()
+    for folder in folders:
+        shutil.rmtree(folder)
+    for name in [*names, *folders]:
         print(f"removed {name}")
     return 0
 

@@ -70,10 +70,13 @@ def kill_processes(name: str) -> None:
 
 def stale() -> list[str]:
     """Namespaces of processes that are gone: they were killed with SIGKILL, or the machine was short of memory."""
-    found = [(name, _NAME.fullmatch(name)) for name in _existing()]
-    return [
-        name for name, parts in found if parts and _start_time(int(parts["pid"])) != int(parts["started"])
-    ]
+    return [name for name in _existing() if is_stale(name)]
+
+
+def is_stale(name: str) -> bool:
+    """Whether a name begins with the `unique_prefix` of a process that is gone."""
+    parts = _NAME.fullmatch(name)
+    return parts is not None and _start_time(int(parts["pid"])) != int(parts["started"])
 
 
 def missing_requirements(delay: bool = False) -> list[str]:

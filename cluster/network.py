@@ -118,6 +118,11 @@ class EmulatedNetwork:
         ip("-n", self._switch, "link", "set", f"p{host}", "master", "br0")
 
     # ---------------------------------------------------------------- commands
+    def kill_all(self) -> None:
+        """Kills whatever runs on the hosts."""
+        for host in range(self.hosts):
+            namespaces.kill_processes(self.namespace(host))
+
     def run(
         self,
         command: list[str],

@@ -12,20 +12,27 @@ REPOSITORY = Path(__file__).parents[2]
 # The first node of the allocation holds the rendezvous: asked anew at each start, as a requeued job runs elsewhere.
 _SCRIPT = """\
 #!/bin/bash
-#SBATCH --nodes={nodes} --ntasks-per-node=1 --cpus-per-task=2 --time=5 --requeue --open-mode=append
+#SBATCH --nodes={nodes} --ntasks-per-node={tasks} --cpus-per-task=1 --time=5 --requeue --open-mode=append
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${{SLURM_RESTART_COUNT:-0}}"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + (SLURM_JOB_ID * 10 + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
-cd {repository}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
+export MASTER_ADDR MASTER_PORT PYTHONPATH={repository}
 {before}
-srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc-per-node={workers} \\
-    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \\
-    -m efficient_dl.cli {arguments}
+srun --kill-on-bad-exit=1 {command}
 code=$?
 echo "srun ended: $code"
 {after}
 exit $code
 """
+_TORCHRUN = (
+    "{python} -m torch.distributed.run --nnodes=$SLURM_NNODES --nproc-per-node=1 --rdzv-backend=c10d "
+    "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT --rdzv-id=$SLURM_JOB_ID --max-restarts=0 -m efficient_dl.cli {arguments}"
+)
+# Half as many processes to start as with torchrun.
+_TASKS = (
+    "sh -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
+    "LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec {python} -m efficient_dl.cli {arguments}'"
+)
 
 
 def train_arguments(out: Path, steps: int, *more: str) -> list[str]:
@@ -41,18 +48,22 @@ def write_script(
     arguments: Sequence[str],
     *,
     nodes: int = 2,
-    workers_per_node: int = 1,
+    tasks_per_node: int = 1,
+    torchrun: bool = False,
     before: str = "",
     after: str = "",
 ) -> Path:
-    """Writes an sbatch script that trains by srun and torchrun. before, after: lines around them."""
+    """Writes an sbatch script that trains. torchrun: it starts the workers, else srun does.
+
+    before, after: lines around srun; `$code` is its exit code. No argument may need quotes.
+    """
+    words = {"python": shlex.quote(sys.executable), "arguments": shlex.join(arguments)}
     file.write_text(
         _SCRIPT.format(
             nodes=nodes,
+            tasks=tasks_per_node,
             repository=shlex.quote(str(REPOSITORY)),
-            python=shlex.quote(sys.executable),
-            workers=workers_per_node,
-            arguments=shlex.join(arguments),
+            command=(_TORCHRUN if torchrun else _TASKS).format(**words),
             before=before,
             after=after,
         )

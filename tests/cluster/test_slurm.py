@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,11 +17,11 @@ from cluster.errors import EmulationError
 from cluster.slurm import RunningCluster, SlurmCluster, SlurmOptions, claims
 from cluster.slurm.__main__ import main
 from cluster.slurm.config import Folder, configuration_text
+from tests.cluster.jobs import REPOSITORY, train_arguments, write_script
 
 # In one worker with all that starts clusters: a start removes what killed ones have left, and a test looks at that.
 pytestmark = pytest.mark.xdist_group("slurm")
 
-REPOSITORY = Path(__file__).parents[2]
 NAME = f"test-{os.getpid()}"
 
 
@@ -102,6 +103,16 @@ def test_a_second_cluster_has_nodes_and_keys_of_its_own(running: RunningCluster)
 def test_a_host_that_is_not_there_is_named(running: RunningCluster) -> None:
     with pytest.raises(EmulationError, match="no host 'h9'; there are h0, h1, head"):
         running.on_host("h9", ["true"])
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_two_nodes_train_at_two_bits_by_srun_and_torchrun(running: RunningCluster, tmp_path: Path) -> None:
+    script = write_script(tmp_path / "job.sh", train_arguments(tmp_path / "run", 4), torchrun=True)
+    done = running.run(["salloc", "-N", "2", "bash", str(script)], timeout_seconds=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
 
 
 # -------------------------------------------------------------------- ends
