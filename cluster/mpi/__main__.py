@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cluster.errors import EmulationError
 from cluster.mpi.hosts import mpi_hosts
 from cluster.mpi.programs import find_mpirun
+from cluster.options import add_network_options, chosen_topology
 
 _OWN_FAILURE = 125
 _INTERRUPTED = 130
@@ -24,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         mpirun = find_mpirun(given.mpirun)
-        num_ranks = given.hosts if given.n is None else given.n
-        with mpi_hosts(given.hosts, given.rate, given.delay) as hosts:
+        topology = chosen_topology(given)
+        num_ranks = len(topology.hosts) if given.n is None else given.n
+        with mpi_hosts(topology) as hosts:
             return hosts.run(mpirun, num_ranks, given.command, timeout_seconds=given.timeout).returncode
     except EmulationError as error:
         print(f"cluster.mpi: {error}", file=sys.stderr)
@@ -41,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--hosts", type=int, default=2, metavar="N", help="number of hosts (2)")
-    parser.add_argument("--rate", default="1gbit", help="of every link, each way, or none (1gbit)")
-    parser.add_argument("--delay", help="one way between two hosts, like 5ms; needs the kernel's netem")
+    add_network_options(parser)
     parser.add_argument("-n", type=int, metavar="RANKS", help="ranks, spread over the hosts (one a host)")
     parser.add_argument(
         "--mpirun", metavar="PATH", help="instead of the one beside the interpreter or on the PATH"

@@ -15,6 +15,7 @@ from cluster.errors import EmulationError
 from cluster.mpi.programs import Mpirun
 from cluster.network import EmulatedNetwork, interface_variables
 from cluster.scratch import scratch_folder
+from cluster.topology import Topology
 
 _TIMED_OUT = 124
 _GRACE_SECONDS = 5.0
@@ -52,7 +53,7 @@ class MpiHosts:
             )
         self._network = network
         self._folder = folder
-        self._names = [f"h{host}" for host in range(network.hosts)]
+        self._names = network.names
         self._hosts_file = folder / "hosts"
         self._agent = folder / "agent"
         addresses = {name: network.address(host) for host, name in enumerate(self._names)}
@@ -135,10 +136,7 @@ class MpiHosts:
 
 
 @contextlib.contextmanager
-def mpi_hosts(hosts: int = 2, rate: str = "1gbit", delay: str | None = None) -> Iterator[MpiHosts]:
+def mpi_hosts(topology: Topology) -> Iterator[MpiHosts]:
     """Hosts for mpirun inside the block, behind links as EmulatedNetwork's. Raises EmulationError."""
-    with (
-        EmulatedNetwork(hosts=hosts, rate=rate, delay=delay) as network,
-        scratch_folder(network.prefix) as folder,
-    ):
+    with EmulatedNetwork(topology=topology) as network, scratch_folder(network.prefix) as folder:
         yield MpiHosts(network, folder)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.errors import EmulationError
+from cluster.options import add_network_options, chosen_topology
 from cluster.slurm import claims
 from cluster.slurm.cluster import RunningCluster, SlurmCluster, missing_requirements
 from cluster.slurm.config import HEAD, SlurmOptions
@@ -82,11 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     default = SlurmOptions()
     parser.add_argument("--name", default=default.name, help=f"several can be up at once ({default.name})")
-    parser.add_argument("--nodes", type=int, default=default.nodes, metavar="N", help=f"({default.nodes})")
-    parser.add_argument(
-        "--rate", default=default.rate, help=f"of every link, each way, or none ({default.rate})"
-    )
-    parser.add_argument("--delay", help="one way between two hosts, like 5ms; needs the kernel's netem")
+    add_network_options(parser, "nodes")
     parser.add_argument(
         "--cpus",
         type=int,
@@ -97,9 +94,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(given: argparse.Namespace) -> SlurmOptions:
-    return SlurmOptions(
-        name=given.name, nodes=given.nodes, rate=given.rate, delay=given.delay, cpus=given.cpus
-    )
+    return SlurmOptions(name=given.name, topology=chosen_topology(given), cpus=given.cpus)
 
 
 def _up(given: argparse.Namespace) -> int:
@@ -108,20 +103,16 @@ def _up(given: argparse.Namespace) -> int:
     receiving, sending = os.pipe()
     command = [sys.executable, "-m", "cluster.slurm", "keep", "--ready-descriptor", str(sending)]
     command += [
-        "--name",
-        given.name,
-        "--nodes",
-        str(given.nodes),
-        "--rate",
-        given.rate,
-        "--cpus",
-        str(given.cpus),
+        word
+        for name in ("name", "hosts", "rate", "delay", "topology", "cpus")
+        if (value := getattr(given, name)) is not None
+        for word in (f"--{'nodes' if name == 'hosts' else name}", str(value))
     ]
-    command += ["--delay", given.delay] if given.delay else []
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryFile("w+") as log, os.fdopen(receiving, "rb") as ready:
         keeper = subprocess.Popen(
             command,
-            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

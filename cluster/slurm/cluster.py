@@ -140,24 +140,22 @@ class RunningCluster:
 class SlurmCluster:
     """A Slurm cluster inside the `with` block; its value is the RunningCluster, and `network` its links.
 
-    Every node is an emulated host behind a shaped link, and so is the head, where slurmctld and munged run and jobs are
-    submitted. Leaving the block, by an exception or SIGTERM too, kills the jobs and removes everything. If the process
-    is killed, its leftovers are removed when the next cluster starts, or by `python -m cluster.slurm down`.
+    Every node is an emulated host behind a shaped link; another host is the head, where slurmctld and munged run and
+    jobs are submitted. Leaving the block, by an exception or SIGTERM too, kills the jobs and removes everything. If the
+    process is killed, its leftovers are removed when the next cluster starts, or by `python -m cluster.slurm down`.
     A Slurm or munge of the machine's own is neither used nor disturbed. Raises EmulationError.
 
-    >>> with SlurmCluster(SlurmOptions(nodes=2, rate="1gbit")) as running:       # doctest: +SKIP
+    >>> with SlurmCluster(SlurmOptions(topology=Topology.uniform(2, "1gbit"))) as running:      # doctest: +SKIP
     ...     print(running.run(["srun", "-N", "2", "hostname"]).stdout)
     """
 
     def __init__(self, options: SlurmOptions | None = None) -> None:
         self.options = options or SlurmOptions()
-        self.network = EmulatedNetwork(
-            hosts=self.options.nodes + 1, rate=self.options.rate, delay=self.options.delay
-        )
+        self.network = EmulatedNetwork(topology=self.options.with_head())
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> RunningCluster:
-        if missing := missing_requirements(delay=self.options.delay is not None):
+        if missing := missing_requirements(self.options.topology.has_delays):
             raise EmulationError(
                 "this machine cannot be a Slurm cluster; it lacks\n  - " + "\n  - ".join(missing)
             )
@@ -176,11 +174,9 @@ class SlurmCluster:
         self._stack.__exit__(kind, error, traceback)
 
     def _start(self, folder: Folder, stack: contextlib.ExitStack) -> RunningCluster:
-        names = [*(f"h{node}" for node in range(self.options.nodes)), HEAD]
-        addresses = {name: self.network.address(host) for host, name in enumerate(names)}
-        running = RunningCluster(
-            folder, {name: self.network.namespace(host) for host, name in enumerate(names)}
-        )
+        hosts = list(enumerate(self.network.names))
+        addresses = {name: self.network.address(host) for host, name in hosts}
+        running = RunningCluster(folder, {name: self.network.namespace(host) for host, name in hosts})
         stack.callback(_reap, running)
         folder.hosts_file.write_text(hosts_text(addresses))
         folder.configuration.write_text(configuration_text(self.options, folder, addresses))

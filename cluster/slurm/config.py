@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import EmulationError
+from cluster.topology import HostLink, Link, Topology
 
 HEAD = "head"  # the host of slurmctld and munged, from which jobs are submitted
 PARTITION, URGENT_PARTITION = "main", "urgent"
@@ -16,7 +17,7 @@ _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """nodes: how many, named h0, h1, ... rate, delay: of every host's link, as for EmulatedNetwork.
+    """topology: the nodes, and their links.
 
     cpus: processors that each node claims to have. kill_wait_seconds: between a job's SIGTERM and its SIGKILL when it
     is cancelled or out of time. grace_seconds: the same for pre-emption. node_timeout_seconds: of silence, after which
@@ -24,9 +25,7 @@ class SlurmOptions:
     """
 
     name: str = "edl"
-    nodes: int = 2
-    rate: str = "1gbit"
-    delay: str | None = None
+    topology: Topology = field(default_factory=lambda: Topology.uniform(2))
     cpus: int = 2
     kill_wait_seconds: int = 5
     grace_seconds: int = 5
@@ -34,9 +33,15 @@ class SlurmOptions:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        for what, least in (("nodes", 1), ("cpus", 1), ("node_timeout_seconds", 3)):
+        for what, least in (("cpus", 1), ("node_timeout_seconds", 3)):
             if getattr(self, what) < least:
                 raise EmulationError(f"no number of {what}: {getattr(self, what)}; at least {least}")
+        if HEAD in (host.name for host in self.topology.hosts):
+            raise EmulationError(f"no node can be called {HEAD}: the host of slurmctld is")
+
+    def with_head(self) -> Topology:
+        """The nodes, and as the last host the head, at the first node's site and on an unshaped link."""
+        return self.topology.with_host(HostLink(HEAD, self.topology.hosts[0].site, Link("none")))
 
 
 def check_name(name: str) -> None:

@@ -17,6 +17,7 @@ from cluster.errors import EmulationError
 from cluster.slurm import RunningCluster, SlurmCluster, SlurmOptions, claims
 from cluster.slurm.__main__ import main
 from cluster.slurm.config import Folder, configuration_text
+from cluster.topology import Topology
 from tests.cluster.jobs import REPOSITORY, train_arguments, write_script
 
 # In one worker with all that starts clusters: a start removes what killed ones have left, and a test looks at that.
@@ -27,7 +28,7 @@ NAME = f"test-{os.getpid()}"
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningCluster]:
-    with SlurmCluster(SlurmOptions(name=NAME, nodes=2, rate="200mbit")) as cluster:
+    with SlurmCluster(SlurmOptions(name=NAME, topology=Topology.uniform(2, "200mbit"))) as cluster:
         yield cluster
 
 
@@ -192,7 +193,7 @@ def test_every_path_of_a_cluster_is_in_its_folder() -> None:
     [
         (["up", "--name", "Edl"], "no name of a cluster: 'Edl'"),
         (["up", "--name", "../edl"], "no name of a cluster"),
-        (["up", "--nodes", "0"], "no number of nodes: 0"),
+        (["up", "--nodes", "0"], "no number of hosts: 0"),
         (["up", "--cpus", "0"], "no number of cpus: 0"),
         (["down", "--name", ""], "no name of a cluster: ''"),
     ],
