@@ -116,6 +116,15 @@ def test_two_nodes_train_at_two_bits_by_srun_and_torchrun(running: RunningCluste
     assert (summary["world_size"], summary["steps"]) == (2, 4)
 
 
+@pytest.mark.slurm
+def test_the_pre_flight_check_runs_under_srun(running: RunningCluster, tmp_path: Path) -> None:
+    check = [sys.executable, "-m", "cluster.preflight", "--folder", str(tmp_path)]
+    done = running.run(["srun", "-N", "2", *check], {"PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 ranks on 2 hosts, started by Slurm" in done.stdout
+    assert "slurm: slurm" in done.stdout and "munge: munge-" in done.stdout
+
+
 # -------------------------------------------------------------------- ends
 @pytest.mark.slurm
 def test_up_and_down_leave_nothing() -> None:
