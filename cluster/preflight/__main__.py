@@ -30,8 +30,9 @@ examples
   torchrun --nnodes 2 ... -m cluster.preflight
 
 Compared between all ranks: Python, torch, efficient_dl and its code, Slurm, munge, GPUs and their driver, limits,
-clocks, and whether --folder is one folder. Checked on each: interfaces, names, the job's port on rank 0, and that every
-host reaches every other. Needs no package but Python. Rank 0 prints what it has found; the exit code of all ranks is 0, or 1 if anything is wrong.
+clocks, and whether --folder is one folder. Checked on each: interfaces, names, the job's port on rank 0, and that
+every host reaches every other. Rank 0 prints what it has found; the exit code of all ranks is 0, or 1 if anything is
+wrong. No package but Python itself is needed.
 """
 
 

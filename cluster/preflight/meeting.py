@@ -67,7 +67,7 @@ class Hub:
                 self._lose(rank)
 
     def clock_offsets(self) -> dict[int, tuple[float, float]]:
-        """Seconds by which each rank's clock is ahead of ours, and how wrong that may be: half of its fastest answer."""
+        """Seconds by which each rank's clock is ahead of ours, and how wrong that may be: half its fastest answer."""
         found = {}
         for rank, line in list(self.lines.items()):
             try:

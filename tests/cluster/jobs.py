@@ -17,7 +17,9 @@ echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${{SLURM_RESTART_COUNT:-
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
 export MASTER_ADDR MASTER_PORT PYTHONPATH={repository}
+ARGUMENTS={arguments}
 {before}
+export ARGUMENTS
 srun --kill-on-bad-exit=1 {command}
 code=$?
 echo "srun ended: $code"
@@ -26,12 +28,12 @@ exit $code
 """
 _TORCHRUN = (
     "{python} -m torch.distributed.run --nnodes=$SLURM_NNODES --nproc-per-node=1 --rdzv-backend=c10d "
-    "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT --rdzv-id=$SLURM_JOB_ID --max-restarts=0 -m efficient_dl.cli {arguments}"
+    "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT --rdzv-id=$SLURM_JOB_ID --max-restarts=0 -m efficient_dl.cli $ARGUMENTS"
 )
 # Half as many processes to start as with torchrun.
 _TASKS = (
     "sh -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID "
-    "LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec {python} -m efficient_dl.cli {arguments}'"
+    "LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec {python} -m efficient_dl.cli $ARGUMENTS'"
 )
 
 
@@ -55,15 +57,16 @@ def write_script(
 ) -> Path:
     """Writes an sbatch script that trains. torchrun: it starts the workers, else srun does.
 
-    before, after: lines around srun; `$code` is its exit code. No argument may need quotes.
+    before, after: lines around srun; before may change `$ARGUMENTS`, after knows `$code`. No argument may need quotes.
     """
-    words = {"python": shlex.quote(sys.executable), "arguments": shlex.join(arguments)}
+    python = shlex.quote(sys.executable)
     file.write_text(
         _SCRIPT.format(
             nodes=nodes,
             tasks=tasks_per_node,
             repository=shlex.quote(str(REPOSITORY)),
-            command=(_TORCHRUN if torchrun else _TASKS).format(**words),
+            command=(_TORCHRUN if torchrun else _TASKS).format(python=python),
+            arguments=shlex.quote(" ".join(arguments)),
             before=before,
             after=after,
         )
