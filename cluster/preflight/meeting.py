@@ -13,6 +13,7 @@ from cluster.errors import EmulationError
 
 _PINGS = 5
 _RETRY_SECONDS = 0.1
+_HELLO_SECONDS = 5.0
 
 
 class Line:
@@ -27,6 +28,10 @@ class Line:
     def own_address(self) -> str:
         """Of this end's interface."""
         return self._connection.getsockname()[0]
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long to wait for the other end."""
+        self._connection.settimeout(seconds)
 
     def send(self, value: Any) -> None:
         self._connection.sendall(json.dumps(value).encode() + b"\n")
@@ -104,9 +109,10 @@ def hub(port: int, world_size: int, timeout_seconds: float) -> Iterator[Hub]:
                     connection, _ = server.accept()
                 except TimeoutError:
                     break
-                line = Line(connection, timeout_seconds)
+                line = Line(connection, _HELLO_SECONDS)
                 try:
                     lines[int(line.receive())] = line
+                    line.set_timeout(timeout_seconds)
                 except (OSError, ValueError, TypeError):  # a port scanner, not a rank
                     line.close()
         yield Hub(dict(sorted(lines.items())))

@@ -33,13 +33,13 @@ def find_place(environment: Mapping[str, str], head: str | None = None) -> Place
     """This process's place. head: rank 0's host, where the variables do not say it. Raises EmulationError."""
     for launcher, rank, size in _LAUNCHERS:
         if rank in environment and size in environment:
-            world_size = int(environment[size])
+            world_size = _number(environment, size)
             found = head or environment.get("MASTER_ADDR") or _first_node(environment)
             if world_size > 1 and not found:
                 raise EmulationError(
                     f"{launcher} does not say on which host rank 0 is; pass --head HOST, or set MASTER_ADDR"
                 )
-            return Place(launcher, int(environment[rank]), world_size, found or "")
+            return Place(launcher, _number(environment, rank), world_size, found or "")
     return Place("no launcher", 0, 1, "")
 
 
@@ -65,4 +65,11 @@ def _first_node(environment: Mapping[str, str]) -> str:
 
 def main_port() -> int:
     """Where the job's rank 0 will listen."""
-    return int(os.environ.get("MASTER_PORT", FIRST_PORT))
+    return _number(os.environ, "MASTER_PORT") if "MASTER_PORT" in os.environ else FIRST_PORT
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise EmulationError(f"{name}={environment[name]!r} is no number") from None

@@ -36,18 +36,20 @@ def claimed(name: str, namespace_prefix: str) -> Iterator[Folder]:
             f"the cluster {name!r} is up already, held by process {holder(name)}; "
             f"use it, take it down by `python -m cluster.slurm down --name {name}`, or choose another --name"
         )
+    owner = os.getpid()
     try:
         _remove(name)
         os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        os.pwrite(lock, str(owner).encode(), 0)
         folder = Folder(ROOT / name)
         folder.path.mkdir(mode=0o711)  # munged insists that everybody could reach its socket
         (folder.path / _PREFIX).write_text(namespace_prefix)
         yield folder
     finally:
-        with uninterrupted():
-            _remove(name)
-            _release(name, lock)
+        if os.getpid() == owner:  # a forked child leaves its parent's cluster alone
+            with uninterrupted():
+                _remove(name)
+                _release(name, lock)
 
 
 def running_folder(name: str) -> Folder:

@@ -177,7 +177,7 @@ class SlurmCluster:
         hosts = list(enumerate(self.network.names))
         addresses = {name: self.network.address(host) for host, name in hosts}
         running = RunningCluster(folder, {name: self.network.namespace(host) for host, name in hosts})
-        stack.callback(_reap, running)
+        stack.callback(_reap, running, os.getpid())
         folder.hosts_file.write_text(hosts_text(addresses))
         folder.configuration.write_text(configuration_text(self.options, folder, addresses))
         (folder.path / "state").mkdir(mode=0o700)
@@ -230,8 +230,10 @@ def _logs(folder: Folder) -> str:
     return "\n".join(f"  {name}: {line}" for name, lines in sorted(tails) for line in lines)
 
 
-def _reap(running: RunningCluster) -> None:
-    """Ends all daemons and waits for those that this process has started."""
+def _reap(running: RunningCluster, owner: int) -> None:
+    """Ends all daemons and waits for those that this process has started, if it is the owner."""
+    if os.getpid() != owner:
+        return
     for namespace in running.namespaces.values():
         namespaces.kill_processes(namespace)
     for process in running.daemons.values():

@@ -123,7 +123,7 @@ def configuration_text(options: SlurmOptions, folder: Folder, addresses: Mapping
         "KillWait": str(options.kill_wait_seconds),
         "SlurmdTimeout": str(timeout),
         "TCPTimeout": "2",
-        "MessageTimeout": "10",
+        "MessageTimeout": "5",
         "UnkillableStepTimeout": "15",
         "InactiveLimit": "0",
         "PreemptType": "preempt/partition_prio",

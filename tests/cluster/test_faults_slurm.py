@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -20,35 +21,76 @@ from tests.cluster.jobs import train_arguments, write_script
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(280)]
 
-# Without a checkpoint the job never ends; from one on it takes five more steps. So each test ends, at any speed.
+# The job never ends until it is started again with a file `finish` in its folder: so the tests hold at any speed.
 RESUME = """
 last=$(ls -d {out}/checkpoints/step-* 2>{nowhere} | tail -n 1)
 if [ -n "$last" ]; then
-    ARGUMENTS="train --out {out} --resume --steps $((10#${{last##*-}} + 5))"
-    echo "resumes from ${{last##*/}}"
+    step=$((10#${{last##*-}}))
+    if [ -e {out}/finish ]; then steps=$((step + 5)); else steps=1000000; fi
+    ARGUMENTS="train --out {out} --resume --steps $steps"
+    echo "resumes from step $step"
 fi
 """
 # Slurm requeues by itself only what it has ended; a job whose workers fail, or stop at SIGTERM, must ask.
 REQUEUE = """
-if [ $code -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
+if [ $code -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 9 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60
 fi
 """
 
 
-class Job(NamedTuple):
+@dataclass(frozen=True)
+class Job:
+    """A training job on two nodes. out: its run's folder."""
+
+    running: RunningCluster
     number: str
-    out: Path  # the run's folder
+    out: Path
     log: Path
 
-    def steps_saved(self) -> list[int]:
-        return sorted(int(path.name.partition("-")[2]) for path in self.out.glob("checkpoints/step-*"))
+    def shown(self) -> dict[str, str]:
+        """What Slurm says of it: JobState, Restarts, BatchHost, NodeList, ..."""
+        text = self.running.run(["scontrol", "--oneliner", "show", "job", self.number]).stdout
+        return dict(re.findall(r"(\w+)=(\S*)", text))
+
+    def last_step(self) -> int:
+        """Of its newest checkpoint; -1 if there is none."""
+        return max((int(path.name[5:]) for path in self.out.glob("checkpoints/step-*")), default=-1)
+
+    def resumed(self) -> list[int]:
+        """The steps from which it was continued, start by start."""
+        return [int(step) for step in re.findall(r"resumes from step (\d+)", self._text())]
+
+    def workers(self, node: str) -> list[int]:
+        """Process numbers of its workers on a node."""
+        found = []
+        for pid in namespaces.ip("netns", "pids", self.running.namespaces[node]).split():
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"efficient_dl.cli" in words and str(self.out).encode() in words:
+                found.append(int(pid))
+        return found
+
+    def nodes(self) -> list[str]:
+        """Where Slurm has it, the host of its batch script first."""
+        shown = self.shown()
+        names = self.running.run(["scontrol", "show", "hostnames", shown["NodeList"]]).stdout.split()
+        return sorted(names, key=lambda name: name != shown["BatchHost"])
+
+    def story(self) -> str:
+        """For a failure."""
+        return f"{self.shown()}\n{self.running.states()}\n{self._text()[-3000:]}"
+
+    def _text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    """Three nodes, for jobs of two: one to spare. The value is the context; `running` is what it gives."""
+    """Three nodes, for jobs of two: one to spare. The value is the context, for its network."""
     options = SlurmOptions(
         name=f"faults-{os.getpid()}",
         topology=Topology.uniform(3, "200mbit"),
@@ -60,17 +102,25 @@ def cluster() -> Iterator[SlurmCluster]:
         yield context
 
 
+@pytest.fixture(scope="module")
+def jobs() -> list[Job]:
+    """Those that have been started, so that a test can take over the one before it: starting takes the most time."""
+    return []
+
+
 @pytest.fixture
-def running(cluster: SlurmCluster) -> Iterator[RunningCluster]:
-    """The cluster, with all nodes idle and no job before and after."""
-    running = RunningCluster.named(cluster.options.name)
-    yield running
-    running.run(["scancel", "--user=root"])
-    wait_until(lambda: set(running.states().values()) == {"idle"}, lambda: f"idle nodes: {running.states()}")
+def job(cluster: SlurmCluster, jobs: list[Job], tmp_path: Path) -> Iterator[Job]:
+    """A training job that runs on two of the nodes, all of which are well, and has a checkpoint."""
+    if not jobs or jobs[-1].shown()["JobState"] != "RUNNING":
+        jobs.append(submit(RunningCluster.named(cluster.options.name), tmp_path))
+    job = jobs[-1]
+    yield job
+    wait_until(
+        lambda: set(job.running.states().values()) <= {"idle", "mix"}, lambda: f"all nodes\n{job.story()}"
+    )
 
 
 def submit(running: RunningCluster, folder: Path) -> Job:
-    """Starts a training job on two nodes, and waits for its first checkpoint."""
     out, log = folder / "run", folder / "log"
     every = [
         "--set",
@@ -88,8 +138,8 @@ def submit(running: RunningCluster, folder: Path) -> Job:
     )
     submitted = running.run(["sbatch", "--parsable", "-o", str(log), str(script)])
     assert submitted.returncode == 0, submitted.stderr
-    job = Job(submitted.stdout.strip(), out, log)
-    wait_until(job.steps_saved, lambda: f"a checkpoint\n{shown(running, job)}\n{text_of(log)}")
+    job = Job(running, submitted.stdout.strip(), out, log)
+    wait_until(lambda: job.last_step() >= 0, lambda: f"a checkpoint\n{job.story()}")
     return job
 
 
@@ -100,85 +150,68 @@ def wait_until(condition: Callable[[], object], what: Callable[[], str], seconds
         time.sleep(0.1)
 
 
-def shown(running: RunningCluster, job: Job) -> dict[str, str]:
-    """What Slurm says of a job: JobState, Restarts, BatchHost, NodeList, ..."""
-    text = running.run(["scontrol", "--oneliner", "show", "job", job.number]).stdout
-    return dict(re.findall(r"(\w+)=(\S*)", text))
+@contextlib.contextmanager
+def restarted(job: Job) -> Iterator[None]:
+    """That what happens inside makes Slurm start the job once more, and that it goes on from a checkpoint."""
+    begun, starts, restarts = job.last_step(), len(job.resumed()), int(job.shown()["Restarts"])
+    yield
+    wait_until(lambda: len(job.resumed()) > starts, lambda: f"a new start\n{job.story()}")
+    resumed = job.resumed()[-1]
+    assert resumed >= begun
+    wait_until(lambda: job.last_step() >= resumed + 5, lambda: f"a step after the restart\n{job.story()}")
+    assert int(job.shown()["Restarts"]) > restarts
 
 
-def text_of(log: Path) -> str:
-    return log.read_text() if log.exists() else ""
+def test_a_job_goes_on_after_a_worker_was_killed(job: Job) -> None:
+    with restarted(job):
+        os.kill(job.workers(job.nodes()[1])[0], signal.SIGKILL)
 
 
-def workers(running: RunningCluster, job: Job, node: str) -> list[int]:
-    """Process numbers of the job's workers on a node."""
-    found = []
-    for pid in map(int, namespaces.ip("netns", "pids", running.namespaces[node]).split()):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"efficient_dl.cli" in words and str(job.out).encode() in words:
-            found.append(pid)
-    return found
+def test_a_job_that_made_way_for_another_goes_on_afterwards(job: Job) -> None:
+    with restarted(job):
+        command = ["srun", "--partition=urgent", "--exclusive", "-N", "3", "hostname"]
+        urgent = job.running.run(command, timeout_seconds=120)
+        assert sorted(urgent.stdout.split()) == ["h0", "h1", "h2"], urgent.stderr
+    assert "SIGTERM" in job.log.read_text()  # the workers were asked, not killed
 
 
-def assert_completes_from_a_checkpoint(running: RunningCluster, job: Job, begun: int) -> None:
-    """That the job restarts, resumes at or after step `begun`, and ends as a whole run does."""
-    wait_until(
-        lambda: shown(running, job)["JobState"] == "COMPLETED",
-        lambda: f"the job's end\n{shown(running, job)}\n{running.states()}\n{text_of(job.log)}",
-    )
-    resumed = re.findall(r"resumes from step-(\d+)", text_of(job.log))
-    assert resumed and int(resumed[-1]) >= begun
-    assert int(shown(running, job)["Restarts"]) >= 1
-    assert job.steps_saved()[-1] == int(resumed[-1]) + 5
-    assert json.loads((job.out / "summary.json").read_text())["world_size"] == 2
-
-
-def test_a_killed_worker_ends_the_step_and_the_requeued_job_completes(
-    running: RunningCluster, tmp_path: Path
+def test_a_job_whose_node_is_cut_off_goes_on_elsewhere_and_its_rest_is_ended(
+    cluster: SlurmCluster, job: Job
 ) -> None:
-    job = submit(running, tmp_path)
-    begun = job.steps_saved()[-1]
-    node = sorted(node for node in running.nodes if workers(running, job, node))[-1]
-    os.kill(workers(running, job, node)[0], signal.SIGKILL)
-    assert_completes_from_a_checkpoint(running, job, begun)
-
-
-def test_a_job_on_a_dead_node_completes_on_others(running: RunningCluster, tmp_path: Path) -> None:
-    """The node that dies runs the batch script too: nothing of the job itself can ask for the restart."""
-    job = submit(running, tmp_path)
-    begun, node = job.steps_saved()[-1], shown(running, job)["BatchHost"]
-    running.kill_node(node)
+    """The cut node's worker lives on and knows nothing, until its slurmd hears from the controller again."""
+    node = job.nodes()[1]
+    host = cluster.network.names.index(node)
     try:
-        assert_completes_from_a_checkpoint(running, job, begun)
-        assert running.states()[node].startswith("down")
-        assert node not in shown(running, job)["NodeList"]
+        with restarted(job):
+            cluster.network.cut(host)
+        assert node not in job.nodes()
+        assert job.running.states()[node].startswith("down")
+        assert len(job.workers(node)) == 1
     finally:
-        running.start_node(node)
+        cluster.network.restore(host)
+    wait_until(lambda: not job.workers(node), lambda: f"the cut worker's end\n{job.story()}")
 
 
-def test_a_cancelled_job_leaves_no_process(running: RunningCluster, tmp_path: Path) -> None:
-    job = submit(running, tmp_path)
-    pids = [pid for node in running.nodes for pid in workers(running, job, node)]
-    assert len(pids) == 2
-    assert running.run(["scancel", job.number]).returncode == 0
-    wait_until(lambda: set(running.states().values()) == {"idle"}, lambda: str(running.states()))
-    assert shown(running, job)["JobState"] == "CANCELLED"
-    for node in running.nodes:
-        (daemon,) = namespaces.ip("netns", "pids", running.namespaces[node]).split()
+def test_a_job_completes_on_other_nodes_after_one_has_died(job: Job) -> None:
+    """The node that dies runs the batch script too: nothing of the job itself can ask for the restart."""
+    node = job.nodes()[0]
+    (job.out / "finish").touch()
+    try:
+        with restarted(job):
+            job.running.kill_node(node)
+        wait_until(lambda: job.shown()["JobState"] == "COMPLETED", lambda: f"the job's end\n{job.story()}")
+        assert node not in job.nodes()
+        assert job.last_step() == job.resumed()[-1] + 5
+        assert json.loads((job.out / "summary.json").read_text())["world_size"] == 2
+    finally:
+        job.running.start_node(node)
+
+
+def test_a_cancelled_job_leaves_no_process(job: Job) -> None:
+    assert [len(job.workers(node)) for node in job.nodes()] == [1, 1]
+    assert job.running.run(["scancel", job.number]).returncode == 0
+    wait_until(lambda: set(job.running.states().values()) == {"idle"}, job.story)
+    assert job.shown()["JobState"] == "CANCELLED"
+    for node in job.running.nodes:
+        (daemon,) = namespaces.ip("netns", "pids", job.running.namespaces[node]).split()
         assert Path(f"/proc/{daemon}/comm").read_text() == "slurmd\n"
-
-
-def test_a_job_that_makes_way_for_another_completes_afterwards(
-    running: RunningCluster, tmp_path: Path
-) -> None:
-    job = submit(running, tmp_path)
-    begun = job.steps_saved()[-1]
-    urgent = running.run(
-        ["srun", "--partition=urgent", "--exclusive", "-N", "3", "hostname"], timeout_seconds=120
-    )
-    assert sorted(urgent.stdout.split()) == ["h0", "h1", "h2"], urgent.stderr
-    assert_completes_from_a_checkpoint(running, job, begun)
-    assert "SIGTERM" in text_of(job.log)  # the workers were asked, not killed
