@@ -90,10 +90,10 @@ class Job:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    """Three nodes, for jobs of two: one to spare. The value is the context, for its network."""
+    """Four nodes, for jobs of two: two to spare. The value is the context, for its network."""
     options = SlurmOptions(
         name=f"faults-{os.getpid()}",
-        topology=Topology.uniform(3, "200mbit"),
+        topology=Topology.uniform(4, "200mbit"),
         node_timeout_seconds=5,
         grace_seconds=20,
     )
@@ -169,42 +169,33 @@ def test_a_job_goes_on_after_a_worker_was_killed(job: Job) -> None:
 
 def test_a_job_that_made_way_for_another_goes_on_afterwards(job: Job) -> None:
     with restarted(job):
-        command = ["srun", "--partition=urgent", "--exclusive", "-N", "3", "hostname"]
+        command = ["srun", "--partition=urgent", "--exclusive", "-N", "4", "hostname"]
         urgent = job.running.run(command, timeout_seconds=120)
-        assert sorted(urgent.stdout.split()) == ["h0", "h1", "h2"], urgent.stderr
+        assert sorted(urgent.stdout.split()) == ["h0", "h1", "h2", "h3"], urgent.stderr
     assert "SIGTERM" in job.log.read_text()  # the workers were asked, not killed
 
 
-def test_a_job_whose_node_is_cut_off_goes_on_elsewhere_and_its_rest_is_ended(
+def test_a_job_that_has_lost_its_nodes_completes_on_others_and_its_rest_is_ended(
     cluster: SlurmCluster, job: Job
 ) -> None:
-    """The cut node's worker lives on and knows nothing, until its slurmd hears from the controller again."""
-    node = job.nodes()[1]
-    host = cluster.network.names.index(node)
-    try:
-        with restarted(job):
-            cluster.network.cut(host)
-        assert node not in job.nodes()
-        assert job.running.states()[node].startswith("down")
-        assert len(job.workers(node)) == 1
-    finally:
-        cluster.network.restore(host)
-    wait_until(lambda: not job.workers(node), lambda: f"the cut worker's end\n{job.story()}")
-
-
-def test_a_job_completes_on_other_nodes_after_one_has_died(job: Job) -> None:
-    """The node that dies runs the batch script too: nothing of the job itself can ask for the restart."""
-    node = job.nodes()[0]
+    """One node dies, with the batch script: nothing of the job itself can ask for the restart. The other is cut off:
+    its worker may live on and know nothing, until its slurmd hears from the controller again.
+    """
+    dead, cut = job.nodes()
+    host = cluster.network.names.index(cut)
     (job.out / "finish").touch()
     try:
         with restarted(job):
-            job.running.kill_node(node)
+            job.running.kill_node(dead)
+            cluster.network.cut(host)
         wait_until(lambda: job.shown()["JobState"] == "COMPLETED", lambda: f"the job's end\n{job.story()}")
-        assert node not in job.nodes()
+        assert not {dead, cut}.intersection(job.nodes())
         assert job.last_step() == job.resumed()[-1] + 5
         assert json.loads((job.out / "summary.json").read_text())["world_size"] == 2
     finally:
-        job.running.start_node(node)
+        job.running.start_node(dead)
+        cluster.network.restore(host)
+    wait_until(lambda: not job.workers(cut), lambda: f"the cut worker's end\n{job.story()}")
 
 
 def test_a_cancelled_job_leaves_no_process(job: Job) -> None:
