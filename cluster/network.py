@@ -113,6 +113,7 @@ class EmulatedNetwork:
     # ---------------------------------------------------------------- links
     def set_rate(self, rate: str, host: int | None = None) -> None:
         """Shapes the host's link anew, or that of every host. rate: as in the constructor."""
+        _ = Link(rate).rate_bits  # raises what is wrong with it, before anything is changed
         for one in range(self.hosts) if host is None else (host,):
             self._links[one] = Link(rate, self._links[one].delay)
             ends = self._ends(one)

@@ -26,4 +26,5 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 def stale_folders() -> list[Path]:
     """Folders of processes that were killed."""
-    return [path for path in _PARENT.glob(f"edl-*-{_ENDING}") if namespaces.is_stale(path.name)]
+    found = [path for path in _PARENT.glob(f"edl-*-{_ENDING}") if namespaces.is_stale(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]

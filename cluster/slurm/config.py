@@ -128,7 +128,8 @@ def configuration_text(options: SlurmOptions, folder: Folder, addresses: Mapping
         "InactiveLimit": "0",
         "PreemptType": "preempt/partition_prio",
         "PreemptMode": "REQUEUE",
-        "PreemptParameters": "send_user_signal",  # that of sbatch --signal, where a job has one, instead of SIGTERM
+        # Pre-emption is announced by the signal of sbatch --signal, where a job has one, instead of SIGTERM.
+        "SlurmctldParameters": "preempt_send_user_signal",
         "TreeWidth": "65533",  # the controller talks to each node itself: one that is cut hides no other
     }
     partitions = [
