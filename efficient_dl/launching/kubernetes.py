@@ -15,7 +15,7 @@ _FOLDER = "/work"
 # Strings that come from the description are JSON, which YAML reads.
 _MANIFEST = """\
 # Trains in {nodes} pods with {workers} workers each: kubectl create -f jobset.yaml
-# Needs JobSet (https://jobset.sigs.k8s.io), an image with efficient_dl, and the claim {claim}, of a volume that all pods
+# Needs JobSet (https://jobset.sigs.k8s.io), an image with efficient_dl, and the claim {claim} of a volume that all pods
 # may write (ReadWriteMany), where runs lie. If a pod fails, all are made anew, up to {restarts} times, and edl train
 # goes on from its last checkpoint.
 apiVersion: jobset.x-k8s.io/v1alpha2

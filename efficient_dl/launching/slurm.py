@@ -36,8 +36,8 @@ done
 echo "srun ended with $code${announced:+, after the announcement of the end}${cancelled:+, after SIGTERM}"
 if [[ $code != 0 && -z $cancelled ]] && { [[ -n $announced ]] || ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); }; then
     scontrol requeue "$SLURM_JOB_ID"
-    sleep 300 & # Slurm ends this script meanwhile
-    wait
+    waited=0
+    while [[ -z $cancelled ]] && ((waited++ < 300)); do sleep 1; done # Slurm ends this script meanwhile
 fi
 exit "$code"
 """
