@@ -54,9 +54,11 @@ def _place_among_others(environment: Environment) -> Place | None:
     if not told:
         _refuse_half_told(environment)
         return None
-    first, last = told[0], told[-1]
-    if first.local_rank is None and (first.rank, first.size) == (last.rank, last.size):
-        first = last  # srun --mpi=pmi2: PMI's ranks, and Slurm's own variables say where on the node
+    first = told[0]
+    for other in told[1:]:
+        same = (first.rank, first.size) == (other.rank, other.size)
+        if same and first.local_rank is None and other.local_rank is not None:
+            first = other  # srun --mpi=pmi2: PMI's ranks, and Slurm's own variables say where on the node
     if first.launcher is not SLURM:
         return first
     _check_pmix(first, environment)

@@ -210,7 +210,8 @@ def test_shellcheck_finds_nothing_in_the_scripts(tmp_path: Path) -> None:
     for index, job in enumerate(VARIANTS):
         (tmp_path / f"{index}.sh").write_text(submission(job).text)
     files = sorted(map(str, tmp_path.glob("*.sh")))
-    ended = subprocess.run([program, *files], capture_output=True, text=True, timeout=60)
+    quotes = "--exclude=SC2016"  # words with a $ of their own, which must not be expanded
+    ended = subprocess.run([program, quotes, *files], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stdout
 
 

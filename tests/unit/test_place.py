@@ -45,6 +45,7 @@ PLACES = {
     "Open MPI": (OPEN_MPI, ("Open MPI", 2, 4, 0, 2)),
     "MPICH and Intel MPI": (MPICH, ("MPICH", 1, 4, 1, 2)),
     "Cray": (CRAY, ("Cray MPI", 3, 4, 1, 2)),
+    "PMI that tells no node": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, ("MPICH", 1, 2, None, None)),
     "srun": (SRUN, ("Slurm", 3, 4, 1, None)),
     "srun on one node": (SRUN | {"SLURM_STEP_NUM_NODES": "1"}, ("Slurm", 3, 4, 1, 4)),
     "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}, ("Slurm", 3, 4, 1, None)),
