@@ -22,7 +22,7 @@ def use_node_caches(environment: MutableMapping[str, str], uid: int) -> None:
     missing = {name: folder for name, folder in CACHES.items() if name not in environment}
     if not missing:
         return
-    home = Path(environment.get("TMPDIR") or tempfile.gettempdir()) / f"edl-{uid}"
+    home = Path(environment.get("TMPDIR") or tempfile.gettempdir()) / f"efficient_dl-{uid}"
     problem = _problem(home, uid)
     if problem is not None:
         raise LaunchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import ipaddress
@@ -17,7 +18,8 @@ from efficient_dl.errors import LaunchError
 
 GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 LOOPBACK = "lo"
-_GET_FLAGS, _GET_ADDRESS = 0x8913, 0x8915  # SIOCGIFFLAGS, SIOCGIFADDR of <linux/sockios.h>
+_GET_ADDRESSES, _GET_FLAGS = 0x8912, 0x8913  # SIOCGIFCONF, SIOCGIFFLAGS of <linux/sockios.h>
+_ENTRY_BYTES, _MOST_ADDRESSES = 40, 1024  # of struct ifreq on 64-bit machines
 _UP, _IS_LOOPBACK = 0x1, 0x8  # IFF_UP, IFF_LOOPBACK of <linux/if.h>
 
 
@@ -88,23 +90,32 @@ def _network() -> str:
 
 
 def _addresses() -> dict[str, tuple[str, ...]]:
+    """By interface that is up, the IPv4 addresses before the IPv6 ones; without loopback."""
     if sys.platform != "linux":
         return {}
-    found: dict[str, tuple[str, ...]] = {}
-    version_6 = _addresses_6()
+    found: dict[str, list[str]] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):
-                flags = struct.unpack_from("H", fcntl.ioctl(end, _GET_FLAGS, request), 16)[0]
-                if flags & _IS_LOOPBACK or not flags & _UP:
-                    continue
-                held = list(version_6.get(name, ()))
-                with contextlib.suppress(OSError):  # it has no IPv4 address
-                    held.insert(0, socket.inet_ntoa(fcntl.ioctl(end, _GET_ADDRESS, request)[20:24]))
-                if held:
-                    found[name] = tuple(held)
-    return found
+        entries = array.array("B", bytes(_ENTRY_BYTES * _MOST_ADDRESSES))
+        request = struct.pack("iL", len(entries), entries.buffer_info()[0])
+        filled = struct.unpack("iL", fcntl.ioctl(end, _GET_ADDRESSES, request))[0]
+        for start in range(0, filled, _ENTRY_BYTES):
+            entry = entries[start : start + _ENTRY_BYTES].tobytes()
+            name = os.fsdecode(
+                entry[:16].split(b"\0")[0].partition(b":")[0]
+            )  # "eth0:1" is another address of eth0
+            found.setdefault(name, []).append(socket.inet_ntoa(entry[20:24]))
+        for name, held in _addresses_6().items():
+            found.setdefault(name, []).extend(held)
+        return {name: tuple(held) for name, held in found.items() if _leads_out(end, name)}
+
+
+def _leads_out(end: socket.socket, name: str) -> bool:
+    request = struct.pack("256s", name.encode()[:15])
+    try:
+        flags = struct.unpack_from("H", fcntl.ioctl(end, _GET_FLAGS, request), 16)[0]
+    except OSError:
+        return False
+    return bool(flags & _UP) and not flags & _IS_LOOPBACK
 
 
 def _addresses_6() -> dict[str, list[str]]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
 from efficient_dl.comm.launchers import OPEN_MPI, SLURM, TORCHRUN, Environment
 from efficient_dl.comm.mpi import open_store
 from efficient_dl.errors import LaunchError, PackageMissing, TransportError
+from efficient_dl.launching.ancestor import launching_process
 from efficient_dl.launching.nodelist import first_node
 from efficient_dl.launching.place import Place
 
@@ -43,7 +42,7 @@ def find_meeting(place: Place, environment: Environment) -> Meeting | None:
     Raises LaunchError where the variables are incomplete or no address.
     """
     address, port = environment.get("MASTER_ADDR"), environment.get("MASTER_PORT")
-    given = None if port is None else _port(port)
+    given = None if port is None else _port(port, place.size)
     if place.launcher is TORCHRUN:
         if address is None or given is None:
             raise LaunchError(
@@ -56,11 +55,11 @@ def find_meeting(place: Place, environment: Environment) -> Meeting | None:
     if place.launcher is SLURM:
         return _of_slurm(place, address, given, environment)
     if address is not None:
-        return Meeting(address, given or _DEFAULT_PORT, "MASTER_ADDR")
+        return Meeting(address, _DEFAULT_PORT if given is None else given, "MASTER_ADDR")
     if not _one_node(place):
         return None
     name = _job_name(place, environment) if given is None else ""
-    return Meeting(LOOPBACK, given or _port_of(name), f"one node; {name or 'MASTER_PORT'}")
+    return Meeting(LOOPBACK, _port_of(name) if given is None else given, f"one node; {name or 'MASTER_PORT'}")
 
 
 def meet(place: Place, meeting: Meeting | None, timeout: timedelta) -> dist.TCPStore:
@@ -103,7 +102,7 @@ def _of_slurm(place: Place, address: str | None, port: int | None, environment: 
             fix="start the ranks by srun, or set MASTER_PORT on all of them",
         )
     named = f"SLURM_JOB_ID={job}, SLURM_STEP_ID={step}"
-    port = port or _port_of(named)
+    port = _port_of(named) if port is None else port
     if address is not None:
         return Meeting(address, port, f"MASTER_ADDR; {named}")
     if _one_node(place):
@@ -145,11 +144,12 @@ def _reachable(node: str) -> str:
     return addresses[0]
 
 
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**16:
+def _port(text: str, size: int) -> int:
+    lowest = 0 if size == 1 else 1  # 0: any free one, which only a single rank need not tell the others
+    if not (text.isascii() and text.isdigit()) or not lowest <= int(text) < 2**16:
         raise LaunchError(
             "MASTER_PORT is no port",
-            expected="a number from 1 to 65535",
+            expected=f"a number from {lowest} to 65535",
             found=repr(text),
             fix="unset it, or mend it",
         )
@@ -167,30 +167,6 @@ def _job_name(place: Place, environment: Environment) -> str:
     if "PMIX_NAMESPACE" in environment:
         return f"PMIX_NAMESPACE={environment['PMIX_NAMESPACE']}"
     return launching_process(place.launcher.rank)
-
-
-def launching_process(rank_variable: str) -> str:
-    """The closest ancestor that is no rank itself: the launcher's daemon, which all ranks of a node have in common.
-
-    rank_variable: what every rank has in its environment, as PMI_RANK, and so have shells between it and the daemon.
-    Raises LaunchError where /proc does not show it.
-    """
-    pid, name = os.getppid(), f"{rank_variable}=".encode()
-    while pid > 1:
-        try:
-            folder = Path("/proc") / str(pid)
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()  # from the third on
-            if any(one.startswith(name) for one in (folder / "environ").read_bytes().split(b"\0")):
-                pid = int(fields[1])
-                continue
-        except OSError:
-            break
-        return f"launched by process {pid} since {fields[19]}"
-    raise LaunchError(
-        "the ranks of this launch have nothing in common to find each other by",
-        expected="PMIX_NAMESPACE, or the launcher among this process's ancestors",
-        fix="set MASTER_ADDR=127.0.0.1 and MASTER_PORT to a free port for all ranks",
-    )
 
 
 def _told_by_mpi(place: Place, timeout: timedelta) -> dist.TCPStore:

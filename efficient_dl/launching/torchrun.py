@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shlex
 
 from efficient_dl.launching.job import OWN_COMMANDS, Job, is_python
@@ -29,6 +31,8 @@ def local(job: Job) -> Submission:
 
 def hosts(job: Job) -> Submission:
     """The script for every host; without a list of hosts the user starts it."""
+    if job.hosts and not job.folder:
+        job = dataclasses.replace(job, folder=os.getcwd())  # ssh begins in the home folder
     title = _BY_HAND.format(nodes=job.nodes, workers=job.workers, restarts=job.restarts)
     options = [
         f"--nnodes={job.nodes} --nproc-per-node={job.workers} --max-restarts={job.restarts}",

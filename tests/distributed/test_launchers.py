@@ -139,10 +139,3 @@ def test_a_shells_leftover_rank_under_another_launcher_is_an_error() -> None:
     assert ended.returncode == 9
     assert "RANK and WORLD_SIZE contradict MPICH" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_launch_says_what_is_wrong_without_a_traceback() -> None:
-    ended = edl("launch", "slurm", "--time", "soon", "--", *TRAIN)
-    assert ended.returncode == 2
-    assert "time of a job cannot be 'soon'" in ended.stderr
-    assert "Traceback" not in ended.stderr

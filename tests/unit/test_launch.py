@@ -16,7 +16,9 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from efficient_dl.cli import app
 from efficient_dl.errors import ConfigError, LaunchError
 from efficient_dl.launching.job import EXAMPLE, Job, described_job, variables
 from efficient_dl.launching.submit import show, start, submission
@@ -173,6 +175,7 @@ def test_torchrun_meets_at_the_first_host_of_the_list() -> None:
     job = Job("torchrun", hosts=("me@a", "b"), command=TRAIN)
     made = submission(job)
     assert [words[-2] for words in made.commands] == ["me@a", "b"]
+    assert all(f"cd -- {shlex.quote(os.getcwd())}\n" in shlex.split(words[-1])[-1] for words in made.commands)
     assert all("HEAD=a\n" in shlex.split(words[-1])[-1] for words in made.commands)
     assert submission(Job("torchrun", command=TRAIN)).commands == ()
 
@@ -387,3 +390,37 @@ def test_hosts_run_together_and_the_first_failure_counts(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert start(submission(Job("torchrun", hosts=("a", "b"), command=TRAIN))) == 5
     assert sorted((tmp_path / "ssh.log").read_text().split()) == ["a", "b"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def invoked(*words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `edl launch`."""
+    ended = CliRunner().invoke(app, ["launch", *words])
+    return ended.exit_code, ended.stdout, ended.stderr
+
+
+def test_the_command_prints_the_script_apart_from_how_it_would_start(tmp_path: Path) -> None:
+    words = ["--nodes", "3", "--env", "A=b c", "--option=--exclusive", "--sweep", "--seed 1", "--dry-run"]
+    code, out, err = invoked("slurm", *words, "--", *TRAIN, "--lr", "0.1")
+    job = Job(
+        "slurm", nodes=3, environment={"A": "b c"}, options=("--exclusive",), sweep=("--seed 1",),
+        command=(*TRAIN, "--lr", "0.1"),
+    )  # fmt: skip
+    assert (code, out, err) == (0, submission(job).text, "start: sbatch\n")
+    code, out, err = invoked("torchrun", "--dry-run", "--hosts", "a,b", "--", *TRAIN)
+    assert (code, err.count("start: ssh"), "SCRIPT" in err) == (0, 2, True)
+
+
+def test_hosts_that_only_the_user_can_reach_get_a_script_and_a_command_each() -> None:
+    code, out, err = invoked("torchrun", "--", *TRAIN)
+    assert (code, out) == (0, submission(Job("torchrun", command=TRAIN)).text)
+    assert err == "start on every host: HEAD=first-host bash torchrun.sh\n"
+
+
+def test_what_is_wrong_is_said_without_a_traceback() -> None:
+    code, out, err = invoked("slurm", "--time", "soon", "--", *TRAIN)
+    assert (code, out) == (2, "")
+    assert err.startswith("ConfigError: time of a job cannot be 'soon'")
+    assert invoked("slurm")[0] == 2

@@ -148,8 +148,7 @@ def test_mpi_on_one_node_meets_on_loopback_and_on_several_asks_mpi() -> None:
 
 
 RANK = """
-import os
-from efficient_dl.launching.meeting import launching_process
+from efficient_dl.launching.ancestor import launching_process
 print(launching_process("PMI_RANK"))
 """
 
@@ -183,18 +182,20 @@ def test_caches_are_on_the_node_and_of_one_user_and_what_is_set_stays(tmp_path: 
     environment = {"TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": "/mine"}
     use_node_caches(environment, os.geteuid())
     assert environment["TRITON_CACHE_DIR"] == "/mine"
-    assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / f"edl-{os.geteuid()}" / "inductor")
-    assert (tmp_path / f"edl-{os.geteuid()}").stat().st_mode & 0o777 == 0o700
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == str(
+        tmp_path / f"efficient_dl-{os.geteuid()}" / "inductor"
+    )
+    assert (tmp_path / f"efficient_dl-{os.geteuid()}").stat().st_mode & 0o777 == 0o700
     use_node_caches({"TMPDIR": str(tmp_path)}, os.geteuid())  # as the next rank
 
 
 def test_caches_that_others_can_write_are_refused(tmp_path: Path) -> None:
     uid = os.geteuid()
-    (tmp_path / f"edl-{uid}").mkdir()
-    (tmp_path / f"edl-{uid}").chmod(0o777)
+    (tmp_path / f"efficient_dl-{uid}").mkdir()
+    (tmp_path / f"efficient_dl-{uid}").chmod(0o777)
     (tmp_path / "elsewhere").mkdir(mode=0o700)
-    (tmp_path / f"edl-{uid + 1}").mkdir(mode=0o700)  # not that user's
-    (tmp_path / f"edl-{uid + 2}").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"efficient_dl-{uid + 1}").mkdir(mode=0o700)  # not that user's
+    (tmp_path / f"efficient_dl-{uid + 2}").symlink_to(tmp_path / "elsewhere")
     for whose, text in ((uid, "others may write"), (uid + 1, "a folder of user"), (uid + 2, "no folder")):
         with pytest.raises(LaunchError, match=text):
             use_node_caches({"TMPDIR": str(tmp_path)}, whose)
