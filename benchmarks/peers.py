@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,24 +18,34 @@ from efficient_dl.training.end_to_end import Trainer
 
 PEERS = {
     "fp16 hook": "torch's fp16_compress_hook",
+    "bf16 hook": "torch's bf16_compress_hook",
     "PowerSGD 4": "torch's PowerSGD, rank 4, error feedback, warm start, from step 10",
     "PowerSGD 16": "the same at rank 16",
 }
 
 
+_CASTS: dict[str, Callable[..., Any]] = {
+    "fp16 hook": default_hooks.fp16_compress_hook,
+    # By its own name DDP refuses it on gloo, which can add bf16.
+    "bf16 hook": lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket),
+}
+POWERSGD_START = 10  # the step from which on PowerSGD compresses
+
 # Collectives of two buckets race on gloo with the default buckets, and end the process.
 POWERSGD_BUCKET_MB = 100
 
 
-def register_peer(model: DistributedDataParallel, system: str, seed: int) -> None:
+def register_peer(
+    model: DistributedDataParallel, system: str, seed: int, start_powersgd: int = POWERSGD_START
+) -> None:
     """Puts one of `PEERS` into a DistributedDataParallel model."""
-    if system == "fp16 hook":
-        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    if system in _CASTS:
+        model.register_comm_hook(None, _CASTS[system])
         return
     state = powerSGD_hook.PowerSGDState(
         None,
         matrix_approximation_rank=int(system.removeprefix("PowerSGD ")),
-        start_powerSGD_iter=10,
+        start_powerSGD_iter=start_powersgd,
         random_seed=seed,
     )
     model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)

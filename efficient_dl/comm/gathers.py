@@ -13,10 +13,9 @@ from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.sharded import ShardedJob
-from efficient_dl.comm.transport import Transport
+from efficient_dl.comm.transport import SIZE_BYTES, Transport
 
 _FITS, _RESIZED = 0, 1  # the byte behind a message whose size was agreed on before
-_SIZE_BYTES = 8
 
 
 class OwnPacket:
@@ -178,7 +177,7 @@ class SizeRound:
         """Step 2: exchanges the sizes, of a length that all ranks know."""
         packet = torch.tensor(self._sizes, dtype=torch.int64).view(torch.uint8).to(transport.device)
         tally = Tally(self._sources[0].layout.bucket)
-        work = transport.gather(packet, [_SIZE_BYTES * len(self._sources)] * transport.world_size)
+        work = transport.gather(packet, [SIZE_BYTES * len(self._sources)] * transport.world_size)
         received = [message.cpu().clone().view(torch.int64) for message in tally.receive(work, 0)]
         for position, source in enumerate(self._sources):
             sizes = [int(theirs[position]) for theirs in received]
@@ -189,7 +188,7 @@ class SizeRound:
 def shadow_round(sources: Sequence[GatherSource], compressor: Compressor, world_size: int) -> None:
     """Counts what a `SizeRound` would send."""
     tally = Tally(sources[0].layout.bucket)
-    tally.announced(_SIZE_BYTES * len(sources) * (world_size - 1))
+    tally.announced(SIZE_BYTES * len(sources) * (world_size - 1))
     compressor.meter.add(tally)
 
 

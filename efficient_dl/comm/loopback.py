@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.transport import SIZE_BYTES
 from efficient_dl.errors import TransportError
-
-_SIZE_BYTES = 8  # counted like the size messages of a real transport
 
 
 class LoopbackHub:
@@ -109,7 +108,7 @@ class LoopbackWork:
         self._hub = hub
         self._rank = rank
         self._own = outgoing[rank]
-        size_bytes = _SIZE_BYTES if sizes is None else 0
+        size_bytes = SIZE_BYTES if sizes is None else 0
         self._known = sizes
         self.sent_bytes = sum(
             message.numel() + size_bytes for target, message in enumerate(outgoing) if target != rank

@@ -9,7 +9,7 @@ from typing import Any
 
 from efficient_dl.errors import ConfigError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,22 @@ class CodecSpeed:
     """A codec on gradients of the model's own shapes, on the slowest rank.
 
     codec: as `make_codec` takes it. encode_seconds, decode_seconds: of one value; decoding adds to what is there.
-    bytes_per_value: of its packets, headers included.
+    bytes_per_value: of its packets. What a packet takes whatever its length is not in these (see `PacketCost`).
     """
 
     codec: str
     encode_seconds: float
     decode_seconds: float
     bytes_per_value: float
+
+
+@dataclass(frozen=True)
+class PacketCost:
+    """What every packet costs beside its values: its header and tables, the message of its size, calls."""
+
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Measurements:
         positions at once, and among the ranks of a node; else None.
     links: of each pair of nodes, both directions loaded. For the reader: the lines above are what is planned with.
     codecs: those that may be chosen, from the exact ones to the fewest bits.
+    packet: of all of them; that of the one with the fewest bits.
     backward_seconds: of a step without communication, forward pass included; 0.0 if nobody has measured it.
     contended: whether codecs and backward take processor time from each other.
     assumed: what was not measured but given, one phrase; "" if nothing was.
@@ -69,6 +79,7 @@ class Measurements:
     codecs: tuple[CodecSpeed, ...]
     backward_seconds: float
     contended: bool
+    packet: PacketCost = PacketCost()
     assumed: str = ""
 
     @property
@@ -113,6 +124,7 @@ class Measurements:
             found["ranks_per_node"] = tuple(found["ranks_per_node"])
             found["links"] = tuple(NodeLink(**link) for link in found["links"])
             found["codecs"] = tuple(CodecSpeed(**codec) for codec in found["codecs"])
+            found["packet"] = PacketCost(**found["packet"])
             return Measurements(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(

@@ -37,13 +37,13 @@ from efficient_dl.comm.buffers import ReceiveBuffers
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.mpi_link import Leaving, Link, keep_for_ever, mpi_module
 from efficient_dl.comm.process_group import DEFAULT_TIMEOUT_SECONDS
+from efficient_dl.comm.transport import SIZE_BYTES
 from efficient_dl.errors import ConfigError, TransportError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _MESSAGE_TAG, _SIZE_TAG = 0, 1
-_SIZE_BYTES = 8
 CHUNK_BYTES = 2**30  # MPI counts in C ints
 _SHORTEST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 50e-6, 1e-3
 _CLOSE_SECONDS = 1.0  # for the peers to close their ends, too
@@ -130,7 +130,7 @@ class MpiWork:
         self._sizes = np.empty_like(self._own_sizes)
         self._requests: list[MPI.Request] = []
         self._purposes: list[tuple[str, int]] = []  # of each request: what moves, and the peer
-        size_bytes = _SIZE_BYTES if sizes is None else 0
+        size_bytes = SIZE_BYTES if sizes is None else 0
         self.sent_bytes = sum(outgoing[peer].numel() + size_bytes for peer in link.peers)
         for peer in link.peers:
             if sizes is None:

@@ -12,8 +12,11 @@ first bucket is ready. exposed = step − backward.
 Bytes that a rank sends, of V values at b bytes on n ranks:
     native      2 (n − 1) / n · V · itemsize, by torch's all-reduce as measured
     flat        2 (n − 1) / n · V · b         (exchange and gather), by our transport as measured
+    one way     half of either, where gradients travel to the ranks that keep their sums, and not back (FSDP2, ZeRO)
     hierarchy   2 (N − 1) / N · V / l · b     between N nodes of l ranks; inside of them 2 (l − 1) / l · V · itemsize
-Codec seconds: all values are encoded once, and (2 n − 1) / n of them decoded (V / l values, N for n, in a hierarchy).
+Codec seconds: all values are encoded once, and (2 n − 1) / n of them decoded (V / l values, N for n, in a hierarchy);
+one way (n − 1) / n of them are encoded and as many decoded. Every packet costs its header and calls beside: with many
+ranks shards become small, and that is what ends the one-shot exchange (benchmarks/scaling.py).
 
 The rule: of all choices within `tolerance` of the fastest one, the least compressing. So nothing is chosen that is
 predicted to be slower than the native all-reduce, and native wins ties.
@@ -50,6 +53,7 @@ class PlannerOptions:
     bucket_bytes: of DistributedDataParallel; 0: its own 25 MiB, the first one 1 MiB.
     flat, hierarchy: which of our reductions can be had; a hierarchy only where nodes have several ranks each.
     native: whether torch's own all-reduce can be had.
+    one_way, native_one_way: whether gradients travel to the ranks that keep their sums, and not back: ours, torch's.
     """
 
     tolerance: float = 0.02
@@ -57,6 +61,8 @@ class PlannerOptions:
     flat: bool = True
     hierarchy: bool = False
     native: bool = True
+    one_way: bool = False
+    native_one_way: bool = False
 
 
 @dataclass(frozen=True)
@@ -254,22 +260,31 @@ def _route(
     codec_seconds: float,
     bucket_seconds: float,
     hierarchy: bool = False,
+    packets: tuple[int, int, int] = (0, 0, 0),
 ) -> _Route:
-    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size."""
+    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size.
+
+    packets: how many a rank encodes, decodes and sends for each bucket.
+    """
     buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
     first, last = buckets[0] / model.numel, buckets[-1] / model.numel
     backward = measurements.backward_seconds
+    encoded, decoded, sent = packets
+    cost = measurements.packet
+    sent_bytes += len(buckets) * sent * cost.num_bytes
+    codec_seconds += len(buckets) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
     if measurements.contended:
         processor = backward + codec_seconds
     else:
-        processor = max(backward, codec_seconds) + last * codec_seconds
+        processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
     processor += bucket_seconds * len(buckets)
     return _Route(bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, first, last)
 
 
 def _native(measurements: Measurements, model: Shapes, options: PlannerOptions) -> _Route:
     ranks, line = measurements.world_size, measurements.native
-    sent = 2 * (ranks - 1) / ranks * model.numel * model.itemsize
+    ways = 1 if options.native_one_way else 2
+    sent = ways * (ranks - 1) / ranks * model.numel * model.itemsize
     return _route(
         measurements, model, options, "none", sent, line.bytes_per_second, 0.0, line.latency_seconds
     )
@@ -277,8 +292,12 @@ def _native(measurements: Measurements, model: Shapes, options: PlannerOptions) 
 
 def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions) -> _Route:
     ranks, line = measurements.world_size, measurements.exchange
-    coded = model.numel * (codec.encode_seconds + (2 - 1 / ranks) * codec.decode_seconds)
-    sent = 2 * (ranks - 1) / ranks * model.numel * codec.bytes_per_value
+    ways, others = (1 if options.one_way else 2), (ranks - 1) / ranks
+    if options.one_way:
+        coded = others * model.numel * (codec.encode_seconds + codec.decode_seconds)
+    else:
+        coded = model.numel * (codec.encode_seconds + (1 + others) * codec.decode_seconds)
+    sent = ways * others * model.numel * codec.bytes_per_value
     return _route(
         measurements,
         model,
@@ -287,7 +306,8 @@ def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options:
         sent,
         line.bytes_per_second,
         coded,
-        2 * line.latency_seconds,
+        ways * line.latency_seconds,
+        packets=_packets(ranks, ways),
     )
 
 
@@ -310,7 +330,14 @@ def _hierarchical(
         coded + inside,
         2 * (measurements.between.latency_seconds + measurements.inside.latency_seconds),
         hierarchy=True,
+        packets=_packets(nodes, 2),
     )
+
+
+def _packets(ranks: int, ways: int) -> tuple[int, int, int]:
+    """Of a bucket, per rank: encoded, decoded, sent. On the way back one packet goes to all."""
+    others = ranks - 1
+    return (others + (ways == 2), ways * others + (ways == 2), ways * others)
 
 
 def _break_even(one: _Route, native: _Route, speed: float) -> float:

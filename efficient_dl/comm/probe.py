@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import make_codec
+from efficient_dl.codec import Side, make_codec
 from efficient_dl.comm.handshake import gather_json
-from efficient_dl.comm.layout import BucketLayout
-from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, merged
+from efficient_dl.comm.layout import BLOCK_NUMEL, BucketLayout
+from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology
-from efficient_dl.comm.transport import Transport
+from efficient_dl.comm.transport import SIZE_BYTES, Transport
 
 _SMALL_BYTES = 1024
 _FIRST_BYTES = 128 << 10  # for a first impression of the bandwidth
 _LARGEST_BYTES = 16 << 20  # of what one rank sends in a try
 _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
-_CODEC_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
+_PACKET_TRIES = 15
+SAMPLE_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
 _LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
 _MOST_SHIFTS = 7  # of pairs of nodes: with more than 8 nodes a sample
 AUTO_RATES = (4.0, 2.0)  # bits a value that "auto" chooses among, beside the floor and lossless
@@ -54,6 +55,7 @@ def probe(
     backward_seconds: float = 0.0,
     control: ProcessGroupTransport | None = None,
     kernel: str = "auto",
+    native_one_way: bool = False,
 ) -> Measurements:
     """Measures on all ranks, which call it together; all get the same numbers.
 
@@ -65,8 +67,10 @@ def probe(
 
     Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
     """
-    speeds = [codec_speed(codec, sample, segments, transport.world_size, kernel) for codec in codecs]
+    packet = packet_cost(codecs[-1], sample, kernel)
+    speeds = [codec_speed(codec, sample, segments, transport.world_size, packet, kernel) for codec in codecs]
     own: dict[str, Any] = {
+        "packet": [packet.encode_seconds, packet.decode_seconds, packet.num_bytes],
         "codecs": [
             [one.codec, one.encode_seconds, one.decode_seconds, one.bytes_per_value] for one in speeds
         ],
@@ -83,7 +87,7 @@ def probe(
         inside = _measured_among(control, topology.node_of(control.rank), transport)
     return Measurements(
         ranks_per_node,
-        native=_native_line(native, transport, sample.dtype),
+        native=_native_line(native, transport, sample.dtype, native_one_way),
         exchange=_exchange_line(transport, transport),
         between=between,
         inside=inside,
@@ -92,6 +96,7 @@ def probe(
         backward_seconds=max(theirs["backward"] for theirs in everyone),
         # A codec beside backward needs a core that backward leaves idle; on a GPU both want the same processors.
         contended=any(theirs["gpu"] or theirs["idle"] < 1 for theirs in everyone),
+        packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
     )
 
 
@@ -103,7 +108,7 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """
     generator = torch.Generator().manual_seed(0)
     parts: list[Tensor] = []
-    left = _CODEC_NUMEL
+    left = SAMPLE_NUMEL
     for parameter in reversed(list(parameters)):
         numel = min(parameter.numel(), left)
         if numel == 0:
@@ -118,39 +123,79 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat(parts).contiguous(), [part.numel() for part in parts]
 
 
+def packet_cost(codec: str, sample: Tensor, kernel: str = "auto") -> PacketCost:
+    """What a packet of one block takes; its values count for nothing. Medians of a few tries."""
+    values = sample[:BLOCK_NUMEL].contiguous()
+    timed = _Timed(codec, [None], [values], kernel)
+    encode, decode, num_bytes = timed.run(_PACKET_TRIES)
+    return PacketCost(encode, decode, max(num_bytes - values.numel() * _bits(codec) / 8, 0.0) + SIZE_BYTES)
+
+
 def codec_speed(
-    codec: str, sample: Tensor, segments: Sequence[int], world_size: int, kernel: str = "auto"
+    codec: str,
+    sample: Tensor,
+    segments: Sequence[int],
+    world_size: int,
+    packet: PacketCost,
+    kernel: str = "auto",
 ) -> CodecSpeed:
-    """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries."""
-    coder = make_codec(codec, kernel=kernel)
+    """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries.
+
+    packet: what each of these packets takes anyway, and is not counted here.
+    """
     layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
     shards = [shard for shard in layout.shards if shard.numel]
-    room = [
-        torch.empty(
-            coder.max_bytes(shard.numel, sample.dtype, shard.side), dtype=torch.uint8, device=sample.device
-        )
-        for shard in shards
-    ]
-    total = torch.zeros_like(sample, dtype=torch.float32)
-    encoding: list[float] = []
-    decoding: list[float] = []
-    num_bytes = 0
-    for _ in range(_TRIES):
-        start = _now(sample.device)
-        packets = [
-            place[: int(coder.encode_into(sample[shard.start : shard.stop], place, shard.side))]
-            for shard, place in zip(shards, room, strict=True)
-        ]
-        middle = _now(sample.device)
-        for packet, shard in zip(packets, shards, strict=True):
-            coder.decode(packet, total[shard.start : shard.stop], accumulate=True, side=shard.side)
-        encoding.append(middle - start)
-        decoding.append(_now(sample.device) - middle)
-        num_bytes = sum(map(len, packets))
-    numel = sample.numel()
+    parts = [sample[shard.start : shard.stop] for shard in shards]
+    encode, decode, num_bytes = _Timed(codec, [shard.side for shard in shards], parts, kernel).run(_TRIES)
+    numel, packets = sample.numel(), len(shards)
     return CodecSpeed(
-        codec, statistics.median(encoding) / numel, statistics.median(decoding) / numel, num_bytes / numel
+        codec,
+        max(encode - packets * packet.encode_seconds, 0.1 * encode) / numel,
+        max(decode - packets * packet.decode_seconds, 0.1 * decode) / numel,
+        max(num_bytes - packets * (packet.num_bytes - SIZE_BYTES), 0.1 * num_bytes) / numel,
     )
+
+
+class _Timed:
+    """A codec on given tensors."""
+
+    def __init__(
+        self, codec: str, sides: Sequence[Side | None], parts: Sequence[Tensor], kernel: str
+    ) -> None:
+        self._codec = make_codec(codec, kernel=kernel)
+        self._sides, self._parts = sides, parts
+        self._room = [
+            torch.empty(
+                self._codec.max_bytes(part.numel(), part.dtype, side), dtype=torch.uint8, device=part.device
+            )
+            for part, side in zip(parts, sides, strict=True)
+        ]
+        self._totals = [torch.zeros_like(part, dtype=torch.float32) for part in parts]
+
+    def run(self, tries: int) -> tuple[float, float, int]:
+        """Seconds to encode, and to decode and add, medians; and the packets' bytes."""
+        encoding: list[float] = []
+        decoding: list[float] = []
+        num_bytes = 0
+        for _ in range(tries):
+            start = _now(self._parts[0].device)
+            packets = [
+                room[: int(self._codec.encode_into(part, room, side))]
+                for part, room, side in zip(self._parts, self._room, self._sides, strict=True)
+            ]
+            middle = _now(self._parts[0].device)
+            for packet, total, side in zip(packets, self._totals, self._sides, strict=True):
+                self._codec.decode(packet, total, accumulate=True, side=side)
+            encoding.append(middle - start)
+            decoding.append(_now(self._parts[0].device) - middle)
+            num_bytes = sum(map(len, packets))
+        return statistics.median(encoding), statistics.median(decoding), num_bytes
+
+
+def _bits(codec: str) -> float:
+    """Of a value; of an exact codec those of float32 count, which leaves nothing for the packet."""
+    rate = codec.partition(":")[2]
+    return float(rate) if rate else 32.0
 
 
 def _now(device: torch.device) -> float:
@@ -204,12 +249,14 @@ def _exchange_line(transport: Transport, everyone: Transport) -> Line:
     return _line(send, everyone)
 
 
-def _native_line(native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype) -> Line:
-    ranks = max(transport.world_size, 2)
+def _native_line(
+    native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype, one_way: bool
+) -> Line:
+    ranks, ways = max(transport.world_size, 2), 1 if one_way else 2
 
     def send(num_bytes: int) -> Callable[[], object]:
-        numel = num_bytes * ranks // (2 * (ranks - 1) * dtype.itemsize)
-        x = torch.zeros(max(numel, 1), dtype=dtype, device=transport.device)
+        values_a_rank = num_bytes // (ways * (ranks - 1) * dtype.itemsize)
+        x = torch.zeros(max(values_a_rank, 1) * ranks, dtype=dtype, device=transport.device)
         return lambda: native(x)
 
     return _line(send, transport)

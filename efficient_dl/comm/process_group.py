@@ -28,12 +28,11 @@ from torch import Tensor
 
 from efficient_dl.comm.buffers import ReceiveBuffers
 from efficient_dl.comm.losses import Losses
-from efficient_dl.comm.transport import Work
+from efficient_dl.comm.transport import SIZE_BYTES, Work
 from efficient_dl.errors import ConfigError, TransportError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_SIZE_BYTES = 8
 _ABORT_TAG = 1  # messages have tag 0
 _GLOO_SOURCE = re.compile(r"^\[.*?\] |\. This is typically caused.*")  # its source line, its general advice
 
@@ -183,7 +182,7 @@ class _PairwiseWork:
         self._own_sizes = {target: torch.tensor([outgoing[target].numel()]) for _, target in self._rounds}
         self._receiving = {source: self._receive(self._sizes[source], source) for source, _ in self._rounds}
         self._sending = {target: self._send(self._own_sizes[target], target) for _, target in self._rounds}
-        self.sent_bytes += _SIZE_BYTES * len(self._rounds)
+        self.sent_bytes += SIZE_BYTES * len(self._rounds)
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
         """See `Work.wait`. The messages move in here."""
@@ -234,7 +233,7 @@ class _AllToAllWork:
         dist.all_to_all_single(  # pyright: ignore[reportUnknownMemberType]
             self._sizes, self._own_sizes, group=transport.group
         )
-        self.sent_bytes += _SIZE_BYTES * len(others)
+        self.sent_bytes += SIZE_BYTES * len(others)
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
         """See `Work.wait`. Waits on the host for the sizes, and on the current stream for the messages."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 T_co = TypeVar("T_co", covariant=True)
+SIZE_BYTES: Final = 8  # of the number that announces a message's length; every transport counts it
 
 
 class Work(Protocol[T_co]):

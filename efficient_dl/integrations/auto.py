@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,12 @@ class AutoOptions:
     kernel: str = "auto"
     planner: PlannerOptions = field(default_factory=PlannerOptions)
 
+    def codecs(self) -> tuple[str, ...]:
+        """What may be chosen, beside torch's own collective."""
+        return tuple(
+            one for one in codecs_for(self.floor_bits, self.family) if self.exact or one != "lossless"
+        )
+
     def facts(self) -> dict[str, Any]:
         """What ranks compare before they measure; their own backward times may differ."""
         return {"floor_bits": self.floor_bits, "family": self.family, "exact": self.exact}
@@ -65,38 +71,59 @@ def decide(
     topology: Topology | None,
     options: AutoOptions,
 ) -> tuple[Measurements, Decision]:
-    """Measures and plans; all ranks call it together with equal options, and get the same.
+    """Measures and plans all-reduces of gradients; all ranks call it together with equal options, and get the same.
 
     control: on the process group whose all-reduce is the native one; nothing else may use it meanwhile. carrier: what
     will carry compressed bytes. topology: None: the nodes are looked for. Raises TransportError if a rank is gone.
     """
-    topology = topology or Topology.discover(control, os.environ, socket.gethostname())
     trained = [p for p in parameters.values() if p.requires_grad and p.dtype in _DTYPES and p.numel()]
     if not trained:
         raise ConfigError(
             "there is nothing to plan for", found="no trainable parameter that can be compressed"
         )
-    codecs = [
-        one for one in codecs_for(options.floor_bits, options.family) if options.exact or one != "lossless"
-    ]
-    same = [p for p in trained if p.dtype == trained[-1].dtype]
-    sample, segments = sample_gradient(same)
-    measurements = probe(
-        carrier,
-        lambda x: dist.all_reduce(x, group=control.group),
-        topology,
-        codecs,
+    sample = sample_gradient([p for p in trained if p.dtype == trained[-1].dtype])
+    measurements = measured(
         sample,
-        segments,
-        options.backward_seconds,
-        control if options.planner.hierarchy else None,
-        options.kernel,
+        options.codecs(),
+        control,
+        carrier,
+        topology,
+        options,
+        lambda x: dist.all_reduce(x, group=control.group),
     )
     model = Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
     decision = plan_for(measurements, model, options.floor_bits, options.planner)
     if control.rank == 0:
         _log.info("auto: %s", decision.reason)
     return measurements, decision
+
+
+def measured(
+    sample: tuple[Tensor, Sequence[int]],
+    codecs: Sequence[str],
+    control: ProcessGroupTransport,
+    carrier: Transport,
+    topology: Topology | None,
+    options: AutoOptions,
+    native: Callable[[Tensor], object],
+) -> Measurements:
+    """What `probe` measures for these options; arguments as `probe` and `decide` take them.
+
+    sample: values and the numels of their parameters, as `sample_gradient` returns them.
+    """
+    values, segments = sample
+    return probe(
+        carrier,
+        native,
+        topology or Topology.discover(control, os.environ, socket.gethostname()),
+        codecs,
+        values,
+        segments,
+        options.backward_seconds,
+        control if options.planner.hierarchy else None,
+        options.kernel,
+        options.planner.native_one_way,
+    )
 
 
 def bucket_bytes(model: DistributedDataParallel) -> int:

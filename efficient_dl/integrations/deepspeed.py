@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from efficient_dl.comm import (
     Alarm,
     Compressor,
     KillSwitch,
+    Plan,
     ProcessGroupTransport,
     Residuals,
     Watch,
@@ -28,7 +30,9 @@ from efficient_dl.comm import (
     native_tally,
     summary,
 )
+from efficient_dl.comm.planner import Decision, PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError, PlanMismatch
+from efficient_dl.integrations.auto import AutoOptions, decide, note_ignored
 from efficient_dl.integrations.ddp_transport import PROCESS_GROUP
 from efficient_dl.integrations.deepspeed_checkpoint import METHODS as CHECKPOINT_METHODS
 from efficient_dl.integrations.deepspeed_checkpoint import CheckpointFiles
@@ -65,6 +69,7 @@ def compress_engine(
     shadow: bool | None = None,
     max_relative_error: float | None = None,
     on_alarm: str | None = None,
+    floor_bits: float | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> EngineCompression:
     """Compresses the gradients that a DeepSpeed engine reduces over its data-parallel ranks.
@@ -77,7 +82,8 @@ def compress_engine(
         float32, bfloat16 or float16 parameters. Gradient accumulation, clipping, loss scaling, overlap_comm,
         contiguous_gradients, reduce_scatter and communication_data_type work as before.
     bits: "none" (DeepSpeed's own collectives, untouched), "identity" (our reductions, uncompressed), "lossless", a
-        number of bits a value (2.0), or "auto" (the default).
+        number of bits a value (2.0), or "auto" (the default): measured for some seconds, as for
+        DistributedDataParallel; nothing counts as hidden, because DeepSpeed waits for every reduction.
     check_every: compare all parameters of all ranks, bit by bit, after every so many optimizer steps (50); 0: never, as
         with bits="none".
     timeout: seconds (300) after which an unfinished transfer, the wait for the slowest rank included, raises
@@ -89,6 +95,7 @@ def compress_engine(
         DeepSpeed skips leaves no trace.
     shadow: DeepSpeed's own collectives, bit for bit; what compression would have sent and erred is only reported.
     max_relative_error, on_alarm: alarms, as for DistributedDataParallel; "disable" also ends compression on all ranks.
+    floor_bits: the fewest bits a value that "auto" may choose (2.0).
     extra: further facts that must agree on all ranks; compared as text.
 
     With stages 1 and 2 and "reduce_scatter": true, as is DeepSpeed's default, gradients travel once: to the rank that
@@ -117,6 +124,7 @@ def compress_engine(
         "shadow": shadow,
         "max_relative_error": max_relative_error,
         "on_alarm": on_alarm,
+        "floor_bits": floor_bits,
     }
     parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
@@ -137,8 +145,7 @@ def compress_engine(
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         plug = plug_class(engine, names)
         numels = {name: p.numel() for name, p in parameters.items()} | plug.gradient_numels()
-        residuals = Residuals(numels, device) if plan.error_feedback else None
-        compressor = Compressor(plan, list(parameters), settings.kernel, residuals)
+        compressor = _compressor(plan, numels, parameters, settings, device)
     except EdlError as error:
         handshake(facts, control, failure=error)
         raise
@@ -147,8 +154,49 @@ def compress_engine(
     facts["check_every"], facts["shadow"] = settings.check_every, settings.shadow
     facts["alarm"] = {"max_relative_error": settings.max_relative_error, "on_alarm": settings.on_alarm}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
+    is_auto = plan.bits == "auto" and not settings.shadow and control.world_size > 1 and bool(parameters)
+    facts["auto"] = settings.floor_bits if is_auto else None
     handshake(facts, control)
+    if is_auto:
+        decision = _decided(engine, plan, plug, parameters, control, settings)
+        settings = replace(settings, bits=decision.bits)
+        if decision.bits == "none":
+            settings = replace(settings, error_feedback="auto")
+        plan = replace(settings.plan(engine), reason=decision.reason)
+        compressor = _compressor(plan, numels, parameters, settings, device)
     return EngineCompression(engine, compressor, control, plug, settings)
+
+
+def _compressor(
+    plan: Plan,
+    numels: Mapping[str, int],
+    parameters: Mapping[str, torch.Tensor],
+    settings: Settings,
+    device: torch.device,
+) -> Compressor:
+    residuals = Residuals(numels, device) if plan.error_feedback else None
+    return Compressor(plan, list(parameters), settings.kernel, residuals)
+
+
+def _decided(
+    engine: Any,
+    plan: Plan,
+    plug: EnginePlug | ZeroPlug,
+    parameters: Mapping[str, torch.Tensor],
+    control: ProcessGroupTransport,
+    settings: Settings,
+) -> Decision:
+    """What "auto" means here. DeepSpeed itself all-reduces, also where a sum is needed at its owner alone."""
+    size = sum(p.numel() * p.element_size() for p in parameters.values())
+    options = AutoOptions(
+        settings.floor_bits,
+        family="grid" if plan.scale == "global" else "bits",
+        kernel=settings.kernel,
+        planner=PlannerOptions(bucket_bytes=size, one_way=plug.sums_at_owners),
+    )
+    _, decision = decide(parameters, control, control, None, options)
+    ignored = note_ignored(error_feedback=settings.error_feedback is True) if decision.bits == "none" else ""
+    return replace(decision, reason=decision.reason + ignored)
 
 
 class EngineCompression:

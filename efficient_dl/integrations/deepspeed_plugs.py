@@ -99,6 +99,7 @@ class EnginePlug:
     """
 
     methods = ENGINE_METHODS
+    sums_at_owners = False
 
     reducer: Reducer
 
@@ -166,6 +167,11 @@ class ZeroPlug:
         self.target = engine.optimizer
         self.group = engine.optimizer.dp_process_group
         self._names = names
+
+    @property
+    def sums_at_owners(self) -> bool:
+        """Whether sums are needed at one rank alone."""
+        return bool(self.target.reduce_scatter)
 
     def gradient_numels(self) -> dict[str, int]:
         """As `EnginePlug.gradient_numels`; there are none."""

@@ -11,6 +11,7 @@ import torch
 
 from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS, Plan
 from efficient_dl.comm.plan import Scale
+from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 
 SECTION = "efficient_dl"
@@ -32,6 +33,7 @@ class Settings:
     shadow: bool = False
     max_relative_error: float | None = None
     on_alarm: str = "warn"
+    floor_bits: float = DEFAULT_FLOOR_BITS
 
     @staticmethod
     def of(config: Mapping[str, Any], **arguments: Any) -> Settings:
@@ -78,6 +80,7 @@ class Settings:
             "max_relative_error": self.max_relative_error is None
             or (_is_number(self.max_relative_error, int, float) and self.max_relative_error > 0),
             "on_alarm": self.on_alarm in ("warn", "disable"),
+            "floor_bits": _is_number(self.floor_bits, int, float) and 0.1 <= self.floor_bits <= 7,
         }
         expected = {
             "bits": 'a number of bits a value, "lossless", "identity", "none" or "auto"',
@@ -90,6 +93,7 @@ class Settings:
             "shadow": "true or false",
             "max_relative_error": "a number above 0, such as 0.5",
             "on_alarm": '"warn" or "disable"',
+            "floor_bits": "0.1 to 7 bits a value",
         }
         for name, is_valid in valid.items():
             if not is_valid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from efficient_dl.comm import (
     ProcessGroupTransport,
     handshake,
 )
+from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
+from efficient_dl.integrations.auto import AutoOptions
 from efficient_dl.integrations.facts import common_facts
+from efficient_dl.integrations.fsdp_auto import WEIGHTS, choose
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 from efficient_dl.integrations.fsdp_setup import (
     REPLICATE,
@@ -38,7 +42,7 @@ def compress_fsdp(
     optimizer: torch.optim.Optimizer | None = None,
     bits: str | float = "auto",
     *,
-    weights: str | float = "lossless",
+    weights: str | float | None = None,
     axes: Mapping[str, str | float] | None = None,
     overrides: Mapping[str, str | float] | None = None,
     max_error: float | None = None,
@@ -52,14 +56,18 @@ def compress_fsdp(
     extra: Mapping[str, Any] | None = None,
     max_relative_error: float | None = None,
     on_alarm: OnAlarm = "warn",
+    floor_bits: float = DEFAULT_FLOOR_BITS,
+    backward_seconds: float = 0.0,
 ) -> FsdpCompression:
     """Compresses what FSDP2 reduce-scatters, all-reduces and all-gathers, for every module that it has sharded.
 
     `compress` comes here with a model to which fully_shard was applied. Call it once, on every rank, after all
     fully_shard calls and before the first forward pass. Arguments that are not named here are those of `compress_ddp`.
 
+    bits: as for DistributedDataParallel. "auto" measures each axis of the mesh by itself (docs/planner.md).
     weights: what all-gathers carry, as bits; "lossless" gives torch's own bits. Weights are encoded once after each
-        step of the optimizer and sent again from the same packet in backward.
+        step of the optimizer and sent again from the same packet in backward. None: "lossless", or with bits="auto"
+        "lossless" or "none", by what was measured.
     axes: bits of gradients on one axis of a mesh of replicas x shards (HSDP), instead of `bits`, which both take:
         {"shard": "none"} leaves the reduce-scatter, mostly inside a node, to torch, and {"shard": "identity"} makes
         our own of it, in full precision; only the slow axis between the replicas is then compressed. {"replicate":
@@ -94,34 +102,49 @@ def compress_fsdp(
     facts["modules"] = {str(number): " ".join(unit.names) for number, unit in enumerate(units)}
     try:
         wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, error_feedback)
+        auto = AutoOptions(floor_bits, backward_seconds, kernel=kernel)
+        auto.check()
+        measured = [] if shadow else wish.automatic(units)
+        measured += [WEIGHTS] if measured and weights is None else []
         check_supported(units, model, optimizer, scaler, wish, check_every)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         names = list(dict.fromkeys(name for unit in units for name in unit.names))
         by_axis = wish.compressors(units, names, kernel)
-        gradients, replicas = by_axis[SHARD], by_axis[REPLICATE]
-        weights_compressor = Compressor(Plan.of(weights), names, kernel)
-        if replicas.plan.codec != "none":
+        weights_plan = Plan.of("lossless" if weights is None else weights)
+        if by_axis[REPLICATE].plan.codec != "none":
             check_replicas(units)
     except EdlError as error:
         _agree(facts, controls, error)
         raise
-    for key, compressor in (("plan", gradients), ("replicas", replicas), ("weights", weights_compressor)):
-        facts[key] = {"bits": compressor.plan.bits, **compressor.plan.facts()}
-    facts["kernel"] = gradients.codec.kernel_for(units[0].device).partition("-")[0]
+    facts["auto"] = auto.facts() if measured else None
+    facts |= _plan_facts(by_axis, weights_plan, units[0].device)
     _agree(facts, controls, None)
+    if measured:
+        chosen = choose(units, list(lanes.values()), measured, auto)
+        wish = wish.decided(chosen.bits, chosen.reasons)
+        by_axis = wish.compressors(units, names, kernel)
+        if WEIGHTS in chosen.bits:
+            weights_plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS])
+        _agree(facts | _plan_facts(by_axis, weights_plan, units[0].device), controls, None)
     return FsdpCompression(
         units,
         [lanes[lane_key(unit)] for unit in units],
         optimizer,
-        gradients,
-        replicas,
-        weights_compressor,
+        by_axis[SHARD],
+        by_axis[REPLICATE],
+        Compressor(weights_plan, names, kernel),
         check_every=check_every,
         scaler=scaler,
         shadow=shadow,
         max_relative_error=max_relative_error,
         on_alarm=on_alarm,
     )
+
+
+def _plan_facts(by_axis: Mapping[str, Compressor], weights: Plan, device: torch.device) -> dict[str, Any]:
+    plans = {"plan": by_axis[SHARD].plan, "replicas": by_axis[REPLICATE].plan, "weights": weights}
+    facts: dict[str, Any] = {key: {"bits": plan.bits, **plan.facts()} for key, plan in plans.items()}
+    return facts | {"kernel": by_axis[SHARD].codec.kernel_for(device).partition("-")[0]}
 
 
 def _agree(facts: Mapping[str, Any], controls: list[ProcessGroupTransport], failure: EdlError | None) -> None:

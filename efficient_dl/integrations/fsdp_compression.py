@@ -19,6 +19,7 @@ from efficient_dl.comm import (
     summary,
 )
 from efficient_dl.errors import CheckpointError
+from efficient_dl.integrations.ddp_transport import PROCESS_GROUP
 from efficient_dl.integrations.fsdp_comms import Backward, GradientReduceScatter, Lane
 from efficient_dl.integrations.fsdp_gathers import WeightAllGather
 from efficient_dl.integrations.fsdp_guards import Guards
@@ -117,7 +118,8 @@ class FsdpCompression:
 
         all_ranks: sums of all ranks of the model's groups, instead of this rank's; then all of them must call it.
 
-        Returns bits, weights_bits and replicas_bits (of HSDP's second axis) with their codecs, kernel, exact, shadow,
+        Returns bits, weights_bits and replicas_bits (of HSDP's second axis) with their codecs and reasons, transport
+        ("process_group", the model's own and two more of its ranks), kernel, exact, shadow,
         error_feedback, world_size (of the first module's shard group), checks, disabled (None or {"step", "reason"}),
         the alarms so far, and of gradients, replicas and weights together the `summary` of the meters, as for
         DistributedDataParallel, with a row for each parameter (with error feedback also residual_norm, Euclidean);
@@ -156,6 +158,9 @@ class FsdpCompression:
             "replicas_codec": self.replicas_plan.codec,
             "weights_codec": self.weights_plan.codec,
             "reason": self.plan.reason,
+            "replicas_reason": self.replicas_plan.reason,
+            "weights_reason": self.weights_plan.reason,
+            "transport": PROCESS_GROUP,
             "overrides": dict(self.plan.overrides),
             "error_feedback": any(c.residuals is not None for c in (gradients, replicas)),
             "kernel": used[0] if used else "none",

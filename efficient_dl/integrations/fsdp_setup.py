@@ -10,6 +10,7 @@ from torch import nn
 
 from efficient_dl.comm import Compressor, Plan, Residuals, shard_numels
 from efficient_dl.errors import ConfigError, UnsupportedTensor
+from efficient_dl.integrations.auto import note_ignored
 from efficient_dl.integrations.fsdp_comms import GRADIENT_DTYPES, Lane
 from efficient_dl.integrations.fsdp_gathers import WEIGHT_DTYPES
 from efficient_dl.integrations.fsdp_units import Unit, check_replacing
@@ -19,7 +20,7 @@ SHARD, REPLICATE = "shard", "replicate"
 
 @dataclasses.dataclass(frozen=True)
 class AxisWish:
-    """What `compress_fsdp` was asked to do with gradients."""
+    """What `compress_fsdp` was asked to do with gradients. reasons: of the bits of axes, where "auto" decided them."""
 
     bits: str | float
     axes: Mapping[str, str | float]
@@ -27,6 +28,23 @@ class AxisWish:
     max_error: float | None
     bytes_per_step: int | None
     error_feedback: bool
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def automatic(self, units: Sequence[Unit]) -> list[str]:
+        """The axes whose bits are to be measured."""
+        if self.bits != "auto" or self.max_error is not None or self.bytes_per_step is not None:
+            return []
+        exist = [SHARD, *([REPLICATE] if any(unit.replicas is not None for unit in units) else [])]
+        return [axis for axis in exist if axis not in self.axes and any(map(_values_scattered, units))]
+
+    def decided(self, bits: Mapping[str, str], reasons: Mapping[str, str]) -> AxisWish:
+        """The wish with what "auto" means. bits, reasons: of what was measured, axes and others."""
+        bits = {axis: one for axis, one in bits.items() if axis in (SHARD, REPLICATE)}
+        reasons = {
+            axis: reasons[axis] + (note_ignored(overrides=self.overrides) if one == "none" else "")
+            for axis, one in bits.items()
+        }
+        return dataclasses.replace(self, axes={**self.axes, **bits}, reasons=reasons)
 
     def plans(self, units: Sequence[Unit]) -> dict[str, Plan]:
         """A plan for each axis; without replicas theirs is "none". Raises ConfigError."""
@@ -46,7 +64,8 @@ class AxisWish:
                 plans[axis] = Plan.of("none")
             elif axis in self.axes:
                 wish = self.axes[axis]
-                plans[axis] = Plan.of(wish, overrides=None if wish == "none" else self.overrides)
+                plan = Plan.of(wish, overrides=None if wish == "none" else self.overrides)
+                plans[axis] = dataclasses.replace(plan, reason=self.reasons.get(axis, plan.reason))
             else:
                 budget = self.bytes_per_step
                 plans[axis] = Plan.of(
@@ -74,7 +93,7 @@ class AxisWish:
                 made[axis] = Compressor(
                     dataclasses.replace(plan, error_feedback=True), names, kernel, residuals
                 )
-        if self.error_feedback and all(one.residuals is None for one in made.values()):
+        if self.error_feedback and not self.reasons and all(one.residuals is None for one in made.values()):
             raise ConfigError(
                 "error_feedback has nothing to feed back",
                 found=", ".join(f"{axis}: {one.plan.bits}" for axis, one in made.items()),

@@ -114,6 +114,12 @@ class Unit:
         """What the user has set as the divisor of gradients; None is the number of ranks."""
         return self._group.gradient_divide_factor
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients while they are reduced."""
+        policy = self._group.mp_policy
+        return policy.reduce_dtype or policy.param_dtype or self._group.fsdp_params[0].sharded_param.dtype
+
     def gather_layout(self) -> ChunkLayout:
         """How all its parameters lie in an all-gather's buffer."""
         return self._layout(self._group.fsdp_params)

@@ -181,6 +181,7 @@ def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     results["long"] = {bits: run(CASES["stage 2"], bits, rank, 40)["losses"] for bits in (None, 2.0)}
     results["none"] = run(CASES["stage 2"], "none", rank)
     results["section"] = sections(rank)
+    results["auto"] = automatic(rank)
     results["refused"] = refusals(rank)
     results["closed"] = closed(rank)
     results["overflow"] = {bits: overflow(rank, bits) for bits in (None, "lossless", 2.0)}
@@ -214,10 +215,22 @@ def sections(rank: int) -> dict[str, Any]:
     return result
 
 
+def automatic(rank: int) -> dict[str, Any]:
+    """Measured, under a floor of 3 bits; an all-reduce in stage 0, sums at their owners in stage 2."""
+    results: dict[str, Any] = {}
+    for name in ("stage 0", "stage 2"):
+        engine = engine_of(CASES[name], {"floor_bits": 3.0})
+        compression = compress_engine(engine, check_every=1)
+        train(engine, rank)
+        results[name] = compression.plan.bits, compression.stats()["reason"], compression.stats()["steps"]
+        compression.close()
+    return results
+
+
 def refusals(rank: int) -> dict[str, Any]:
     engine = engine_of(CASES["stage 2"])
     differ = error_of(lambda: compress_engine(engine, bits=2.0 + rank))
-    compression = compress_engine(engine)
+    compression = compress_engine(engine, 2.0)
     twice = error_of(lambda: compress_engine(engine))
     compression.close()
     with torch.device("cpu"):

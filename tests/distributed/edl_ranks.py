@@ -61,7 +61,7 @@ class EdlRanks:
             assert all(process.is_alive() for process in self._ranks), self._text()
             time.sleep(0.02)
 
-    def end(self, timeout: float = 40.0) -> list[Ended]:
+    def end(self, timeout: float = 120.0) -> list[Ended]:
         """Wait until all have ended; the test fails if one still runs after the time-out."""
         deadline = time.monotonic() + timeout
         for process in self._ranks:

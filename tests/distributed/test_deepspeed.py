@@ -117,6 +117,14 @@ def test_none_is_deepspeed_untouched(two: Any) -> None:
     assert result["stats"]["wire_bytes"] == STEPS * 4 * trained
 
 
+def test_auto_measures_and_every_rank_comes_to_the_same(two: Any) -> None:
+    assert two[0]["auto"] == two[1]["auto"]
+    for bits, reason, steps in two[0]["auto"].values():
+        assert bits in ("none", "lossless", "4.0", "3.0")
+        assert "a step of" in reason and "the floor is 3 bits" in reason
+        assert steps == STEPS
+
+
 def test_the_configuration_s_section_is_as_good_as_arguments(two: Any) -> None:
     section = two[0]["section"]
     assert (section["bits"], section["checks"]) == ("lossless", STEPS)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
@@ -97,6 +99,53 @@ def test_compress_applies_what_auto_chose_and_says_why() -> None:
     assert "the floor is 3 bits" in auto["reason"]
     assert (auto["bits"] == "none") == ("overrides without effect" in auto["reason"])
     assert auto["steps"] == shadow["steps"] == 3
+
+
+def sharded(rank: int) -> list[dict[str, Any]]:
+    """Two shards; then two replicas of two shards, of which "auto" is left one axis; then the shadow, unmeasured."""
+    seen = []
+    for replicas, options in (
+        (1, {"floor_bits": 3.0, "overrides": {"*.bias": "none"}}),
+        (2, {"floor_bits": 3.0, "axes": {"shard": "identity"}, "weights": "identity"}),
+        (1, {"shadow": True}),
+    ):
+        torch.manual_seed(1)
+        model: Any = nn.Sequential(nn.Linear(20, 300), nn.Linear(300, 5))
+        shape = (4,) if replicas == 1 else (replicas, 4 // replicas)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+        for layer in (*model, model):
+            fully_shard(layer, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        compression: Any = edl.compress(model, optimizer, "auto", check_every=1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 20) + rank).sum().backward()
+            optimizer.step()
+        stats = compression.stats()
+        seen.append({key: stats[key] for key in ("bits", "weights_bits", "replicas_bits", "steps", "checks")})
+        plans = (compression.plan, compression.replicas_plan, compression.weights_plan)
+        seen[-1]["reasons"] = [plan.reason for plan in plans]
+        compression.close()
+    return seen
+
+
+@pytest.mark.slow
+def test_auto_measures_each_axis_of_a_sharded_model_and_its_weights() -> None:
+    first, *others = run_ranks(sharded, 4)
+    assert all(other == first for other in others)
+    shards, hybrid, shadow = first
+    gradients, _, weights = shards["reasons"]
+    assert shards["bits"] in ("none", "lossless", "4.0", "3.0")
+    assert shards["weights_bits"] in ("none", "lossless")
+    assert "the floor is 3 bits" in gradients
+    assert (shards["bits"] == "none") == ("overrides without effect" in gradients)
+    assert "a step of" in weights and "4.0 bits" not in weights
+    assert (hybrid["bits"], hybrid["weights_bits"]) == ("identity", "identity")
+    assert hybrid["replicas_bits"] in ("none", "lossless", "4.0", "3.0")
+    assert "a step of" in hybrid["reasons"][1]
+    assert (shadow["bits"], shadow["weights_bits"]) == ("auto", "lossless")
+    assert "where no planner measures" in shadow["reasons"][0]
+    assert [run["steps"] for run in first] == [3, 3, 3]
 
 
 def impossible(rank: int) -> None:

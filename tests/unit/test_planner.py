@@ -12,7 +12,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, assumed_network
+from efficient_dl.comm.measurements import (
+    CodecSpeed,
+    Line,
+    Measurements,
+    NodeLink,
+    PacketCost,
+    assumed_network,
+)
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
 from efficient_dl.comm.probe import codecs_for, link_turns
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
@@ -77,6 +84,7 @@ def measured(draw: st.DrawFn, ordered: bool = False) -> Measurements:
         ),
         backward_seconds=draw(st.floats(0.0, 10.0)),
         contended=draw(st.booleans()),
+        packet=PacketCost(draw(st.floats(0, 1e-3)), draw(st.floats(0, 1e-3)), draw(st.floats(0, 1000))),
     )
 
 
@@ -84,27 +92,31 @@ models = st.lists(st.integers(1, 30_000_000), min_size=1, max_size=12).map(
     lambda numels: Shapes(tuple(numels))
 )
 floors = st.sampled_from([1.0, 2.0, 3.0, 5.0])
+ways = st.sampled_from(
+    [PlannerOptions(), PlannerOptions(one_way=True), PlannerOptions(one_way=True, native_one_way=True)]
+)
 
 
-@given(measured(), models, floors)
+@given(measured(), models, floors, ways)
 @settings(max_examples=100, deadline=None)
 def test_what_is_chosen_is_never_predicted_slower_than_native_nor_under_the_floor(
-    found: Measurements, model: Shapes, floor: float
+    found: Measurements, model: Shapes, floor: float, options: PlannerOptions
 ) -> None:
-    decision = plan_for(found, model, floor)
+    decision = plan_for(found, model, floor, options)
     steps = {one.bits: one.step_seconds for one in decision.predictions}
     assert steps[decision.bits] <= steps["none"]
     assert steps[decision.bits] <= 1.02 * min(steps.values())
     assert decision.bits in ("none", "lossless") or float(decision.bits) >= floor
-    assert decision == plan_for(found, model, floor)
+    assert decision == plan_for(found, model, floor, options)
 
 
-@given(measured(), models, st.floats(1.0, 1e4))
+@given(measured(), models, st.floats(1.0, 1e4), ways)
 @settings(max_examples=150, deadline=None)
 def test_a_faster_link_never_leads_to_more_compression(
-    found: Measurements, model: Shapes, factor: float
+    found: Measurements, model: Shapes, factor: float, options: PlannerOptions
 ) -> None:
-    slow, fast = plan_for(found, model), plan_for(found.with_faster_links(factor), model)
+    slow = plan_for(found, model, options=options)
+    fast = plan_for(found.with_faster_links(factor), model, options=options)
     assert compression(fast) <= compression(slow)
 
 
@@ -165,6 +177,32 @@ def test_a_step_without_overlap_is_backward_plus_codec_plus_transfer() -> None:
     coded = 250_000 * (3e-9 + 1.5 * 1.7e-9)
     two = predictions[3].step_seconds
     assert two == pytest.approx(0.5 + 4e-4 + coded + 250_000 * 0.2505 / (100 * MEGABIT))
+
+
+def test_gradients_that_travel_one_way_are_half_the_bytes_and_codec_time() -> None:
+    found = network(100, backward=0.0, hosts=2)
+    there_and_back = plan_for(found, MODEL).predictions
+    one_way = plan_for(found, MODEL, options=PlannerOptions(one_way=True, native_one_way=True)).predictions
+    for one, both in zip(one_way, there_and_back, strict=True):
+        assert one.sent_bytes == both.sent_bytes / 2
+    # Of ten million values half are encoded for the other rank, and as many decoded.
+    assert one_way[-1].codec_seconds == pytest.approx(5e6 * (3e-9 + 1.7e-9))
+    # DeepSpeed's own collective is an all-reduce even then.
+    native = plan_for(found, MODEL, options=PlannerOptions(one_way=True)).predictions[0]
+    assert native.sent_bytes == there_and_back[0].sent_bytes
+
+
+def test_what_packets_cost_ends_the_one_shot_exchange_among_many_ranks() -> None:
+    packet = PacketCost(20e-6, 10e-6, 100.0)
+    sent: dict[int, float] = {}
+    for hosts in (2, 10_000):
+        found = replace(assumed_network(network(100), 100 * MEGABIT, hosts, 1, 1e-5), packet=packet)
+        decision = plan_for(found, MODEL)
+        sent[hosts] = decision.predictions[-1].sent_bytes
+        assert decision.bits == ("2.0" if hosts == 2 else "none")
+    buckets = len(bucket_numels(MODEL.numels))
+    overhead = sent[10_000] - 2 * 0.9999 * MODEL.numel * 0.2505
+    assert overhead == pytest.approx(buckets * 2 * 9_999 * 100)
 
 
 def test_communication_hides_behind_a_long_backward() -> None:
