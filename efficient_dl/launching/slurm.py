@@ -33,6 +33,7 @@ while :; do # a signal interrupts wait
     wait "$step" && code=0 || code=$?
     kill -0 "$step" 2>/dev/null || break
 done
+step=''
 echo "srun ended with $code${announced:+, after the announcement of the end}${cancelled:+, after SIGTERM}"
 if [[ $code != 0 && -z $cancelled ]] && { [[ -n $announced ]] || ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); }; then
     scontrol requeue "$SLURM_JOB_ID"
