@@ -208,6 +208,9 @@ class RunConfig(Section):
     workers: int = setting(1, "processes on this machine, where no launcher starts them", low=1, high=4096)
     device: str = setting("auto", "where the model is trained", words=("auto", "cpu", "cuda"))
     threads: int = setting(0, "CPU threads a worker; 0: the cores divided by the workers", low=0, high=4096)
+    bind: str = setting(
+        "none", "cores: each worker stays on its share of them, near its GPU", words=("none", "cores")
+    )
     timeout_seconds: float = setting(120.0, "a collective that takes longer fails", above=0.0, high=86400.0)
     watchdog_seconds: float = setting(
         600.0,

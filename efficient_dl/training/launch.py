@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from efficient_dl.errors import LaunchError
+from efficient_dl.launching.place import find_place
 from efficient_dl.training.signals import SIGNALS, Stopped
 from efficient_dl.training.worker import work
 
@@ -38,19 +39,22 @@ class WorkersFailed(Exception):
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, cluster.emulate, a job script) started this process as one rank of several."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, mpirun, srun, cluster.emulate, a script) started this process as one of its ranks.
+
+    Raises LaunchError if its variables contradict each other.
+    """
+    return find_place(os.environ) is not None
 
 
 def check_world_size(workers: int) -> None:
     """Raise LaunchError if a launcher started another number of ranks than the user asked for."""
-    size = os.environ.get("WORLD_SIZE")
-    if size is not None and size != str(workers):
+    place = find_place(os.environ)
+    if place is not None and place.size != workers:
         raise LaunchError(
             "the launcher started another number of workers than the run asks for",
             expected=f"{workers} (run.workers)",
-            found=f"{size} (WORLD_SIZE)",
-            fix=f"leave --workers out under a launcher, or give --workers {size}",
+            found=f"{place.size} ({place.launcher.size})",
+            fix=f"leave --workers out under a launcher, or give --workers {place.size}",
         )
 
 
