@@ -59,7 +59,7 @@ def slurm(job: Job) -> Submission:
         f'--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.workers} --max-restarts=0',
         '--rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID"',
     ]
-    run = lines([" ".join(srun), torchrun(job, options, program)])
+    run = lines([" ".join(srun), torchrun(job, options, program, job.lead_seconds)])
     end = _END.replace("RESTARTS", str(job.restarts))
     text = f"{head(job, title, _directives(job))}{body}\n{run} &\n{end}"
     return Submission(text, (("sbatch",),), reads_text=True)
