@@ -2,8 +2,9 @@
 
 python -m benchmarks.communication --out benchmarks/results/communication.jsonl           # some two hours on 2 cores
 python -m benchmarks.communication --models gpt-micro --rates 100mbit --steps 5           # two minutes
-Run nothing beside it. "Exposed" is what a step takes longer than the same step without communication, under the same
-contention. Peers that are not installed are named and left out (pip install hivemind).
+Run nothing beside it. Every system has a model of its own: gpt-base on 4 hosts takes 26 GB. "Exposed" is what a step
+takes longer than the same step without communication, under the same contention. Peers that are not installed are
+named and left out (pip install hivemind).
 """
 
 from __future__ import annotations

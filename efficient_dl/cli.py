@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ TRAIN_EXAMPLE = """
   edl train --model gpt-micro --data stdlib --bits 2.0 --workers 2 --steps 200 --out runs/first
 
   edl train --out runs/first --resume --steps 400
+
+  torchrun --nnodes 2:4 --max-restarts 8 ... -m efficient_dl.cli train ... --out /shared/run --resume-or-start
 
   edl train --model gpt-micro --data stdlib --mode layerwise --partitions 4 --out runs/layers
 
@@ -102,6 +105,7 @@ class TrainFlags:
     workers: int | None = None
     out: Path | None = None
     resume: bool = False
+    or_start: bool = False  # without a run to resume, start it: for jobs that are restarted by others
     config: Path | None = None
 
 
@@ -148,6 +152,13 @@ def train(
     seed: Annotated[int | None, typer.Option(help="The only source of randomness.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/ and a name).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start",
+            help="Continue the run in --out, or start it: for jobs that are restarted, by torchrun or a scheduler.",
+        ),
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
@@ -176,7 +187,7 @@ def train(
         "run.out": out,
     }
     settings = [f"{key}={value}" for key, value in given.items() if value is not None]
-    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, config)
+    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, resume_or_start, config)
     with _reported() as outcome:
         from efficient_dl.training import launch, launched
 
@@ -185,11 +196,13 @@ def train(
         else:
             from efficient_dl.training.run import with_folder
 
+            flags = with_resume(flags)
             named = settled_config(flags)
             settled = with_folder(named, flags.resume)
             outcome.folder = Path(settled.run.out)
             outcome.is_new = not named.run.out
-            launch(settled.run.workers, train_rank, flags, settled)
+            grace_seconds = settled.run.grace_seconds
+            launch(settled.run.workers, train_rank, flags, settled, grace_seconds=grace_seconds)
 
 
 @app.command(epilog=DEMO_EXAMPLE)
@@ -340,8 +353,29 @@ def train_rank(worker: Worker, flags: TrainFlags, settled: Config | None = None)
     """One rank of `edl train`. settled: the configuration, if the process that started the workers made it."""
     from efficient_dl.training import run_worker
 
+    if settled is None:
+        decided = worker.together("resume", lambda: with_resume(flags))
+        first = worker.gather("resume", decided.resume)[
+            0
+        ]  # a shared folder may show itself to other ranks later
+        flags = dataclasses.replace(flags, resume=first)
     config = settled or worker.together("settings", lambda: settled_config(flags))
-    return run_worker(worker, [config], flags.resume)[0]
+    return run_worker(worker, [config], flags.resume, restarted=flags.or_start)[0]
+
+
+def with_resume(flags: TrainFlags) -> TrainFlags:
+    """The flags, with --resume-or-start decided: whether there is a run to resume."""
+    from efficient_dl.training.run_folder import holds_run
+
+    if not flags.or_start:
+        return flags
+    if flags.out is None:
+        raise ConfigError(
+            "--resume-or-start needs to know which run",
+            expected="--out DIR",
+            fix="edl train --out runs/first --resume-or-start",
+        )
+    return dataclasses.replace(flags, resume=holds_run(flags.out))
 
 
 def probe_rank(worker: Worker, config: Config, out: Path | None, what_if: WhatIf | None) -> None:
@@ -415,7 +449,7 @@ def _reported() -> Iterator[Outcome]:
     """End the command with an error's exit code and without a traceback, if the error is the user's."""
     from efficient_dl.training.console import print_error
     from efficient_dl.training.launch import WorkersFailed
-    from efficient_dl.training.worker import Stopped
+    from efficient_dl.training.signals import Stopped
 
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,7 @@ _TITLE = """\
 Trains on {nodes} nodes with {workers} workers each: sbatch slurm.sbatch
 If a node or a worker fails, the job is requeued, up to {restarts} times; it goes on from its last checkpoint, perhaps
 on other nodes. {lead} s before the time limit, or before pre-emption where Slurm is told to announce it
-(PreemptParameters=send_user_signal), all ranks write a checkpoint, and the job is requeued, however often it happens.
+(preempt_send_user_signal), all ranks write a checkpoint, and the job is requeued, however often it happens.
 The folder, the data and the runs lie on a file system that all nodes share."""
 
 _BODY = """

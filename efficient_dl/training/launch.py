@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -19,11 +20,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from efficient_dl.errors import LaunchError
 from efficient_dl.launching.place import find_place
-from efficient_dl.training.worker import SIGNALS, Stopped, work
+from efficient_dl.training.signals import SIGNALS, Stopped
+from efficient_dl.training.worker import work
 
 T = TypeVar("T")
 
-_SHUTDOWN_SECONDS = 10  # between the signal that asks workers to end and the one that ends them
+_SHUTDOWN_SECONDS = (
+    10  # beyond their grace, between the signal that asks workers to end and the one that ends them
+)
 
 
 class WorkersFailed(Exception):
@@ -54,11 +58,12 @@ def check_world_size(workers: int) -> None:
         )
 
 
-def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
+def launch(workers: int, main: Callable[..., T], *args: Any, grace_seconds: float = 0.0) -> T:
     """Run main(worker, *args) in every rank and return rank 0's result; main must be importable (module level).
 
     Started alone, this process starts `workers` local ones and waits; nothing of them is left afterwards.
     Under a launcher it is itself one rank and returns its own result; `workers` is then ignored.
+    grace_seconds: what workers may take to end after a signal before ten more seconds and SIGKILL.
     Raises WorkersFailed (already reported), LaunchError if a worker was killed, Stopped on a signal.
     """
     if launched():
@@ -77,7 +82,7 @@ def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
         max_restarts=0,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        shutdown_timeout=_SHUTDOWN_SECONDS + math.ceil(grace_seconds),
         signals_to_handle=",".join(n.name for n in handled if signal.getsignal(n) != signal.SIG_IGN),
     )
     _silence_elastic()

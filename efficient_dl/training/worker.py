@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -28,20 +27,15 @@ from efficient_dl.launching.meeting import find_meeting, meet
 from efficient_dl.launching.place import find_place
 from efficient_dl.training import devices
 from efficient_dl.training.console import print_error
+from efficient_dl.training.session import session
+from efficient_dl.training.signals import SIGNALS, Stopped, handled
+from efficient_dl.training.versions import check_versions, versions
+from efficient_dl.training.watch import verdict_after_timeout
 
 T = TypeVar("T")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _START_TIMEOUT = datetime.timedelta(seconds=120)
 _REPORT_SECONDS = 3.0  # how long a failed rank waits for the others' view of what went wrong
-
-
-class Stopped(BaseException):
-    """A signal asks this process to end. No Exception, so that no library swallows it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class PeerFailed(Exception):
@@ -149,8 +143,10 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     worker: Worker | None = None
     stops: list[Stopped] = []
     try:
-        with _signals_raise_stopped(stops):
-            worker = _find_peers()
+        with handled(stops):
+            worker = _with_own_keys(_find_peers())
+            per_rank = worker.gather("versions", versions())
+            worker.together("versions", lambda: check_versions(per_rank))
             worker = _know_peers(worker)
             result = main(worker, *args)
             if dist.is_initialized():
@@ -169,26 +165,6 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
         os._exit(code)  # threads stuck in collectives would keep a normal exit waiting
 
 
-@contextlib.contextmanager
-def _signals_raise_stopped(stops: list[Stopped]) -> Iterator[None]:
-    """Inside, a signal raises Stopped in the main thread, which is also put into stops."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)  # once is enough
-        stops.append(Stopped(number))
-        raise stops[0]
-
-    handled = [
-        number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    ]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, stop) for number in handled}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def _find_peers() -> Worker:
     """This rank, by its launcher's variables; its peers, by the store at which all meet."""
     place = find_place(os.environ)
@@ -202,6 +178,12 @@ def _find_peers() -> Worker:
     store = meet(place, find_meeting(place, os.environ), _START_TIMEOUT)
     local_rank = -1 if place.local_rank is None else place.local_rank
     return Worker(place.rank, place.size, local_rank, dist.PrefixStore("edl", store), store)
+
+
+def _with_own_keys(worker: Worker) -> Worker:
+    """The worker with keys that no other has written: an earlier one, or one of another job at the same address."""
+    own = session(worker.store, worker.rank, worker.size, _START_TIMEOUT.total_seconds())
+    return dataclasses.replace(worker, store=own)
 
 
 def _know_peers(worker: Worker) -> Worker:
@@ -234,7 +216,7 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         if rank == 0 and not own_launcher:
-            print_error(f"Stopped by {signal.Signals(number).name}.")
+            print_error(str(error if isinstance(error, Stopped) else Stopped(number)))
         return 128 + number
     if isinstance(error, PeerFailed):
         if worker is not None:
@@ -242,6 +224,12 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
             _others_view(worker, "", error.exit_code, consequence=True)
         return error.exit_code
     known = error if isinstance(error, EdlError) else _as_transport_error(error)
+    if isinstance(known, TransportError) and _timed_out(known):
+        verdict = verdict_after_timeout(known.details.get("found", known.problem))
+        if verdict is not None:
+            if verdict.printer == rank:
+                print_error(f"{type(verdict.error()).__name__}: {verdict.error()}")
+            return verdict.error().exit_code
     text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))
     code = known.exit_code if known else 1
     if worker is not None:
@@ -317,6 +305,12 @@ def _as_transport_error(error: BaseException) -> TransportError | None:
             fix="look at the other ranks' messages; the last checkpoint is intact: --resume",
         )
     return None
+
+
+def _timed_out(error: TransportError) -> bool:
+    """Whether a peer was waited for in vain; a closed connection is another matter."""
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text or "has taken or sent no activations" in text
 
 
 def _bytes(value: Any) -> Any:

@@ -35,7 +35,7 @@ if os.environ["RANK"] == "0":
 else:
     for _ in range(200):
         try:
-            connection = socket.create_connection(address, timeout=60)
+            connection = socket.create_connection(address, timeout=180)
             break
         except ConnectionRefusedError:
             time.sleep(0.02)
@@ -140,7 +140,7 @@ def test_workers_get_the_variables_of_torchrun() -> None:
 
 def test_output_is_marked_with_its_host_and_stays_on_its_stream() -> None:
     process = emulate("--", "sh", "-c", "echo to out $RANK; echo to err $RANK >&2")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 0
     assert sorted(out.splitlines()) == ["[h0] to out 0", "[h1] to out 1"]
     assert sorted(err.splitlines()) == ["[h0] to err 0", "[h1] to err 1"]
@@ -149,7 +149,7 @@ def test_output_is_marked_with_its_host_and_stays_on_its_stream() -> None:
 def test_the_first_failure_ends_the_others_and_is_the_exit_code() -> None:
     started = time.monotonic()
     process = emulate("--hosts", "3", "--", "sh", "-c", "[ $RANK = 1 ] && exit 7; exec sleep 300")
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 7
     assert time.monotonic() - started < 30
     assert namespaces_of(process.pid) == []
@@ -165,7 +165,7 @@ def test_a_time_out_ends_all_hosts() -> None:
 def test_counts_are_written_as_json(tmp_path: Path) -> None:
     file = tmp_path / "counts.json"
     process = emulate("--json", str(file), "--", *transfer(500_000))
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     report = json.loads(file.read_text())
     assert (report["exit_code"], report["rate"]) == (0, "1gbit")
     sender = report["hosts"][1]
@@ -181,7 +181,7 @@ def test_an_unknown_command_is_named() -> None:
 # -------------------------------------------------------------------- ends
 def test_nothing_is_left_after_a_normal_end() -> None:
     process = emulate("--", "sh", "-c", "setsid sleep 300 >/dev/null 2>&1 & echo $!")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 0
     assert namespaces_of(process.pid) == []
     assert not any(is_running(int(line.split()[1])) for line in out.splitlines())
@@ -194,7 +194,7 @@ def test_nothing_is_left_after_a_signal(number: signal.Signals) -> None:
     pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
     assert len(namespaces_of(process.pid)) == 3
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 128 + number
     assert namespaces_of(process.pid) == []
     assert not any(map(is_running, pids))
@@ -224,19 +224,19 @@ def test_clean_removes_what_a_killed_run_has_left_and_nothing_else() -> None:
         killed.wait()
         assert len(namespaces_of(killed.pid)) == 3
         assert all(map(is_running, pids))
-        assert emulate("--clean").wait(timeout=60) == 0
+        assert emulate("--clean").wait(timeout=180) == 0
         assert namespaces_of(killed.pid) == []
         wait_until(lambda: not any(map(is_running, pids)), "the killed run's workers to end")
         assert len(namespaces_of(alive.pid)) == 3
     finally:
         alive.terminate()
-        alive.communicate(timeout=60)
+        alive.communicate(timeout=180)
     assert namespaces_of(alive.pid) == []
 
 
 def test_two_networks_at_once_do_not_meet() -> None:
     first, second = (emulate("--", *transfer(200_000)) for _ in range(2))
-    assert [process.communicate(timeout=60) and process.returncode for process in (first, second)] == [0, 0]
+    assert [process.communicate(timeout=180) and process.returncode for process in (first, second)] == [0, 0]
     with EmulatedNetwork(hosts=2) as one, EmulatedNetwork(hosts=2) as other:
         assert one.run(transfer(200_000), quiet=True).exit_code == 0
         assert one.tx_bytes(1) > 200_000

@@ -53,7 +53,7 @@ class EdlRanks:
             assert process.pid
             os.kill(process.pid, number)
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 90.0) -> None:
         """Wait until something has happened while all ranks run."""
         deadline = time.monotonic() + timeout
         while not condition():

@@ -92,7 +92,7 @@ def hosted_by_rank_0(rank: int, port: Path) -> None:
         port.with_suffix(".part").write_text(str(store.port))
         port.with_suffix(".part").rename(port)
     else:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not port.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         store = dist.TCPStore("127.0.0.1", int(port.read_text()), 2, False, timedelta(seconds=20))

@@ -285,7 +285,7 @@ def dropped(rank: int) -> tuple[bool, bool]:
     dist.barrier()
     del model, optimizer
     gc.collect()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any("edl" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return alive() is None, not any("edl" in thread.name for thread in threading.enumerate())

@@ -48,7 +48,7 @@ def test_a_rank_that_is_slow_to_hear_of_the_end_still_reports_its_own_error() ->
         )
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=60)[1] for rank in ranks]
+    printed = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     assert printed[0] == ""
     assert printed[1].startswith("rank 1: ConfigError: a wrong setting")

@@ -162,7 +162,7 @@ def test_the_work_is_done_where_no_thread_can_be_started(tmp_path: Path) -> None
     program = tmp_path / "no_threads"
     sources = [HERE / "native/no_threads.cpp", NATIVE / "threads.cpp"]
     subprocess.run([compiler, "-std=c++20", "-O1", "-w", "-pthread", *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 

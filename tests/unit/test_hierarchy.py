@@ -229,7 +229,7 @@ def test_overlapped_buckets_get_the_bits_of_one_after_the_other(bits: str | floa
         reducer = HierarchicalReducer(Compressor(Plan.of(bits), list("0123"), "reference"), levels)
         done = [reducer.submit(x, layout(number)) for number, x in enumerate(buckets)]
         for future in done:
-            future.result(timeout=30)
+            future.result(timeout=120)
         reducer.close()
         return buckets
 
@@ -279,7 +279,7 @@ def test_divisors_scale_what_travels_between_the_nodes_and_leave_an_exact_result
     def run(rank: int, levels: Levels) -> Tensor:
         x = values[rank].clone()
         reducer = HierarchicalReducer(Compressor(Plan.of("lossless"), NAMES, "reference"), levels)
-        reducer.submit(x, layout, divisors=divisors).result(timeout=30)
+        reducer.submit(x, layout, divisors=divisors).result(timeout=120)
         reducer.close()
         return x
 
