@@ -261,8 +261,15 @@ def _frozen(key: str, value: Any, where: str) -> Any:
 
 
 def _check_program(first: str) -> None:
+    is_path = "." in first or "/" in first
     close = difflib.get_close_matches(first, OWN_COMMANDS, n=1, cutoff=0.7)
-    if close and first not in OWN_COMMANDS and not Path(first).exists() and shutil.which(first) is None:
+    if (
+        close
+        and not is_path
+        and first not in OWN_COMMANDS
+        and not Path(first).exists()
+        and shutil.which(first) is None
+    ):
         fix = f"did you mean {close[0]}? or give the path of a program, a .py file, or -m MODULE"
         raise ConfigError(f"there is no command {first!r}", fix=fix)
     if first.startswith("-") and first != "-m":

@@ -88,8 +88,8 @@ def kubernetes(job: Job) -> Submission:
         claim=job.claim,
         head=head,
         grace=SHUTDOWN_SECONDS + 30,
-        image=json.dumps(job.image or DEFAULT_IMAGE),
-        folder=json.dumps(job.folder or _FOLDER),
+        image=_yaml(job.image or DEFAULT_IMAGE),
+        folder=_yaml(job.folder or _FOLDER),
         command=_list(words, 20),
         environment=_environment(job),
         cpus=job.workers * job.cpus,
@@ -119,6 +119,10 @@ def _limits(job: Job) -> str:
 
 
 def _text(word: str) -> str:
-    """A YAML string. Kubernetes takes $(NAME) for a variable, and two dollars for one."""
-    escaped = json.dumps(word.replace("$", "$$"), ensure_ascii=False)
+    """A YAML string in which Kubernetes finds no variable: it replaces $(NAME), and two dollars by one."""
+    return _yaml(word.replace("$", "$$"))
+
+
+def _yaml(word: str) -> str:
+    escaped = json.dumps(word, ensure_ascii=False)
     return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in escaped)

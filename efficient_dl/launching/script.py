@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from efficient_dl.launching.job import Job, command_words, is_python, without_out
 
-# Beyond run.grace_seconds, in which `edl train` writes a checkpoint after a signal, before torchrun kills it.
+# More than run.grace_seconds, in which `edl train` writes a checkpoint after a signal; then torchrun kills it.
 SHUTDOWN_SECONDS = 60
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and Slurm's announcement
 
@@ -44,9 +44,11 @@ def rank_words(job: Job, restarts: bool) -> list[str]:
     return command_words(job)
 
 
-def torchrun(job: Job, options: Sequence[str], program: Sequence[str]) -> str:
+def torchrun(
+    job: Job, options: Sequence[str], program: Sequence[str], shutdown_seconds: int = SHUTDOWN_SECONDS
+) -> str:
     """torchrun's command, one group of words a line. options, program: as the shell shall read them."""
-    shared = [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+    shared = [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={shutdown_seconds}"]
     first = f"{shlex.quote(job.python)} -m torch.distributed.run"
     return lines([first, *options, " ".join(shared), " ".join(program)])
 

@@ -11,7 +11,7 @@ _TITLE = """\
 Trains on {nodes} nodes with {workers} workers each: sbatch slurm.sbatch
 If a node or a worker fails, the job is requeued, up to {restarts} times; it goes on from its last checkpoint, perhaps
 on other nodes. {lead} s before the time limit, or before pre-emption where Slurm is told to announce it
-(PreemptParameters=send_user_signal), all ranks write a checkpoint, and the job is requeued, however often it happens.
+(preempt_send_user_signal), all ranks write a checkpoint, and the job is requeued, however often it happens.
 The folder, the data and the runs lie on a file system that all nodes share."""
 
 _BODY = """
@@ -59,7 +59,7 @@ def slurm(job: Job) -> Submission:
         f'--nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.workers} --max-restarts=0',
         '--rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID"',
     ]
-    run = lines([" ".join(srun), torchrun(job, options, program)])
+    run = lines([" ".join(srun), torchrun(job, options, program, job.lead_seconds)])
     end = _END.replace("RESTARTS", str(job.restarts))
     text = f"{head(job, title, _directives(job))}{body}\n{run} &\n{end}"
     return Submission(text, (("sbatch",),), reads_text=True)

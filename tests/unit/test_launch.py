@@ -101,8 +101,10 @@ def test_any_setting_of_a_sweep_survives_the_shell(sweep: list[str], last: str, 
 @settings(max_examples=40)
 @given(arguments=words, value=word)
 def test_any_argument_and_variable_survives_a_manifest(arguments: list[str], value: str) -> None:
-    job = Job("kubernetes", environment={"ONE": value}, command=("script.py", *arguments))
+    folder = f"/{value}".replace("\n", "")
+    job = Job("kubernetes", folder=folder, environment={"ONE": value}, command=("script.py", *arguments))
     container = pod(submission(job).text)["containers"][0]
+    assert container["workingDir"] == folder
     assert expanded(container["command"])[-len(arguments) - 1 :] == ["script.py", *arguments]
     assert container["env"] == [{"name": "ONE", "value": value.replace("$", "$$")}]
 
@@ -195,6 +197,10 @@ def test_each_mpirun_is_told_hosts_and_ranks_in_its_own_words(mpi: str, expected
 def test_a_program_that_is_no_python_is_started_without_one() -> None:
     assert "--no-python ./run.sh -x" in submission(Job("torchrun", command=("./run.sh", "-x"))).text
     assert " \\\n    ./run.sh -x\n" in submission(Job("mpirun", command=("./run.sh", "-x"))).text
+
+
+def test_a_script_that_only_the_nodes_have_may_be_called_nearly_like_a_command() -> None:
+    assert Job("slurm", command=("train.py",)).command == ("train.py",)
 
 
 VARIANTS = [

@@ -189,6 +189,16 @@ def test_caches_are_on_the_node_and_of_one_user_and_what_is_set_stays(tmp_path: 
     use_node_caches({"TMPDIR": str(tmp_path)}, os.geteuid())  # as the next rank
 
 
+def test_caches_that_cannot_be_made_are_left_to_their_defaults_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    environment = {"TMPDIR": str(tmp_path / "file")}
+    use_node_caches(environment, os.geteuid())
+    assert environment.keys() == {"TMPDIR"}
+    assert "kept in the home folder" in caplog.text
+
+
 def test_caches_that_others_can_write_are_refused(tmp_path: Path) -> None:
     uid = os.geteuid()
     (tmp_path / f"efficient_dl-{uid}").mkdir()
