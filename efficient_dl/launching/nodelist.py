@@ -12,7 +12,9 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def expand(nodelist: str) -> Iterator[str]:
-    """The names one by one, in Slurm's order (the rightmost bracket turns fastest); repeated ones as often as named.
+    """The names one by one, in Slurm's order; repeated ones as often as named.
+
+    The last bracket turns fastest, of the others the first one does.
 
     A number is padded with zeros to the length of its range's first. Raises LaunchError, when it comes to the broken
     part. Source: Slurm's src/common/hostlist.c; the same as `scontrol show hostnames`, without Slurm's configuration.
@@ -44,14 +46,21 @@ def _entries(nodelist: str) -> Iterator[str]:
 
 
 def _combined(entry: str, nodelist: str) -> Iterator[str]:
-    part = _PART.match(entry)
-    if part is None:
-        yield entry  # the end: nothing is left
+    parts = [(match[1], match[2]) for match in _PART.finditer(entry)]
+    brackets = [place for place, (ranges, _) in enumerate(parts) if ranges is not None]
+    return _filled(parts, [*reversed(brackets[:-1]), *brackets[-1:]], nodelist)
+
+
+def _filled(parts: list[tuple[str | None, str]], brackets: list[int], nodelist: str) -> Iterator[str]:
+    """brackets: the places in `parts` that still hold ranges, the slowest first."""
+    if not brackets:
+        yield "".join(text for _, text in parts)
         return
-    ranges, text = part.groups()
-    for beginning in [text] if ranges is None else _numbers(ranges, nodelist):
-        for rest in _combined(entry[part.end() :], nodelist):
-            yield beginning + rest
+    place, *rest = brackets
+    ranges = parts[place][0]
+    assert ranges is not None
+    for number in _numbers(ranges, nodelist):
+        yield from _filled([*parts[:place], (None, number), *parts[place + 1 :]], rest, nodelist)
 
 
 def _numbers(ranges: str, nodelist: str) -> Iterator[str]:

@@ -28,6 +28,7 @@ FROM_SCONTROL = {
     "a[0-00]": "a0",
     "a[99-101]": "a99 a100 a101",
     "a[1-2][3-4]": "a13 a14 a23 a24",
+    "a[0-1]b[0-1]c[0-1]": "a0b0c0 a0b0c1 a1b0c0 a1b0c1 a0b1c0 a0b1c1 a1b1c0 a1b1c1",
     "": "",
 }
 BROKEN = ["a[3-1]", "a[]", "a[x]", "a[1-2", "a[1,]", "a[[1]]", "a]1", "a[1-2-3]", "a[-1]"]
@@ -60,14 +61,15 @@ entries = st.lists(st.tuples(words, st.none() | ranges), min_size=1, max_size=3)
 
 def written(pieces: list[tuple[str, list[tuple[int, int, int]] | None]]) -> tuple[str, list[str]]:
     """An entry as Slurm writes it, and its names by the plainest means."""
-    text, columns = "", []
+    text, columns, words = "", [], []
     for word, numbers in pieces:
         text += word
-        columns.append([word])
+        words.append(word)
         if numbers is not None:
             text += (
                 "[" + ",".join(f"{low:0{width}}-{low + more:0{width}}" for low, more, width in numbers) + "]"
             )
+            words.append(None)
             columns.append(
                 [
                     f"{one:0{max(width, len(str(low)))}}"
@@ -75,7 +77,12 @@ def written(pieces: list[tuple[str, list[tuple[int, int, int]] | None]]) -> tupl
                     for one in range(low, low + more + 1)
                 ]
             )
-    return text, ["".join(row) for row in itertools.product(*columns)]
+    slowest_first = [*reversed(columns[:-1]), *columns[-1:]]
+    names = []
+    for row in itertools.product(*slowest_first):
+        in_order = iter([*reversed(row[:-1]), *row[-1:]])
+        names.append("".join(next(in_order) if word is None else word for word in words))
+    return text, names
 
 
 @given(st.lists(entries, min_size=1, max_size=3))
