@@ -105,7 +105,7 @@ def plain(pieces: Pieces) -> Pieces:
 
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="this machine lacks scontrol")
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(pieces=st.lists(entries.map(plain), min_size=1, max_size=2))
 def test_scontrol_agrees(tmp_path_factory: pytest.TempPathFactory, pieces: list[Pieces]) -> None:
     conf = Path(tmp_path_factory.getbasetemp()) / "slurm.conf"
