@@ -19,6 +19,7 @@ from efficient_dl.training.watchdog import Verdict, Watchdog
 
 _POLL_SECONDS = 0.2
 _SPARING_RANKS = 256  # more of them ask rank 0's store in proportion less often
+_FOLLOW_SECONDS = 0.5
 _CONNECT_SECONDS = 30.0
 _LOST = (dist.DistError, RuntimeError, OSError)
 
@@ -110,7 +111,7 @@ _current: _RunWatch | None = None
 def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> Iterator[Watch]:
     """Watch over a run. store: of the worker. name: of the run, the same on all ranks, and no other run's.
 
-    After an error the watch goes on, for `verdict_after_timeout`: the process ends soon.
+    After an error the watch goes on, for `verdict`: the process ends soon.
     """
     global _current
     watch = _current = _RunWatch(store, rank, size, name, run)
@@ -125,9 +126,14 @@ def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) 
     _current = None
 
 
-def verdict_after_timeout(found: str) -> Verdict | None:
-    """Who is to blame for a collective's time-out, where a watch can tell. found: what timed out."""
-    return None if _current is None else _current.dog.after_timeout(found)
+def verdict(found: str, timed_out: bool) -> Verdict | None:
+    """Who is to blame for a collective's failure, where a watch can tell. found: what failed.
+
+    timed_out: it was not a peer that broke the connection, which may be the consequence of another's time-out.
+    """
+    if _current is None or not (timed_out or _current.dog.follows(_FOLLOW_SECONDS)):
+        return None
+    return _current.dog.after_timeout(found)
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
