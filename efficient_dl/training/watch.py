@@ -20,6 +20,7 @@ from efficient_dl.training.watchdog import Verdict, Watchdog
 _POLL_SECONDS = 0.2
 _SPARING_RANKS = 256  # more of them ask rank 0's store in proportion less often
 _FOLLOW_SECONDS = 0.5
+_GIVE_UP_SECONDS = 1.0
 _CONNECT_SECONDS = 30.0
 _LOST = (dist.DistError, RuntimeError, OSError)
 
@@ -60,7 +61,7 @@ class _RunWatch:
     def __init__(self, store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> None:
         self.stop = CommonStop(rank, size, f"{name}/stop")
         self.dog = Watchdog(rank, size, f"{name}/dog", run.watchdog_seconds)
-        self.store = _own_connection(store)
+        self._workers_store, self.store = store, _own_connection(store)
         self._closed = threading.Event()
         self._poll_seconds = _POLL_SECONDS * max(1.0, size / _SPARING_RANKS)
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -79,7 +80,19 @@ class _RunWatch:
         """See `Watch.may_begin`."""
         return self.stop.may_begin(step)
 
+    def give_up(self) -> None:
+        """Tell the others that this rank ends early, if that takes no longer than a second."""
+
+        def tell() -> None:
+            with contextlib.suppress(*_LOST):
+                self.stop.give_up(self._workers_store)
+
+        telling = threading.Thread(target=tell, name="edl-give-up", daemon=True)
+        telling.start()
+        telling.join(_GIVE_UP_SECONDS)  # a store on a host that is cut off neither answers nor fails
+
     def close(self) -> None:
+        """The run is over."""
         self._closed.set()
         self.dog.close()
 
@@ -119,8 +132,7 @@ def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) 
         try:
             yield watch
         except BaseException:
-            with contextlib.suppress(*_LOST):
-                watch.stop.give_up(store)
+            watch.give_up()
             raise
     watch.close()
     _current = None
