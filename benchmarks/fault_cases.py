@@ -192,7 +192,7 @@ def link_cut_for(seconds: float) -> Callable[[TorchrunJob, Path], Outcome]:
         job.cut(1)
         time.sleep(seconds)
         last, begin = metrics.last(), time.monotonic()
-        job.network.restore(1)
+        job.restore(1)
         wait_until(
             lambda: metrics.last() > last,
             _END_SECONDS,
@@ -342,5 +342,5 @@ CASES: dict[str, Case] = {
         Launcher(max_restarts=0),
         inside=("--fault", "version"),
     ),
-    "same-port": Case("a second job on the same port", same_port, pace_seconds=1.0),
+    "same-port": Case("a second job on the same port", same_port, pace_seconds=0.6),
 }
