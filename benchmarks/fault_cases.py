@@ -43,7 +43,8 @@ class Outcome:
 class Case:
     """A fault. inside: arguments of `benchmarks.faulty_rank`. settings: of the run, for `--set`.
 
-    is_exact: the run must come to the bits of an undisturbed one, where it comes to its end.
+    is_exact: the run must come to the bits of an undisturbed one, where it comes to its end. pace_seconds: that each
+    step takes longer.
     """
 
     title: str
@@ -52,10 +53,11 @@ class Case:
     inside: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     is_exact: bool = True
+    pace_seconds: float = PACE_SECONDS
 
     def job(self, network: EmulatedNetwork, folder: Path) -> TorchrunJob:
         """The job, not yet started."""
-        inside = ["--pace", str(PACE_SECONDS), *self.inside]
+        inside = ["--pace", str(self.pace_seconds), *self.inside]
         if self.inside:
             inside += ["--once", str(folder / "fault")]
         words = [*train_words(folder / "run"), *(word for one in self.settings for word in ("--set", one))]
@@ -190,7 +192,7 @@ def link_cut_for(seconds: float) -> Callable[[TorchrunJob, Path], Outcome]:
         job.cut(1)
         time.sleep(seconds)
         last, begin = metrics.last(), time.monotonic()
-        job.network.restore(1)
+        job.restore(1)
         wait_until(
             lambda: metrics.last() > last,
             _END_SECONDS,
@@ -340,5 +342,5 @@ CASES: dict[str, Case] = {
         Launcher(max_restarts=0),
         inside=("--fault", "version"),
     ),
-    "same-port": Case("a second job on the same port", same_port),
+    "same-port": Case("a second job on the same port", same_port, pace_seconds=0.6),
 }

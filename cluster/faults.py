@@ -53,6 +53,7 @@ class TorchrunJob:
         self._folder = folder
         self._environment = dict(environment or {})
         self._agents: dict[int, subprocess.Popen[bytes]] = {}
+        self._cut: set[int] = set()
 
     def __enter__(self) -> TorchrunJob:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +109,14 @@ class TorchrunJob:
         return found[0]
 
     def left(self) -> list[int]:
-        """All processes that run on the hosts."""
+        """All processes that run on the hosts, but for agents that are cut off: torchrun's take minutes to notice."""
         hosts = range(self.network.hosts)
+        excused = {self.agent(host) for host in self._cut}
         return [
-            int(pid)
+            pid
             for host in hosts
-            for pid in namespaces.ip("netns", "pids", self.network.namespace(host)).split()
+            for pid in map(int, namespaces.ip("netns", "pids", self.network.namespace(host)).split())
+            if pid not in excused
         ]
 
     def output(self) -> list[str]:
@@ -152,8 +155,14 @@ class TorchrunJob:
         os.kill(self.agent(host), signal.SIGKILL)
 
     def cut(self, host: int) -> None:
-        """The host's link is dead until `network.restore`; nothing on it ends."""
+        """The host's link is dead until `restore`; nothing on it ends."""
+        self._cut.add(host)
         self.network.cut(host)
+
+    def restore(self, host: int) -> None:
+        """Undoes `cut`."""
+        self.network.restore(host)
+        self._cut.discard(host)
 
 
 def children(pid: int) -> list[int]:

@@ -58,8 +58,8 @@ class CommonStop:
         store.set(f"{self._prefix}/ended", str(self._rank))
 
     def store_is_lost(self) -> None:
-        """The ranks can agree on nothing any more. One that was asked to end does so at once."""
-        if self._asked is not None:
+        """The ranks can agree on nothing any more: one that was asked to end, or waits for the others, ends."""
+        if self._asked is not None or self._is_frozen:
             self.number = self.number or self._asked
             with self._lock:
                 self._is_frozen = True

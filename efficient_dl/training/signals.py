@@ -24,7 +24,7 @@ GRACEFUL = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time be
 STACKS = signal.SIGUSR2  # prints the stacks of all threads, and the process goes on
 
 _SAME_SECONDS = 2.0  # Slurm signals all processes, and torchrun forwards its own: one request, seen twice
-_MAIN_SECONDS = 5.0  # how long the main thread may take to notice that it is to end at once
+_MAIN_SECONDS = 8.0  # how long the main thread may take to notice that it is to end at once
 
 
 class Stopped(BaseException):

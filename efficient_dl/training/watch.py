@@ -19,6 +19,8 @@ from efficient_dl.training.watchdog import Verdict, Watchdog
 
 _POLL_SECONDS = 0.2
 _SPARING_RANKS = 256  # more of them ask rank 0's store in proportion less often
+_FOLLOW_SECONDS = 0.5
+_GIVE_UP_SECONDS = 1.0
 _CONNECT_SECONDS = 30.0
 _LOST = (dist.DistError, RuntimeError, OSError)
 
@@ -59,7 +61,7 @@ class _RunWatch:
     def __init__(self, store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> None:
         self.stop = CommonStop(rank, size, f"{name}/stop")
         self.dog = Watchdog(rank, size, f"{name}/dog", run.watchdog_seconds)
-        self.store = _own_connection(store)
+        self._workers_store, self.store = store, _own_connection(store)
         self._closed = threading.Event()
         self._poll_seconds = _POLL_SECONDS * max(1.0, size / _SPARING_RANKS)
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -78,7 +80,19 @@ class _RunWatch:
         """See `Watch.may_begin`."""
         return self.stop.may_begin(step)
 
+    def give_up(self) -> None:
+        """Tell the others that this rank ends early, if that takes no longer than a second."""
+
+        def tell() -> None:
+            with contextlib.suppress(*_LOST):
+                self.stop.give_up(self._workers_store)
+
+        telling = threading.Thread(target=tell, name="edl-give-up", daemon=True)
+        telling.start()
+        telling.join(_GIVE_UP_SECONDS)  # a store on a host that is cut off neither answers nor fails
+
     def close(self) -> None:
+        """The run is over."""
         self._closed.set()
         self.dog.close()
 
@@ -110,7 +124,7 @@ _current: _RunWatch | None = None
 def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> Iterator[Watch]:
     """Watch over a run. store: of the worker. name: of the run, the same on all ranks, and no other run's.
 
-    After an error the watch goes on, for `verdict_after_timeout`: the process ends soon.
+    After an error the watch goes on, for `verdict`: the process ends soon.
     """
     global _current
     watch = _current = _RunWatch(store, rank, size, name, run)
@@ -118,16 +132,20 @@ def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) 
         try:
             yield watch
         except BaseException:
-            with contextlib.suppress(*_LOST):
-                watch.stop.give_up(store)
+            watch.give_up()
             raise
     watch.close()
     _current = None
 
 
-def verdict_after_timeout(found: str) -> Verdict | None:
-    """Who is to blame for a collective's time-out, where a watch can tell. found: what timed out."""
-    return None if _current is None else _current.dog.after_timeout(found)
+def verdict(found: str, timed_out: bool) -> Verdict | None:
+    """Who is to blame for a collective's failure, where a watch can tell. found: what failed.
+
+    timed_out: it was not a peer that broke the connection, which may be the consequence of another's time-out.
+    """
+    if _current is None or not (timed_out or _current.dog.follows(_FOLLOW_SECONDS)):
+        return None
+    return _current.dog.after_timeout(found)
 
 
 def _own_connection(store: dist.Store) -> dist.Store:

@@ -75,6 +75,7 @@ class Watchdog:
         self._beat, self._beat_at = 0, -math.inf
         self._pace = max(1.0, size / _SPARING_RANKS)
         self._alarm: str | None = None  # why this rank raises it
+        self._alarmed = threading.Event()
         self._main_waits = False  # for the verdict, and then ends the process
         self._first_look: tuple[float, list[Position | None]] | None = None
         self._judged_at: float | None = None
@@ -93,6 +94,10 @@ class Watchdog:
         self._alarm = self._alarm or f"a collective of rank {self._rank} has timed out: {found}"
         self._heard.wait(_VERDICT_SECONDS * self._pace)
         return self.verdict
+
+    def follows(self, seconds: float) -> bool:
+        """Whether an alarm was raised, here or elsewhere; waits so long for one."""
+        return self._alarmed.wait(seconds)
 
     def poll(self, store: dist.Store) -> None:
         """Tell where this rank is, raise the alarm if it is due, and follow others'."""
@@ -114,6 +119,7 @@ class Watchdog:
         elif self._alarm is not None or store.check([f"{self._prefix}/alarm"]):
             if self._alarm is not None:
                 store.compare_set(f"{self._prefix}/alarm", "", self._alarm)
+            self._alarmed.set()
             why = store.get(f"{self._prefix}/alarm").decode()
             _print(f"rank {self._rank}: {why}\nrank {self._rank}: {self._position()}\n{all_stacks()}")
             self._first_look = (now, self._look(store) if self._rank < _JUDGES else [])

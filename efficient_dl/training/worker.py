@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from efficient_dl.training.console import print_error
 from efficient_dl.training.session import session
 from efficient_dl.training.signals import SIGNALS, Stopped, handled
 from efficient_dl.training.versions import check_versions, versions
-from efficient_dl.training.watch import verdict_after_timeout
+from efficient_dl.training.watch import verdict
 
 T = TypeVar("T")
 
@@ -221,19 +222,19 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
     if isinstance(error, PeerFailed):
         if worker is not None:
             # Not gone at once: rank 0 may host the store, and the rank with the error may still read from it.
-            _others_view(worker, "", error.exit_code, consequence=True)
+            _others_view_in_time(worker, "", error.exit_code, consequence=True)
         return error.exit_code
     known = error if isinstance(error, EdlError) else _as_transport_error(error)
-    if isinstance(known, TransportError) and _timed_out(known):
-        verdict = verdict_after_timeout(known.details.get("found", known.problem))
-        if verdict is not None:
-            if verdict.printer == rank:
-                print_error(f"{type(verdict.error()).__name__}: {verdict.error()}")
-            return verdict.error().exit_code
+    if isinstance(known, TransportError):
+        found = verdict(known.details.get("found", known.problem), _timed_out(known))
+        if found is not None:
+            if found.printer == rank:
+                print_error(f"{type(found.error()).__name__}: {found.error()}")
+            return found.error().exit_code
     text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))
     code = known.exit_code if known else 1
     if worker is not None:
-        other = _others_view(worker, text, code, consequence=isinstance(known, TransportError))
+        other = _others_view_in_time(worker, text, code, consequence=isinstance(known, TransportError))
         if other is not None:
             return other
     prefix = f"rank {rank}: " if rank > 0 else ""
@@ -242,6 +243,19 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
     else:
         sys.stderr.write(prefix + text)
     return code
+
+
+def _others_view_in_time(worker: Worker, text: str, code: int, consequence: bool) -> int | None:
+    """`_others_view`, given up where a store on a host that is cut off neither answers nor fails."""
+    answers: list[int | None] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(_others_view(worker, text, code, consequence)),
+        name="edl-report",
+        daemon=True,
+    )
+    asking.start()
+    asking.join(_REPORT_SECONDS + 1.0)
+    return answers[0] if answers else None
 
 
 def _others_view(worker: Worker, text: str, code: int, consequence: bool) -> int | None:

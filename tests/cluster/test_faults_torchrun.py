@@ -13,7 +13,7 @@ import torch
 from benchmarks.fault_cases import CASES
 from benchmarks.faults import measure, undisturbed
 
-pytestmark = [pytest.mark.netns, pytest.mark.slow]
+pytestmark = [pytest.mark.netns, pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(scope="module")

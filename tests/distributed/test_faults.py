@@ -134,6 +134,7 @@ def test_a_stopped_process_is_named_as_giving_no_sign_of_life(tmp_path: Path) ->
     assert "last known of rank 1: step" in printed
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_takes_the_same_samples_and_refuses_uneven_shares(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*DIGITS, "--optimizer", "sgd", "--batch-size", "6", "--out", str(out), "--resume-or-start"]
@@ -153,6 +154,7 @@ def test_another_number_of_workers_takes_the_same_samples_and_refuses_uneven_sha
     assert "a divisor of 12" in uneven[0].err
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_by_all_ranks_and_the_run_ends_as_if_undisturbed(
     tmp_path: Path,
 ) -> None:
@@ -181,6 +183,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_ranks_killed_while_they_write_a_checkpoint_leave_the_one_before(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [*DIGITS, "--set", "train.checkpoint_every=1", "--out", str(out)]
