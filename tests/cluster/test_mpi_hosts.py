@@ -39,17 +39,6 @@ if places:
     print("places", *places, flush=True)
 """
 
-# What mpirun's ranks lack of torchrun's variables.
-JOIN = """
-import os, runpy, sys
-ours = {"RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"), "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-        "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
-        "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")}
-for name, theirs in ours.items():
-    os.environ[name] = next(os.environ[one] for one in theirs if one in os.environ)
-runpy.run_module("efficient_dl.cli", run_name="__main__")
-"""
-
 
 def mpirun_of(name: str) -> Mpirun:
     found = find_mpi(name)
@@ -95,13 +84,17 @@ def test_a_time_out_ends_the_job(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_four_ranks_train_at_two_bits_by_one_command(name: str, tmp_path: Path) -> None:
-    script = tmp_path / "join.py"
-    script.write_text(JOIN)
     transport = ["--transport", "mpi"] if name == "mpich" else []
     command = [sys.executable, "-m", "cluster.mpi", "--hosts", "2", "--rate", "200mbit", "-n", "4"]
-    command += ["--mpirun", str(mpirun_of(name).path), "--timeout", "240", "--", sys.executable, str(script)]
+    command += ["--mpirun", str(mpirun_of(name).path), "--timeout", "240", "--"]
     done = subprocess.run(
-        [*command, *train_arguments(tmp_path / "run", 4, *transport)],
+        [
+            *command,
+            sys.executable,
+            "-m",
+            "efficient_dl.cli",
+            *train_arguments(tmp_path / "run", 4, *transport),
+        ],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
