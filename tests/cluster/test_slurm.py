@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from cluster.slurm import RunningCluster, SlurmCluster, SlurmOptions, claims
 from cluster.slurm.__main__ import main
 from cluster.slurm.config import Folder, configuration_text
 from cluster.topology import Topology
-from tests.cluster.jobs import REPOSITORY, train_arguments, write_script
+from tests.cluster.jobs import REPOSITORY, train_arguments
 
 # In one worker with all that starts clusters: a start removes what killed ones have left, and a test looks at that.
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -108,12 +110,35 @@ def test_a_host_that_is_not_there_is_named(running: RunningCluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_two_nodes_train_at_two_bits_by_srun_and_torchrun(running: RunningCluster, tmp_path: Path) -> None:
-    script = write_script(tmp_path / "job.sh", train_arguments(tmp_path / "run", 4), torchrun=True)
-    done = running.run(["salloc", "-N", "2", "bash", str(script)], timeout_seconds=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["world_size"], summary["steps"]) == (2, 4)
+@pytest.mark.timeout(280)
+def test_a_job_of_edl_launch_is_announced_its_end_is_requeued_and_goes_on(
+    running: RunningCluster, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = ["launch", "slurm", "--nodes", "2", "--workers", "1", "--cpus", "1", "--python", sys.executable]
+    words += ["--folder", str(tmp_path), "--env", f"PYTHONPATH={REPOSITORY}", "--time", "5", "--"]
+    words += train_arguments(out, 400, "--set", "train.log_every=5")
+    edl = ["env", f"--chdir={tmp_path}", sys.executable, "-m", "efficient_dl.cli", *words]
+    submitted = running.run(edl, {"PYTHONPATH": str(REPOSITORY)})  # the job's log is where one submits
+    number = re.search(r"Submitted batch job (\d+)", submitted.stdout)
+    assert number, submitted.stdout + submitted.stderr
+    log = tmp_path / f"edl-{number[1]}.log"
+
+    def wait_for(path: Path, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not (path.exists() and path.stat().st_size):
+            shown = log.read_text() if log.exists() else "no log"
+            assert time.monotonic() < deadline, shown + running.run(["squeue"]).stdout
+            time.sleep(0.1)
+
+    wait_for(out / "metrics.jsonl", 100)
+    running.run(["scancel", "--signal=USR1", "--batch", number[1]])
+    wait_for(out / "summary.json", 160)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"], summary["bits"]) == (2, 400, 2.0)
+    assert "after the announcement of the end" in log.read_text()
+    starts = [int(step) for step in re.findall(r"from step (\d+) to 400", log.read_text())]
+    assert len(starts) == 2 and starts[0] == 0 < starts[1] < 400
 
 
 @pytest.mark.slurm
