@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cluster import namespaces
 from cluster.errors import EmulationError
 from cluster.network import EmulatedNetwork
+from cluster.options import add_network_options, chosen_topology
 from cluster.processes import RunResult
+from cluster.scratch import stale_folders
+from cluster.topology import Topology, load_topology
 
-__all__ = ["EmulatedNetwork", "EmulationError", "RunResult", "main"]
+__all__ = ["EmulatedNetwork", "EmulationError", "RunResult", "Topology", "load_topology", "main"]
 
 _OWN_FAILURE = 125  # as env(1) and timeout(1) have it: the tool failed, not the command
 _INTERRUPTED = 130
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.check:
-            return _check(delay=options.delay is not None)
+            return _check(chosen_topology(options).has_delays)
         if options.clean:
             return _clean()
         return _emulate(options)
@@ -48,11 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--hosts", type=int, default=2, metavar="N", help="number of hosts (default: 2)")
-    parser.add_argument(
-        "--rate", default="1gbit", help="of every link, each way: 100mbit, 2.5gbit, none (1gbit)"
-    )
-    parser.add_argument("--delay", help="one way between two hosts, like 5ms; needs the kernel's netem")
+    add_network_options(parser)
     parser.add_argument(
         "--workers-per-host", type=int, default=1, metavar="N", help="processes on a host (1)"
     )
@@ -79,7 +79,7 @@ def _emulate(options: argparse.Namespace) -> int:
         raise EmulationError(f"no number of workers per host: {options.workers_per_host}")
     if options.json and not options.json.absolute().parent.is_dir():
         raise EmulationError(f"no folder {options.json.parent} to write {options.json.name} into")
-    with EmulatedNetwork(hosts=options.hosts, rate=options.rate, delay=options.delay) as network:
+    with EmulatedNetwork(topology=chosen_topology(options)) as network:
         if leftovers := namespaces.stale():
             print(
                 f"cluster.emulate: {len(leftovers)} namespaces of killed runs are left; --clean",
@@ -107,23 +107,33 @@ def _report(
     per_host = options.workers_per_host
     return {
         "command": options.command,
-        "rate": options.rate,
-        "delay": options.delay,
+        "topology": None if options.topology is None else str(options.topology),
+        "rate": _common(one.link.rate for one in network.topology.hosts),
+        "delay": _common(one.link.delay for one in network.topology.hosts),
         "workers_per_host": per_host,
         "exit_code": result.exit_code,
         "seconds": result.seconds,
         "hosts": [
             {
-                "host": f"h{host}",
+                "host": one.name,
+                "site": one.site,
+                "rate": one.link.rate,
+                "delay": one.link.delay,
                 "address": network.address(host),
                 "exit_codes": list(result.exit_codes[host * per_host : (host + 1) * per_host]),
                 "before": before[host],
                 "after": after[host],
                 **{key: after[host][key] - before[host][key] for key in after[host]},
             }
-            for host in range(network.hosts)
+            for host, one in enumerate(network.topology.hosts)
         ],
     }
+
+
+def _common(values: Iterable[str | None]) -> str | None:
+    """What all have in common; None if they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 def _check(delay: bool) -> int:
@@ -138,7 +148,10 @@ def _check(delay: bool) -> int:
 def _clean() -> int:
     names = namespaces.stale()
     namespaces.remove(names)
-    for name in names:
+    folders = stale_folders()
+    for folder in folders:
+        shutil.rmtree(folder)
+    for name in [*names, *folders]:
         print(f"removed {name}")
     return 0
 

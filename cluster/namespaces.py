@@ -49,6 +49,11 @@ def remove(names: list[str]) -> None:
         ip("netns", "del", name)
 
 
+def beginning_with(prefix: str) -> list[str]:
+    """The namespaces of one network, by the `unique_prefix` that their names begin with."""
+    return [name for name in _existing() if name.startswith(f"{prefix}-")]
+
+
 def kill_processes(name: str) -> None:
     """Sends SIGKILL to every process in the namespace, those that left their process group or session too."""
     deadline = time.monotonic() + _KILL_SECONDS
@@ -65,10 +70,13 @@ def kill_processes(name: str) -> None:
 
 def stale() -> list[str]:
     """Namespaces of processes that are gone: they were killed with SIGKILL, or the machine was short of memory."""
-    found = [(name, _NAME.fullmatch(name)) for name in _existing()]
-    return [
-        name for name, parts in found if parts and _start_time(int(parts["pid"])) != int(parts["started"])
-    ]
+    return [name for name in _existing() if is_stale(name)]
+
+
+def is_stale(name: str) -> bool:
+    """Whether a name begins with the `unique_prefix` of a process that is gone."""
+    parts = _NAME.fullmatch(name)
+    return parts is not None and _start_time(int(parts["pid"])) != int(parts["started"])
 
 
 def missing_requirements(delay: bool = False) -> list[str]:

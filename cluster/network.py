@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces around a bridge, each behind a link that is shaped both ways."""
+"""Hosts on one machine: network namespaces around bridges, each behind a link that is shaped both ways."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from cluster.errors import EmulationError
 from cluster.interruption import exit_on_signals, uninterrupted
 from cluster.namespaces import ip, tc
 from cluster.processes import Host, RunResult, run_on_hosts
-from cluster.shaping import parse_delay, parse_rate, qdisc_arguments
+from cluster.shaping import qdisc_arguments
+from cluster.topology import Link, Topology
 
 INTERFACE = "eth0"
-_MAX_HOSTS = 250  # one /24
 _FIRST_PORT = 29500  # torchrun's
 
 
+def interface_variables() -> dict[str, str]:
+    """What tells gloo, NCCL and tensorpipe to use a host's shaped link, where they would have to guess."""
+    return {f"{library}_SOCKET_IFNAME": INTERFACE for library in ("GLOO", "NCCL", "TP")}
+
+
 class EmulatedNetwork:
-    """`hosts` network namespaces, each with an `eth0`, joined by a bridge in a namespace of its own.
+    """`hosts` network namespaces, each with an `eth0`, joined by a bridge (one for each site) in another namespace.
 
     rate: of every link in each direction, like "100mbit" or "2.5gbit"; "none" leaves the links unshaped.
     delay: one way between two hosts, like "5ms"; needs the kernel's netem.
+    topology: instead of the others, for hosts and sites whose links differ.
 
     The network exists inside the `with` block. Its names are this process's own and nothing is connected to
     the machine's interfaces, so several networks can exist at a time. Leaving the block, by an exception
@@ -35,12 +41,17 @@ class EmulatedNetwork:
     ...     print(result.exit_code, network.tx_bytes(0))
     """
 
-    def __init__(self, hosts: int = 2, rate: str = "1gbit", delay: str | None = None) -> None:
-        if not 1 <= hosts <= _MAX_HOSTS:
-            raise EmulationError(f"no number of hosts: {hosts}; it must be between 1 and {_MAX_HOSTS}")
-        self.hosts = hosts
-        self._rate_bits = parse_rate(rate)
-        self._delay_seconds = 0.0 if delay is None else parse_delay(delay)
+    def __init__(
+        self,
+        hosts: int = 2,
+        rate: str = "1gbit",
+        delay: str | None = None,
+        *,
+        topology: Topology | None = None,
+    ) -> None:
+        self.topology = Topology.uniform(hosts, rate, delay) if topology is None else topology
+        self.hosts = len(self.topology.hosts)
+        self._links = [host.link for host in self.topology.hosts]  # as set_rate leaves them
         self._pid = os.getpid()
         self._prefix = namespaces.unique_prefix()
         # The networks are not connected: equal addresses would do, different ones tell the logs of two apart.
@@ -49,7 +60,7 @@ class EmulatedNetwork:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> EmulatedNetwork:
-        missing = namespaces.missing_requirements(delay=self._delay_seconds > 0)
+        missing = namespaces.missing_requirements(delay=self.topology.has_delays)
         if missing:
             raise EmulationError(
                 "this machine cannot emulate a network; it lacks\n  - " + "\n  - ".join(missing)
@@ -65,6 +76,16 @@ class EmulatedNetwork:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def prefix(self) -> str:
+        """How the names of all its namespaces begin."""
+        return self._prefix
+
+    @property
+    def names(self) -> list[str]:
+        """Of the hosts, in order."""
+        return [host.name for host in self.topology.hosts]
 
     # ---------------------------------------------------------------- hosts
     def namespace(self, host: int) -> str:
@@ -90,14 +111,16 @@ class EmulatedNetwork:
         return {f"{way}_bytes": statistics[way]["bytes"] for way in ("tx", "rx")}
 
     # ---------------------------------------------------------------- links
-    def set_rate(self, rate: str) -> None:
-        """Shapes every link anew. rate: as in the constructor."""
-        self._rate_bits = parse_rate(rate)
-        for host in range(self.hosts):
-            for namespace, device in self._ends(host):
+    def set_rate(self, rate: str, host: int | None = None) -> None:
+        """Shapes the host's link anew, or that of every host. rate: as in the constructor."""
+        _ = Link(rate).rate_bits  # raises what is wrong with it, before anything is changed
+        for one in range(self.hosts) if host is None else (host,):
+            self._links[one] = Link(rate, self._links[one].delay)
+            ends = self._ends(one)
+            for namespace, device in ends:
                 with contextlib.suppress(EmulationError):  # an unshaped link has nothing to delete
                     tc("-n", namespace, "qdisc", "del", "dev", device, "root")
-            self._shape(host)
+            self._shape(self._links[one], ends[0], ends[1])
 
     def cut(self, host: int) -> None:
         """Unplugs the host at the switch: its packets vanish without an error, as behind a dead cable."""
@@ -105,9 +128,14 @@ class EmulatedNetwork:
 
     def restore(self, host: int) -> None:
         """Plugs in again what `cut` unplugged."""
-        ip("-n", self._switch, "link", "set", f"p{host}", "master", "br0")
+        ip("-n", self._switch, "link", "set", f"p{host}", "master", self._bridge(host))
 
     # ---------------------------------------------------------------- commands
+    def kill_all(self) -> None:
+        """Kills whatever runs on the hosts."""
+        for host in range(self.hosts):
+            namespaces.kill_processes(self.namespace(host))
+
     def run(
         self,
         command: list[str],
@@ -126,13 +154,11 @@ class EmulatedNetwork:
         """
         self._runs += 1
         return run_on_hosts(
-            [Host(f"h{host}", self.namespace(host), self.address(host)) for host in range(self.hosts)],
+            [Host(name, self.namespace(host), self.address(host)) for host, name in enumerate(self.names)],
             command,
             port=_FIRST_PORT + self._runs,  # the last run's may still be in TIME_WAIT
             workers_per_host=workers_per_host,
-            environment={"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE}
-            | {"TP_SOCKET_IFNAME": INTERFACE}
-            | (environment or {}),
+            environment={**interface_variables(), **(environment or {})},
             timeout_seconds=timeout_seconds,
             quiet=quiet,
             grace_seconds=grace_seconds,
@@ -146,13 +172,30 @@ class EmulatedNetwork:
     def _ends(self, host: int) -> tuple[tuple[str, str], tuple[str, str]]:
         return (self.namespace(host), INTERFACE), (self._switch, f"p{host}")
 
+    def _bridge(self, host: int) -> str:
+        return self._bridge_of(self.topology.hosts[host].site)
+
+    def _bridge_of(self, site: str) -> str:
+        return f"br{self.topology.sites.index(site)}"
+
     def _build(self) -> None:
         ip("netns", "add", self._switch)
-        ip("-n", self._switch, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
-        ip("-n", self._switch, "link", "set", "br0", "addrgenmode", "none", "up")
+        for site in self.topology.sites:
+            bridge = self._bridge_of(site)
+            ip("-n", self._switch, "link", "add", bridge, "type", "bridge", "mcast_snooping", "0")
+            ip("-n", self._switch, "link", "set", bridge, "addrgenmode", "none", "up")
+        for number, one in enumerate(self.topology.links):
+            self._join(f"s{number}", [self._bridge_of(site) for site in one.between], one.link)
         for host in range(self.hosts):
             self._add_host(host)
-            self._shape(host)
+            self._shape(self._links[host], *self._ends(host))
+
+    def _join(self, name: str, bridges: list[str], link: Link) -> None:
+        ends = (self._switch, f"{name}a"), (self._switch, f"{name}b")
+        ip("-n", self._switch, "link", "add", ends[0][1], "type", "veth", "peer", "name", ends[1][1])
+        for (_, device), bridge in zip(ends, bridges, strict=True):
+            ip("-n", self._switch, "link", "set", device, "addrgenmode", "none", "master", bridge, "up")
+        self._shape(link, *ends, both_delay=True)
 
     def _add_host(self, host: int) -> None:
         (name, eth), (switch, port) = self._ends(host)
@@ -160,18 +203,22 @@ class EmulatedNetwork:
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", eth, "netns", name)
         # Without IPv6 addresses an idle link carries nothing, and the counters show the command's bytes alone.
-        ip("-n", switch, "link", "set", port, "addrgenmode", "none", "master", "br0", "up")
+        ip("-n", switch, "link", "set", port, "addrgenmode", "none", "master", self._bridge(host), "up")
         ip("-n", name, "link", "set", eth, "addrgenmode", "none", "up")
         ip("-n", name, "address", "add", f"{self.address(host)}/24", "dev", eth)
         # bbr, the default of some machines, paces by itself and measures itself rather than the shaped link.
         network = [f"{self._subnet}.0/24", "dev", eth, "proto", "kernel", "scope", "link"]
         ip("-n", name, "route", "replace", *network, "src", self.address(host), "congctl", "cubic")
 
-    def _shape(self, host: int) -> None:
-        for namespace, device in self._ends(host):
-            # Only the sending end delays, so that a packet between two hosts waits once.
-            delay_seconds = self._delay_seconds if device == INTERFACE else 0.0
-            for arguments in qdisc_arguments(self._rate_bits, delay_seconds):
+    def _shape(
+        self, link: Link, near: tuple[str, str], far: tuple[str, str], *, both_delay: bool = False
+    ) -> None:
+        """near, far: namespace and device of each end, which shape what they send.
+
+        Only the host's own end delays, so that a packet between two hosts waits once; between sites, both_delay.
+        """
+        for (namespace, device), delays in ((near, True), (far, both_delay)):
+            for arguments in qdisc_arguments(link.rate_bits, link.delay_seconds if delays else 0.0):
                 tc("-n", namespace, "qdisc", "add", "dev", device, *arguments)
 
     def _remove(self) -> None:

@@ -1,8 +1,9 @@
-"""The command line: edl train, edl probe, edl demo, edl doctor."""
+"""The command line: edl train, edl launch, edl probe, edl demo, edl doctor."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ TRAIN_EXAMPLE = """
 
   edl train --out runs/first --resume --steps 400
 
+  torchrun --nnodes 2:4 --max-restarts 8 ... -m efficient_dl.cli train ... --out /shared/run --resume-or-start
+
   edl train --model gpt-micro --data stdlib --mode layerwise --partitions 4 --out runs/layers
 
   edl train --model gpt-micro --data stdlib --mode partitionwise --partitions 2 --workers 2 --out runs/parts
@@ -66,6 +69,27 @@ PROBE_EXAMPLE = """
   torchrun --nnodes 2 --nproc-per-node 8 ... -m efficient_dl.cli probe --config runs/first/config.toml
 """
 
+LAUNCH_EXAMPLE = """
+[bold]Examples[/bold]
+
+  edl launch local --workers 2 -- train --model gpt-micro --bits 2.0 --out runs/first
+
+  edl launch torchrun --hosts a,b --workers 8 --gpus 8 -- train --config run.toml --out runs/two-hosts
+
+  edl launch slurm --nodes 4 --workers 8 --gpus 8 --time 12:00:00 --account me --dry-run -- train --config run.toml
+
+  edl launch slurm --nodes 1 --sweep "--seed 1" --sweep "--seed 2 --lr 0.001" -- train --model gpt-mini
+
+  edl launch mpirun --mpi mpich --nodes 2 --workers 4 -- train --bits 2.0 --transport mpi
+
+  edl launch kubernetes --nodes 2 --image registry/edl:1 --claim shared -- train --model gpt-mini
+
+  edl launch slurm --job job.toml -- my_script.py --its-own-flag
+
+What follows -- is train or probe and their flags, a .py file, -m MODULE or a program. --dry-run prints exactly what
+would be started. --job reads the same settings from a TOML file (docs/launch.md); flags win.
+"""
+
 DOCTOR_EXAMPLE = """
 [bold]Example[/bold]
 
@@ -81,6 +105,7 @@ class TrainFlags:
     workers: int | None = None
     out: Path | None = None
     resume: bool = False
+    or_start: bool = False  # without a run to resume, start it: for jobs that are restarted by others
     config: Path | None = None
 
 
@@ -127,6 +152,13 @@ def train(
     seed: Annotated[int | None, typer.Option(help="The only source of randomness.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/ and a name).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start",
+            help="Continue the run in --out, or start it: for jobs that are restarted, by torchrun or a scheduler.",
+        ),
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; repeatable.")
@@ -155,7 +187,7 @@ def train(
         "run.out": out,
     }
     settings = [f"{key}={value}" for key, value in given.items() if value is not None]
-    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, config)
+    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, resume_or_start, config)
     with _reported() as outcome:
         from efficient_dl.training import launch, launched
 
@@ -164,11 +196,13 @@ def train(
         else:
             from efficient_dl.training.run import with_folder
 
+            flags = with_resume(flags)
             named = settled_config(flags)
             settled = with_folder(named, flags.resume)
             outcome.folder = Path(settled.run.out)
             outcome.is_new = not named.run.out
-            launch(settled.run.workers, train_rank, flags, settled)
+            grace_seconds = settled.run.grace_seconds
+            launch(settled.run.workers, train_rank, flags, settled, grace_seconds=grace_seconds)
 
 
 @app.command(epilog=DEMO_EXAMPLE)
@@ -231,6 +265,81 @@ def probe(
         launch(1 if launched() else settled.run.workers, probe_rank, settled, json_, imagined)
 
 
+@app.command(name="launch", epilog=LAUNCH_EXAMPLE)
+def launch_job(
+    backend: Annotated[str, typer.Argument(help="local, torchrun, slurm, mpirun or kubernetes.")],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND...", help="train and its flags, or another program."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Machines: 2 unless local.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on each: 4.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of each node: 0.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores of each worker: 4.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory of each node, as 64G.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm's limit, as 12:00:00: an hour.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's account.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="A container image, for slurm (pyxis) and kubernetes.")
+    ] = None,
+    claim: Annotated[str | None, typer.Option(help="The volume claim of a JobSet where runs lie.")] = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="For torchrun (by ssh, the first one holds the rendezvous) and mpirun."
+        ),
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Of the rendezvous: 29400.")] = None,
+    mpi: Annotated[str | None, typer.Option(help="Whose mpirun: openmpi or mpich.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="NAME=VALUE", help="A variable of the workers; repeatable."),
+    ] = None,
+    folder: Annotated[str | None, typer.Option(help="Where the command runs: the current folder.")] = None,
+    python: Annotated[str | None, typer.Option(help="The Python on the nodes: python.")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name: edl.")] = None,
+    restarts: Annotated[int | None, typer.Option(help="How often a failed job begins again: 3.")] = None,
+    lead_seconds: Annotated[
+        int | None, typer.Option(help="How long before its end Slurm announces it: 120.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="WORDS", help="Words of one job of an array; repeatable."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="--WORD", help="Another option of sbatch, torchrun or mpirun; repeatable."
+        ),
+    ] = None,
+    job: Annotated[Path | None, typer.Option(help="A TOML file with any of these.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started.")] = False,
+) -> None:
+    """Start a job here, over hosts, by Slurm, mpirun or Kubernetes, from one description."""
+    given = {
+        "nodes": nodes, "workers": workers, "gpus": gpus, "cpus": cpus, "memory": memory, "time": time,
+        "partition": partition, "account": account, "image": image, "claim": claim, "port": port, "mpi": mpi,
+        "folder": folder, "python": python, "name": name, "restarts": restarts, "lead_seconds": lead_seconds,
+        "hosts": None if hosts is None else tuple(hosts.split(",")),
+        "sweep": None if sweep is None else tuple(sweep),
+        "options": None if option is None else tuple(option),
+        "command": tuple(command) if command else None,
+    }  # fmt: skip
+    with _reported():
+        from efficient_dl.launching.job import described_job, variables
+        from efficient_dl.launching.submit import show, start, submission
+
+        values = {key: value for key, value in given.items() if value is not None}
+        made = submission(
+            described_job(backend, job, {**values, "environment": variables(env or [])}, dry_run)
+        )
+        if dry_run:
+            show(made)
+        elif code := start(made):
+            raise typer.Exit(code)
+
+
 @app.command(epilog=DOCTOR_EXAMPLE)
 def doctor() -> None:
     """Say what this machine has: versions, codec kernels, cores, GPUs, data, network namespaces."""
@@ -244,8 +353,29 @@ def train_rank(worker: Worker, flags: TrainFlags, settled: Config | None = None)
     """One rank of `edl train`. settled: the configuration, if the process that started the workers made it."""
     from efficient_dl.training import run_worker
 
+    if settled is None:
+        decided = worker.together("resume", lambda: with_resume(flags))
+        first = worker.gather("resume", decided.resume)[
+            0
+        ]  # a shared folder may show itself to other ranks later
+        flags = dataclasses.replace(flags, resume=first)
     config = settled or worker.together("settings", lambda: settled_config(flags))
-    return run_worker(worker, [config], flags.resume)[0]
+    return run_worker(worker, [config], flags.resume, restarted=flags.or_start)[0]
+
+
+def with_resume(flags: TrainFlags) -> TrainFlags:
+    """The flags, with --resume-or-start decided: whether there is a run to resume."""
+    from efficient_dl.training.run_folder import holds_run
+
+    if not flags.or_start:
+        return flags
+    if flags.out is None:
+        raise ConfigError(
+            "--resume-or-start needs to know which run",
+            expected="--out DIR",
+            fix="edl train --out runs/first --resume-or-start",
+        )
+    return dataclasses.replace(flags, resume=holds_run(flags.out))
 
 
 def probe_rank(worker: Worker, config: Config, out: Path | None, what_if: WhatIf | None) -> None:
@@ -319,7 +449,7 @@ def _reported() -> Iterator[Outcome]:
     """End the command with an error's exit code and without a traceback, if the error is the user's."""
     from efficient_dl.training.console import print_error
     from efficient_dl.training.launch import WorkersFailed
-    from efficient_dl.training.worker import Stopped
+    from efficient_dl.training.signals import Stopped
 
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

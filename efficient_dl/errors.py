@@ -83,6 +83,12 @@ class LaunchError(EdlError):
     exit_code = 9
 
 
+class RankStuck(EdlError):
+    """A rank makes no progress, and the others wait for it."""
+
+    exit_code = 10
+
+
 class UnsupportedTensor(EdlError, TypeError):
     """A tensor's dtype, layout, device or size is not one a codec takes."""
 

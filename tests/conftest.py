@@ -69,9 +69,10 @@ def restored_threads() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips, or with REQUIRE_NETNS=1 (_MPI, _GPU, _PACKAGES) fails, a test whose marker names something missing."""
+    """Skips, or with REQUIRE_NETNS=1 (_SLURM, _MPI, ...) fails, a test whose marker names something missing."""
     for name, missing, required in (
         ("netns", _missing_for_namespaces, "REQUIRE_NETNS"),
+        ("slurm", _missing_for_slurm, "REQUIRE_SLURM"),
         ("mpi", _missing_for_mpi, "REQUIRE_MPI"),
         ("gpu", _missing_for_gpu, "REQUIRE_GPU"),
         ("package", _missing_for_package, "REQUIRE_PACKAGES"),
@@ -87,6 +88,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @functools.cache
 def _missing_for_namespaces() -> tuple[str, ...]:
     from cluster.namespaces import missing_requirements
+
+    return tuple(missing_requirements())
+
+
+@functools.cache
+def _missing_for_slurm() -> tuple[str, ...]:
+    from cluster.slurm import missing_requirements
 
     return tuple(missing_requirements())
 

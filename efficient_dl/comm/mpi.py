@@ -226,21 +226,31 @@ def init_process_group(
     """
     if dist.is_initialized():
         raise ConfigError("torch.distributed is initialized already", fix="call one init_process_group, once")
+    store, rank, world_size = open_store(comm, timeout, address)
+    dist.init_process_group(  # pyright: ignore[reportUnknownMemberType]
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+    )
+
+
+def open_store(
+    comm: MPI.Intracomm | None = None,
+    timeout: float = DEFAULT_TIMEOUT_SECONDS,
+    address: str | None = None,
+) -> tuple[dist.TCPStore, int, int]:  # pyright: ignore[reportPrivateImportUsage]
+    """A store that all ranks of the communicator share, rank, and world size; arguments and errors as above."""
     transport = MpiTransport(comm, timeout)
     rank, world_size, limit = transport.rank, transport.world_size, timedelta(seconds=timeout)
-    open_store = partial(
+    open_it = partial(
         dist.TCPStore,  # pyright: ignore[reportPrivateImportUsage]
         world_size=world_size,
         timeout=limit,
         wait_for_workers=False,
     )
-    store = open_store("127.0.0.1", 0, is_master=True) if rank == 0 else None
+    store = open_it("127.0.0.1", 0, is_master=True) if rank == 0 else None
     hosts = gather_json([socket.gethostname(), store.port if store else 0], transport)
     transport.close()
     if store is None:
         one_host = len({host for host, _ in hosts}) == 1
         host = address or ("127.0.0.1" if one_host else hosts[0][0])
-        store = open_store(host, hosts[0][1], is_master=False)
-    dist.init_process_group(  # pyright: ignore[reportUnknownMemberType]
-        backend, store=store, rank=rank, world_size=world_size, timeout=limit
-    )
+        store = open_it(host, hosts[0][1], is_master=False)
+    return store, rank, world_size

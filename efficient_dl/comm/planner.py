@@ -341,7 +341,7 @@ def _packets(ranks: int, ways: int) -> tuple[int, int, int]:
 
 
 def _break_even(one: _Route, native: _Route, speed: float) -> float:
-    """Bisection; by the monotony of T1 / T2 there is one change of sign at most."""
+    """Bisection; by the monotony of T1 / T2 there is one change of sign at most. 0.0 also if it pays above it."""
 
     def pays(logarithm: float) -> bool:
         factor = math.exp(logarithm)
@@ -349,7 +349,7 @@ def _break_even(one: _Route, native: _Route, speed: float) -> float:
 
     low, high = math.log(_SLOWEST / speed), math.log(_FASTEST / speed)
     if pays(high):
-        return math.inf
+        return math.inf if pays(low) else 0.0
     if not pays(low):
         return 0.0
     for _ in range(60):

@@ -5,41 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
 from efficient_dl.comm.handshake import gather_json
+from efficient_dl.comm.launchers import LAUNCHERS, Environment
 from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import ConfigError
-
-Environment: TypeAlias = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The variables of a launcher: this node's number, this rank's number on it, and how many ranks it has.
-
-    node None: it tells no node numbers. Then a node's ranks must follow each other, and the first one's number is the
-    node's; a mapping that scatters them is noticed, because the local numbers do not add up. local_size None: it tells
-    none as one number.
-    """
-
-    name: str
-    node: str | None
-    rank: str
-    local_rank: str
-    local_size: str | None
-
-
-LAUNCHERS = (
-    Launcher("torchrun", "GROUP_RANK", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    Launcher(
-        "Open MPI", None, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
-    ),
-    Launcher("MPICH", None, "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    Launcher("Slurm", "SLURM_NODEID", "SLURM_PROCID", "SLURM_LOCALID", None),
-)
 
 
 @dataclass(frozen=True)

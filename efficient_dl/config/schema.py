@@ -208,7 +208,19 @@ class RunConfig(Section):
     workers: int = setting(1, "processes on this machine, where no launcher starts them", low=1, high=4096)
     device: str = setting("auto", "where the model is trained", words=("auto", "cpu", "cuda"))
     threads: int = setting(0, "CPU threads a worker; 0: the cores divided by the workers", low=0, high=4096)
+    bind: str = setting(
+        "none", "cores: each worker stays on its share of them, near its GPU", words=("none", "cores")
+    )
     timeout_seconds: float = setting(120.0, "a collective that takes longer fails", above=0.0, high=86400.0)
+    watchdog_seconds: float = setting(
+        600.0,
+        "a rank that begins nothing new for so long is stuck, and the run ends; 0: never",
+        low=0.0,
+        high=86400.0,
+    )
+    grace_seconds: float = setting(
+        25.0, "after SIGTERM or SIGUSR1, to end a step and write a checkpoint", low=0.0, high=86400.0
+    )
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from efficient_dl.errors import CheckpointError
+from efficient_dl.training import checksums
 from efficient_dl.training.disk import disk_full, raise_if_disk_full
 
 _NAME = re.compile(r"step-(\d{6,})")
 _RANK_STATE = "ranks/{rank}"
-_ABOUT = "about.json"
+_ABOUT = checksums.ABOUT
+_DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class CheckpointFolder:
     """The folder of a run's checkpoints, one subfolder each: step-000100, step-000200, ….
 
     A checkpoint is written to `.step-000100.partial` by all ranks and renamed when it is complete and on the disk.
-    All ranks must see the same file system. Only complete checkpoints are ever listed.
+    All ranks must see the same file system. Only complete checkpoints are ever listed. Every file has a checksum, which
+    is compared before anything is loaded.
     """
 
     def __init__(self, path: Path, keep: int = 2) -> None:
         self.path = path
         self.keep = keep
+        self._intact: set[int] = set()  # known from this process's own look, or because it was just written
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
@@ -80,7 +84,8 @@ class CheckpointFolder:
                 self._remove_partial()
                 partial.mkdir()
                 with (partial / _ABOUT).open("w") as file:
-                    json.dump({"step": step, "ranks": _world_size(), **about}, file, indent=1)
+                    first = {"step": step, "ranks": _world_size(), checksums.KEY: checksums.KIND}
+                    json.dump({**first, **about}, file, indent=1)
                     file.flush()
                     os.fsync(file.fileno())
         _barrier()
@@ -89,8 +94,10 @@ class CheckpointFolder:
         except dcp.CheckpointException as error:
             _barrier()
             _raise_save_error(error, partial, self.latest())
+        sums = _sums_of_all(partial)
         if _rank() == 0:
             with disk_full(self.path):
+                checksums.write(partial, sums)
                 _sync_folder(partial)
                 if final.exists():
                     shutil.rmtree(final)
@@ -99,7 +106,62 @@ class CheckpointFolder:
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.folder(old), ignore_errors=True)
         _barrier()
+        self._intact.add(step)
         return final
+
+    def newest_intact(self) -> tuple[int | None, list[str]]:
+        """The newest checkpoint whose files are as they were written, a collective call; None if there is none at all.
+
+        Ranks share the reading, and agree. Newer, damaged ones get a name that does not count; the lines say which.
+        Raises CheckpointError if all are damaged.
+        """
+        damaged: dict[int, list[str]] = {}
+        for step in reversed(_gather(self.steps())[0]):
+            lines = self._damage(step)
+            if not lines:
+                return step, self._set_aside(damaged, step)
+            damaged[step] = lines
+        if damaged:
+            raise CheckpointError(
+                "all checkpoints are damaged",
+                found="; ".join(f"step {step}: {lines[0]}" for step, lines in damaged.items()),
+                where=str(self.path),
+                fix="look at the disk; without a copy of a checkpoint, start again in another --out",
+            )
+        return None, []
+
+    def _damage(self, step: int) -> list[str]:
+        if step in self._intact:
+            return []
+        everyone = _gather(checksums.damage(self.folder(step), _rank(), _world_size()))
+        lines = [line for lines in everyone for line in lines]
+        if not lines:
+            self._intact.add(step)
+        return lines
+
+    def _set_aside(self, damaged: Mapping[int, list[str]], instead: int) -> list[str]:
+        """Rename damaged checkpoints, so that they neither count among those kept nor are looked at again."""
+        if not damaged:
+            return []
+        problem: str | None = None
+        for step in damaged if _rank() == 0 else ():
+            name = self.folder(step)
+            aside = name.with_name(name.name + _DAMAGED)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                name.rename(aside)
+            except OSError as error:
+                problem = str(error)
+        problem = _gather(problem)[0]
+        if problem is not None:
+            raise CheckpointError(
+                "a damaged checkpoint cannot be renamed", found=problem, where=str(self.path)
+            )
+        return [
+            f"the checkpoint of step {step} is damaged ({'; '.join(lines)}): it is now called "
+            f"{self.folder(step).name}{_DAMAGED}, and the run goes on from step {instead}"
+            for step, lines in damaged.items()
+        ]
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step, None if there is none."""
@@ -116,6 +178,13 @@ class CheckpointFolder:
         wanted_tensor: which tensors this rank takes, by name; others are not read.
         """
         folder = self.folder(step)
+        if lines := self._damage(step):
+            raise CheckpointError(
+                "a checkpoint is damaged",
+                found="; ".join(lines),
+                where=str(folder),
+                fix="--resume goes on from the checkpoint before it",
+            )
         about = self.about(step)
         ranks = [_rank()] if about["ranks"] == _world_size() else range(about["ranks"])
         wanted = [_RANK_STATE.format(rank=rank) for rank in ranks]
@@ -134,6 +203,32 @@ class CheckpointFolder:
     def _remove_partial(self) -> None:
         for leftover in self.path.glob(".*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sums_of_all(folder: Path) -> dict[str, str]:
+    """The checksums of all files: each rank's of what it wrote itself, rank 0's of the rest. On all ranks."""
+    own = [path.name for path in folder.glob(f"__{_rank()}_*")]
+    sums: dict[str, str] = {}
+    error: str | None = None
+    try:
+        sums = checksums.checksums(folder, own)
+    except OSError as caught:
+        error = str(caught)
+    everyone = _gather((sums, error))
+    found = {name: text for theirs, _ in everyone for name, text in theirs.items()}
+    errors = [one for _, one in everyone if one is not None]
+    if not errors and _rank() == 0:
+        try:
+            rest = {path.name for path in folder.iterdir()} - found.keys()
+            found |= checksums.checksums(folder, rest)
+        except OSError as caught:
+            errors = [str(caught)]
+    errors = _gather(errors)[0]
+    if errors:
+        raise CheckpointError(
+            "a checkpoint cannot be read again for its checksums", found=errors[0], where=str(folder)
+        )
+    return found
 
 
 def _to_blob(state: Any) -> Tensor:
@@ -194,6 +289,15 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def _barrier() -> None:

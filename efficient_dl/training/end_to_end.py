@@ -80,6 +80,7 @@ class Trainer(RunLoop):
         row: dict[str, Tensor | float] = {"lr": lr}
         with self.clock.step():
             row["loss"] = self.backward(self.ddp)
+            self.watch.at("update", self.step + 1)
             if self.config.optimizer.clip > 0:
                 row["grad_norm"] = clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.optimizer.step(lr)
@@ -92,12 +93,16 @@ class Trainer(RunLoop):
         accumulate = self.config.train.accumulate
         total = torch.zeros((), device=self.device)
         for part in range(accumulate):
+            self.watch.at(f"forward {part}" if accumulate > 1 else "forward", self.step + 1)
             inputs, targets = self._batch(part)
             waiting = part < accumulate - 1 and isinstance(model, DistributedDataParallel)
             with self.ddp.no_sync() if waiting else contextlib.nullcontext():
                 with self._autocast():
                     outputs = model(inputs)
                 loss = self.task.loss(outputs, targets) / accumulate
+                self.watch.at(
+                    "backward, with gradients' all-reduce" if not waiting else "backward", self.step + 1
+                )
                 loss.backward()
             total += loss.detach()
         return total
@@ -121,6 +126,7 @@ class Trainer(RunLoop):
         ):
             if index % self.world_size != self.rank:
                 continue
+            self.watch.at(f"evaluation, batch {index}", self.step)
             inputs, targets = (self._on_device(one) for one in batch)
             with self._autocast():
                 outputs = self.model(inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -18,11 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from efficient_dl.errors import LaunchError
-from efficient_dl.training.worker import SIGNALS, Stopped, work
+from efficient_dl.launching.place import find_place
+from efficient_dl.training.signals import SIGNALS, Stopped
+from efficient_dl.training.worker import work
 
 T = TypeVar("T")
 
-_SHUTDOWN_SECONDS = 10  # between the signal that asks workers to end and the one that ends them
+_SHUTDOWN_SECONDS = (
+    10  # beyond their grace, between the signal that asks workers to end and the one that ends them
+)
 
 
 class WorkersFailed(Exception):
@@ -34,27 +39,31 @@ class WorkersFailed(Exception):
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, cluster.emulate, a job script) started this process as one rank of several."""
-    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, mpirun, srun, cluster.emulate, a script) started this process as one of its ranks.
+
+    Raises LaunchError if its variables contradict each other.
+    """
+    return find_place(os.environ) is not None
 
 
 def check_world_size(workers: int) -> None:
     """Raise LaunchError if a launcher started another number of ranks than the user asked for."""
-    size = os.environ.get("WORLD_SIZE")
-    if size is not None and size != str(workers):
+    place = find_place(os.environ)
+    if place is not None and place.size != workers:
         raise LaunchError(
             "the launcher started another number of workers than the run asks for",
             expected=f"{workers} (run.workers)",
-            found=f"{size} (WORLD_SIZE)",
-            fix=f"leave --workers out under a launcher, or give --workers {size}",
+            found=f"{place.size} ({place.launcher.size})",
+            fix=f"leave --workers out under a launcher, or give --workers {place.size}",
         )
 
 
-def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
+def launch(workers: int, main: Callable[..., T], *args: Any, grace_seconds: float = 0.0) -> T:
     """Run main(worker, *args) in every rank and return rank 0's result; main must be importable (module level).
 
     Started alone, this process starts `workers` local ones and waits; nothing of them is left afterwards.
     Under a launcher it is itself one rank and returns its own result; `workers` is then ignored.
+    grace_seconds: what workers may take to end after a signal before ten more seconds and SIGKILL.
     Raises WorkersFailed (already reported), LaunchError if a worker was killed, Stopped on a signal.
     """
     if launched():
@@ -73,7 +82,7 @@ def launch(workers: int, main: Callable[..., T], *args: Any) -> T:
         max_restarts=0,
         start_method="spawn",
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        shutdown_timeout=_SHUTDOWN_SECONDS + math.ceil(grace_seconds),
         signals_to_handle=",".join(n.name for n in handled if signal.getsignal(n) != signal.SIG_IGN),
     )
     _silence_elastic()

@@ -134,6 +134,7 @@ class LocalTrainer(RunLoop):
             self._begin(self._decide({}), None)
         assert self.stage is not None
         rates = {f"lr_partition_{index}": self._lr(index) for index in self._trained_here()}
+        self.watch.at("partitions", self.step + 1)
         with self.clock.step():
             losses = self.stage.host.train_step(self.step, self.micro_batches, self._micro_batch, self._lr)
         for index, loss in losses.items():

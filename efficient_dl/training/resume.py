@@ -8,6 +8,8 @@ if only [run] (but not the number of workers), the intervals of [train] and, wit
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -74,6 +76,44 @@ def check_same_training(before: Config, now: Config) -> list[str]:
             fix="--out and --resume alone take the folder's settings over; for another run choose another --out",
         )
     return [f"changed since the checkpoint: {line} (now, before)" for line in changes]
+
+
+def same_samples(before: Config, now: Config, world_size: int, always: bool) -> tuple[Config, list[str]]:
+    """The configuration with each worker's share such that a step takes the samples it took before; what changed.
+
+    Another number of workers keeps batch_size and changes accumulate where that divides; else batch_size becomes the
+    largest one below that does, and an evaluation takes more batches. always: also where batch_size or accumulate were
+    set to something else. Raises CheckpointError if the samples cannot be dealt out evenly.
+    """
+    wanted = samples_per_step(before, before.run.workers)
+    is_set = (before.data.batch_size, before.train.accumulate) != (now.data.batch_size, now.train.accumulate)
+    if samples_per_step(now, world_size) == wanted or (is_set and not always):
+        return now, []
+    if wanted % world_size:
+        raise CheckpointError(
+            "a step's samples cannot be dealt out evenly to this number of workers",
+            expected=f"a divisor of {wanted}, the samples of a step",
+            found=f"{world_size} workers",
+            fix="start another number of workers; for a run that may shrink, choose batch_size * workers * accumulate "
+            "divisible by every number that may remain",
+        )
+    share = wanted // world_size
+    batch_size = max(size for size in range(1, min(now.data.batch_size, share) + 1) if share % size == 0)
+    evaluated = before.train.eval_batches * before.data.batch_size
+    if now.train.eval_batches != before.train.eval_batches:
+        evaluated = now.train.eval_batches * now.data.batch_size
+    changed = dataclasses.replace(
+        now,
+        data=dataclasses.replace(now.data, batch_size=batch_size),
+        train=dataclasses.replace(
+            now.train, accumulate=share // batch_size, eval_batches=math.ceil(evaluated / batch_size)
+        ),
+    )
+    return changed, [
+        f"{world_size} workers, {before.run.workers} before: a step still takes {wanted} samples, now "
+        f"{batch_size} a worker at once, {share // batch_size} times (before: {before.data.batch_size}, "
+        f"{before.train.accumulate} times)"
+    ]
 
 
 def samples_per_step(config: Config, world_size: int) -> int:

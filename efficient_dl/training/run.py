@@ -32,29 +32,43 @@ from efficient_dl.training.run_folder import (
     recorded_config,
     write_plan,
 )
+from efficient_dl.training.watch import Unwatched, Watch, watched
 from efficient_dl.training.worker import Worker
 
 RUNS = Path("runs")
+_ENDING_SECONDS = (
+    30.0  # beyond a collective's time-out, for the ranks of the run before to end, cut off ones too
+)
 FETCH_SECONDS = 1800.0  # ranks wait at least so long for the one that downloads
 
 
-def run_worker(worker: Worker, configs: Sequence[Config], resumed: bool = False) -> list[Summary]:
+def run_worker(
+    worker: Worker, configs: Sequence[Config], resumed: bool = False, restarted: bool = False
+) -> list[Summary]:
     """Run configurations one after the other in these workers; the main function for `launch`.
 
     They share the process group, so all take the first one's [run] settings but for `out`. Every rank returns the
-    summaries; every rank raises if one finds an error in its configuration or data.
+    summaries; every rank raises if one finds an error in its configuration or data. restarted: a resume that no user
+    watches over. It divides a step's samples anew for another number of workers whatever the settings say, and waits
+    for the run that it continues to have ended everywhere.
     """
     device = worker.start(configs[0].run)
     worker.agree(list(configs))
     summaries = []
     for config in configs:
-        settled, notes = worker.together("settle", partial(_settled, config, resumed))
+        settled, notes = worker.together("settle", partial(_settled, config, resumed, restarted))
         fetch = partial(_data, settled) if worker.local_rank == 0 else lambda: None
         patience = max(settled.run.timeout_seconds, FETCH_SECONDS)
         data = worker.together("fetch", fetch, patience)  # a download happens once a machine
         prepared = worker.together("prepare", partial(_prepared, settled, notes, data))
-        with worker.together("lock", partial(_locked, prepared.config, resumed)):
-            summaries.append(_train(prepared, device, resumed))
+        wait_seconds = settled.run.timeout_seconds + _ENDING_SECONDS if restarted else 0.0
+        with (
+            worker.together("lock", partial(_locked, prepared.config, resumed, wait_seconds), wait_seconds),
+            watched(
+                worker.store, worker.rank, worker.size, f"watch/{next(worker.calls)}", config.run
+            ) as watch,
+        ):
+            summaries.append(_train(prepared, device, resumed, watch=watch))
     return summaries
 
 
@@ -79,7 +93,7 @@ class _Prepared:
     notes: list[str]
 
 
-def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
+def _settled(config: Config, resumed: bool, restarted: bool = False) -> tuple[Config, list[str]]:
     """The configuration with its folder, fit for a resume; and what the user should know of that."""
     notes: list[str] = []
     config.compression.overrides_by_pattern()  # fails here, before any data is read
@@ -92,6 +106,8 @@ def _settled(config: Config, resumed: bool) -> tuple[Config, list[str]]:
                 f"bits auto: {before.compression.bits} as before; a resumed run measures nothing again"
             )
         notes += resume.check_same_training(before, config)
+        config, changes = resume.same_samples(before, config, config.run.workers, always=restarted)
+        notes += changes
         if not config.data.fingerprint:
             config = _with(config, "data", fingerprint=before.data.fingerprint)
     return config, notes
@@ -109,7 +125,11 @@ def _prepared(config: Config, notes: list[str], data: Dataset | None = None) -> 
 
 
 def _train(
-    prepared: _Prepared, device: torch.device, resumed: bool, progress: Progress | None = None
+    prepared: _Prepared,
+    device: torch.device,
+    resumed: bool,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Summary:
     shown = progress or progress_for(dist.get_rank())
     for note in prepared.notes:
@@ -123,7 +143,9 @@ def _train(
             if planned is not None and dist.get_rank() == 0:
                 write_plan(Path(config.run.out), planned.to_json())
         kind = Trainer if config.local.mode == "end-to-end" else LocalTrainer
-        summary = kind(config, prepared.data, device, shown).train(resumed)
+        loop = kind(config, prepared.data, device, shown)
+        loop.watch = watch or Unwatched()
+        summary = loop.train(resumed)
     finally:
         shown.stop()
     path = Path(config.run.out) / SUMMARY
@@ -157,9 +179,13 @@ def _with_shared_folder(config: Config, resumed: bool) -> Config:
     return _with(config, "run", out=outcome[0])
 
 
-def _locked(config: Config, resumed: bool) -> contextlib.AbstractContextManager[Any]:
+def _locked(
+    config: Config, resumed: bool, wait_seconds: float = 0.0
+) -> contextlib.AbstractContextManager[Any]:
     """The folder locked against other runs while the result is open, by rank 0."""
-    return locked(Path(config.run.out), resumed) if dist.get_rank() == 0 else contextlib.nullcontext()
+    if dist.get_rank() != 0:
+        return contextlib.nullcontext()
+    return locked(Path(config.run.out), resumed, wait_seconds)
 
 
 def _data(config: Config) -> Dataset:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,16 +242,17 @@ def check_free(path: Path) -> None:
         )
 
 
-def locked(path: Path, resumed: bool) -> IO[bytes]:
+def locked(path: Path, resumed: bool, wait_seconds: float = 0.0) -> IO[bytes]:
     """Make the folder and lock it; closing the result, or the process's end, releases it.
 
+    wait_seconds: how long another process may still have it locked.
     Raises ConfigError if another process has it locked, or if a run was started there and this one is no resume.
     """
     with _writable(path):
         path.mkdir(parents=True, exist_ok=True)
         file = (path / LOCK).open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file, wait_seconds)
         if not resumed:
             check_free(path)
     except BlockingIOError:
@@ -266,6 +268,18 @@ def locked(path: Path, resumed: bool) -> IO[bytes]:
     except OSError:
         pass  # a file system without locks; the run goes on without one
     return file
+
+
+def _lock(file: IO[bytes], wait_seconds: float) -> None:
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint, CheckpointFolder
 from efficient_dl.training.console import Progress
 from efficient_dl.training.run_folder import RunFolder, Summary
+from efficient_dl.training.signals import Stopped
 from efficient_dl.training.task import task_for
+from efficient_dl.training.watch import Unwatched, Watch
 
 
 class RunLoop(ABC):
@@ -41,6 +43,7 @@ class RunLoop(ABC):
         self.last_step = config.train.steps
         self.val_loss = float("nan")
         self.saved_step = -1
+        self.watch: Watch = Unwatched()
 
     def train(self, resumed: bool) -> Summary:
         """Train from the start, or from the latest checkpoint, to the last step.
@@ -64,22 +67,41 @@ class RunLoop(ABC):
         self.progress.start(self.label, self.step, self.config.train.steps)
         with contextlib.closing(self.folder):
             while self.step < self.last_step:
+                if not self.watch.may_begin(self.step + 1):
+                    self._leave()
                 row = self._train_step()
                 if self._due(self.config.train.log_every):
                     self._log(row)
                 evaluated = self._due(self.config.train.eval_every)
                 if evaluated:
-                    self._evaluate()
+                    self._evaluate_watched()
+                self.watch.at("between two steps", self.step)
                 self._between_steps()
                 if self.step == self.last_step and not evaluated:
-                    self._evaluate()
+                    self._evaluate_watched()
                 if self._due(self.config.train.checkpoint_every) and self.saved_step != self.step:
-                    self._save()
+                    self._save_watched()
                 self.progress.advance(self.step)
+            self.watch.at("at the run's end", self.step)
             summary = self._summary()
             self.folder.finish(summary)
         self._close()
         return summary
+
+    def _evaluate_watched(self) -> None:
+        self.watch.at("evaluation", self.step)
+        self._evaluate()
+
+    def _save_watched(self) -> None:
+        self.watch.at("checkpoint", self.step)
+        self._save()
+
+    def _leave(self) -> None:
+        """All ranks end here, after the same step, by a signal that one of them was sent; raises Stopped."""
+        if 0 < self.step != self.saved_step:
+            self._save_watched()
+        assert self.watch.number is not None
+        raise Stopped(self.watch.number, saved=self.step if self.step > 0 else None)
 
     @abstractmethod
     def _prepare(self) -> None:
@@ -133,7 +155,9 @@ class RunLoop(ABC):
         }
 
     def _load(self) -> None:
-        step = self.checkpoints.latest()
+        step, notes = self.checkpoints.newest_intact()
+        for note in notes:
+            self.progress.note(note)
         if step is None:
             self.progress.note("There is no checkpoint yet: starting at step 0.")
             return

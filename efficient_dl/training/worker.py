@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -22,21 +22,21 @@ import torch.distributed as dist
 
 from efficient_dl.config import Config, RunConfig
 from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportError
+from efficient_dl.launching import interfaces
+from efficient_dl.launching.caches import own_uid, use_node_caches
+from efficient_dl.launching.meeting import find_meeting, meet
+from efficient_dl.launching.place import find_place
+from efficient_dl.training import devices
 from efficient_dl.training.console import print_error
+from efficient_dl.training.session import session
+from efficient_dl.training.signals import SIGNALS, Stopped, handled
+from efficient_dl.training.versions import check_versions, versions
+from efficient_dl.training.watch import verdict
 
 T = TypeVar("T")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _START_TIMEOUT = datetime.timedelta(seconds=120)
 _REPORT_SECONDS = 3.0  # how long a failed rank waits for the others' view of what went wrong
-
-
-class Stopped(BaseException):
-    """A signal asks this process to end. No Exception, so that no library swallows it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class PeerFailed(Exception):
@@ -49,12 +49,16 @@ class PeerFailed(Exception):
 
 @dataclass(frozen=True)
 class Worker:
-    """A rank before and after its process group exists; every method is called by all ranks in the same order."""
+    """A rank before and after its process group exists; every method is called by all ranks in the same order.
+
+    local_rank: among those on its machine; negative as long as nobody knows. meeting: the store behind `store`.
+    """
 
     rank: int
     size: int
     local_rank: int
     store: dist.Store
+    meeting: dist.TCPStore
     calls: Iterator[int] = field(default_factory=itertools.count)  # equal on all ranks; makes keys unique
 
     def together(self, name: str, step: Callable[[], T], patience: float = 0.0) -> T:
@@ -94,8 +98,13 @@ class Worker:
 
         Raises LaunchError if the device is not there, TransportError if the group cannot be made.
         """
-        torch.set_num_threads(run.threads or _threads(self.gather("cores", _cores())))
-        device = self.together("device", lambda: _device(run.device, self.local_rank))
+        device = self.together("device", lambda: devices.choose_device(run.device, self.local_rank))
+        gpus = self.gather("gpus", (devices.machine(), devices.gpu_of(device)))
+        self.together("gpus", lambda: devices.check_gpus(gpus))
+        bound = run.bind == "cores"
+        cores = self.gather("cores", devices.usable_cores(device, bound))
+        share = self.together("bind", lambda: devices.share_cores(cores, self.rank, bound))
+        torch.set_num_threads(run.threads or share)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -127,7 +136,7 @@ def _compare(per_rank: list[list[Config]]) -> None:
 
 
 def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
-    """Run main(worker, *args) as one rank, found from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """Run main(worker, *args) as one rank, found from the variables of its launcher (launching/place.py).
 
     Does not return after an error: it is reported once for all ranks, and the process exits with its code.
     own_launcher: the parent process reports signals.
@@ -135,8 +144,11 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
     worker: Worker | None = None
     stops: list[Stopped] = []
     try:
-        with _signals_raise_stopped(stops):
-            worker = _find_peers()
+        with handled(stops):
+            worker = _with_own_keys(_find_peers())
+            per_rank = worker.gather("versions", versions())
+            worker.together("versions", lambda: check_versions(per_rank))
+            worker = _know_peers(worker)
             result = main(worker, *args)
             if dist.is_initialized():
                 dist.barrier()
@@ -154,96 +166,75 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
         os._exit(code)  # threads stuck in collectives would keep a normal exit waiting
 
 
-@contextlib.contextmanager
-def _signals_raise_stopped(stops: list[Stopped]) -> Iterator[None]:
-    """Inside, a signal raises Stopped in the main thread, which is also put into stops."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for one in SIGNALS:
-            signal.signal(one, signal.SIG_IGN)  # once is enough
-        stops.append(Stopped(number))
-        raise stops[0]
-
-    handled = [
-        number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    ]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, stop) for number in handled}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def _find_peers() -> Worker:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if missing:
+    """This rank, by its launcher's variables; its peers, by the store at which all meet."""
+    place = find_place(os.environ)
+    if place is None:
         raise LaunchError(
-            "the launcher's environment is incomplete",
-            expected=", ".join(names),
-            found=f"no {', '.join(missing)}",
-            fix="start by torchrun, or unset RANK and WORLD_SIZE to let edl start its own workers",
+            "this process is no rank of a launch",
+            expected="RANK and WORLD_SIZE, or the variables of mpirun or srun",
+            fix="start it by torchrun, mpirun or srun, or through efficient_dl.training.launch",
         )
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise TransportError(
-            "the other workers cannot be reached",
-            found=_first_line(error),
-            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            fix="check that every rank was started, and MASTER_ADDR and MASTER_PORT",
-        ) from None
-    store.set_timeout(_START_TIMEOUT)
-    return Worker(rank, size, int(os.environ.get("LOCAL_RANK", "0")), dist.PrefixStore("edl", store))
+    use_node_caches(os.environ, own_uid())
+    store = meet(place, find_meeting(place, os.environ), _START_TIMEOUT)
+    local_rank = -1 if place.local_rank is None else place.local_rank
+    return Worker(place.rank, place.size, local_rank, dist.PrefixStore("edl", store), store)
 
 
-def _cores() -> tuple[str, tuple[int, ...]]:
-    """What identifies the cores this process may use: the machine's boot and the cores' numbers."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip(), tuple(sorted(os.sched_getaffinity(0)))
-    except (OSError, AttributeError):
-        return os.uname().nodename, tuple(range(os.cpu_count() or 1))
+def _with_own_keys(worker: Worker) -> Worker:
+    """The worker with keys that no other has written: an earlier one, or one of another job at the same address."""
+    own = session(worker.store, worker.rank, worker.size, _START_TIMEOUT.total_seconds())
+    return dataclasses.replace(worker, store=own)
 
 
-def _threads(all_cores: list[tuple[str, tuple[int, ...]]]) -> int:
-    """The cores of this process divided by the workers that were given the very same ones."""
-    own = _cores()
-    return max(1, len(own[1]) // Counter(all_cores)[own])
+def _know_peers(worker: Worker) -> Worker:
+    """The worker with its local rank, if its launcher does not tell it, after choosing the network interface."""
+    meeting = worker.meeting
+    here = (devices.machine(), interfaces.reach(meeting.host, meeting.port))
+    everyone: list[tuple[str, interfaces.Reach]] = worker.gather("peers", here)
+    ways = [way for _, way in everyone]
+    given = os.environ.get(interfaces.GLOO)
+    name = worker.together("interfaces", lambda: given or interfaces.choose(ways, worker.rank))
+    interfaces.use(name, os.environ)
+    if worker.local_rank >= 0:
+        return worker
+    return dataclasses.replace(worker, local_rank=sum(one == here[0] for one, _ in everyone[: worker.rank]))
 
 
-def _device(setting: str, local_rank: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "cpu" or (setting == "auto" and count == 0):
-        return torch.device("cpu")
-    if local_rank >= count:
-        raise LaunchError(
-            "there is no GPU for every worker",
-            expected=f"at least {local_rank + 1} on this machine",
-            found=str(count),
-            fix="fewer --workers, or --set run.device=cpu",
-        )
-    return torch.device("cuda", local_rank)
+def _rank(worker: Worker | None) -> int:
+    """For messages, also of a rank that has not found its peers."""
+    if worker is not None:
+        return worker.rank
+    with contextlib.suppress(LaunchError):
+        place = find_place(os.environ)
+        return 0 if place is None else place.rank
+    return 0
 
 
 def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> int:
     """Print the error unless another rank prints the same or its cause; the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank(worker)
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
         if rank == 0 and not own_launcher:
-            print_error(f"Stopped by {signal.Signals(number).name}.")
+            print_error(str(error if isinstance(error, Stopped) else Stopped(number)))
         return 128 + number
     if isinstance(error, PeerFailed):
         if worker is not None:
             # Not gone at once: rank 0 may host the store, and the rank with the error may still read from it.
-            _others_view(worker, "", error.exit_code, consequence=True)
+            _others_view_in_time(worker, "", error.exit_code, consequence=True)
         return error.exit_code
     known = error if isinstance(error, EdlError) else _as_transport_error(error)
+    if isinstance(known, TransportError):
+        found = verdict(known.details.get("found", known.problem), _timed_out(known))
+        if found is not None:
+            if found.printer == rank:
+                print_error(f"{type(found.error()).__name__}: {found.error()}")
+            return found.error().exit_code
     text = f"{type(known).__name__}: {known}" if known else "".join(traceback.format_exception(error))
     code = known.exit_code if known else 1
     if worker is not None:
-        other = _others_view(worker, text, code, consequence=isinstance(known, TransportError))
+        other = _others_view_in_time(worker, text, code, consequence=isinstance(known, TransportError))
         if other is not None:
             return other
     prefix = f"rank {rank}: " if rank > 0 else ""
@@ -252,6 +243,19 @@ def _report(error: BaseException, worker: Worker | None, own_launcher: bool) -> 
     else:
         sys.stderr.write(prefix + text)
     return code
+
+
+def _others_view_in_time(worker: Worker, text: str, code: int, consequence: bool) -> int | None:
+    """`_others_view`, given up where a store on a host that is cut off neither answers nor fails."""
+    answers: list[int | None] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(_others_view(worker, text, code, consequence)),
+        name="edl-report",
+        daemon=True,
+    )
+    asking.start()
+    asking.join(_REPORT_SECONDS + 1.0)
+    return answers[0] if answers else None
 
 
 def _others_view(worker: Worker, text: str, code: int, consequence: bool) -> int | None:
@@ -315,6 +319,12 @@ def _as_transport_error(error: BaseException) -> TransportError | None:
             fix="look at the other ranks' messages; the last checkpoint is intact: --resume",
         )
     return None
+
+
+def _timed_out(error: TransportError) -> bool:
+    """Whether a peer was waited for in vain; a closed connection is another matter."""
+    text = str(error).lower()
+    return "timed out" in text or "timeout" in text or "has taken or sent no activations" in text
 
 
 def _bytes(value: Any) -> Any:

@@ -155,7 +155,7 @@ def test_auto_is_decided_once_recorded_with_its_reason_and_not_measured_again(tm
 
 def test_probe_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    words = ["probe", "--model", "mlp-nano", "--data", "digits", "--floor-bits", "3", "--json", str(file)]
+    words = ["probe", "--model", "mlp-small", "--data", "digits", "--floor-bits", "3", "--json", str(file)]
     ended = edl(tmp_path, *words, "--what-if", "rate=1mbit,hosts=16,workers-per-host=4,latency=1ms")
     assert [one.code for one in ended] == [0, 0], ended
     for text in ("64 ranks on 16 nodes (assumed)", "bits:3.0", "pays below", "node 0 to node 1", "native"):
