@@ -40,6 +40,8 @@ spec:
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: {grace}  # for a checkpoint after SIGTERM
+              securityContext:
+                fsGroup: 10001  # of the image's user, who writes to the claim
               containers:
                 - name: torchrun
                   image: {image}
