@@ -307,6 +307,7 @@ def test_flags_win_over_files_and_set_wins_over_flags(tmp_path: Path) -> None:
 def test_workers_must_match_the_launcher_only_if_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     out = [f"run.out={tmp_path / 'run'}"]
     settled_config(TrainFlags(out))
@@ -368,6 +369,7 @@ def test_the_demo_checks_its_settings_before_it_removes_anything(
     with pytest.raises(ConfigError, match=r"train\.steps"):
         run_demo(steps=0, out=tmp_path)
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(LaunchError, match="starts its own workers"):
         run_demo(out=tmp_path)
     assert (tmp_path / "none" / "kept").exists()

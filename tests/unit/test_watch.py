@@ -103,12 +103,15 @@ def test_a_rank_that_was_never_seen_is_silent() -> None:
 # A main thread that waits where no Python runs.
 WAITS = """
 import ctypes, sys
-from efficient_dl.training.signals import first_asks, handled
+from efficient_dl.training.signals import Stopped, first_asks, handled
 
-with handled([]), first_asks(lambda number: print("asked", number, flush=True), float(sys.argv[1])):
-    print("ready", flush=True)
-    for _ in range(100):
-        ctypes.CDLL(None).poll(None, 0, 60_000)
+try:
+    with handled([]), first_asks(lambda number: print("asked", number, flush=True), float(sys.argv[1])):
+        print("ready", flush=True)
+        for _ in range(100):
+            ctypes.CDLL(None).poll(None, 0, 60_000)
+except Stopped as stopped:  # a signal may interrupt poll, and so reach Python
+    sys.exit(128 + stopped.number)
 """
 
 
