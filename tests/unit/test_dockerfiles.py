@@ -102,9 +102,17 @@ def test_compose_starts_every_rank_of_one_world_in_its_own_container():
         assert (Path("/work") / out).is_relative_to(folder), "runs must outlive their container"
 
 
+# An editable installation has a finder of its own, which would come before PYTHONPATH.
+HEALTH = f"""
+import runpy, sys
+sys.meta_path[:] = [one for one in sys.meta_path if "Redirecting" not in type(one).__name__]
+runpy.run_path({str(ROOT / "docker" / "health.py")!r}, run_name="__main__")
+"""
+
+
 def health(package: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "docker" / "health.py"), *words],
+        [sys.executable, "-c", HEALTH, *words],
         env={**os.environ, "PYTHONPATH": str(package), "CUDA_VISIBLE_DEVICES": ""},
         cwd=package,
         capture_output=True,
