@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chosen:
-    """bits, and why, of each axis and of the weights; nothing of a group of one rank."""
+    """bits, and why, of each axis and of the weights; nothing of a group of one rank, or of weights no codec takes."""
 
     bits: dict[str, str] = field(default_factory=dict[str, str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
@@ -53,7 +53,8 @@ def choose(
         if one == REPLICATE:
             assert other is not None
             own, other = other, own
-        if own.world_size > 1:
+        takes_part = one != WEIGHTS or any(unit.own_chunk() is not None for unit in units)
+        if own.world_size > 1 and takes_part:
             decision = _decided(one, units, own, other, options)
             chosen.bits[one], chosen.reasons[one] = decision.bits, decision.reason
             if dist.get_rank() == 0:

@@ -148,6 +148,24 @@ def test_auto_measures_each_axis_of_a_sharded_model_and_its_weights() -> None:
     assert [run["steps"] for run in first] == [3, 3, 3]
 
 
+def mixed(rank: int) -> str:
+    """One unit whose weights have two dtypes: torch gathers them, and no codec takes them."""
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(
+        nn.Linear(20, 30), nn.Linear(30, 5, dtype=torch.bfloat16).requires_grad_(False)
+    )
+    fully_shard(model)
+    compression: Any = edl.compress(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    bits = compression.stats()["weights_bits"]
+    dist.barrier()  # a rank that leaves early breaks the other's connections
+    compression.close()
+    return bits
+
+
+def test_auto_measures_no_weights_that_no_codec_takes() -> None:
+    assert run_ranks(mixed, 2) == ["lossless", "lossless"]
+
+
 def impossible(rank: int) -> None:
     model = DistributedDataParallel(nn.Linear(4, 1))
     edl.compress(model, floor_bits=0.0 if rank else 2.0)
