@@ -9,6 +9,7 @@ import typer
 
 from efficient_dl.commands import demo, doctor, launch, probe, train
 from efficient_dl.commands.reporting import leave_at_once
+from efficient_dl.launching.ends import tell_end
 
 app = typer.Typer(
     name="edl",
@@ -30,7 +31,11 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave_at_once)  # until torch is imported, which takes seconds
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the engine's warnings repeat what our errors say
-    app()
+    try:
+        app()
+    except SystemExit as end:  # of a rank, before it has become one: a flag that does not exist
+        tell_end(end.code if isinstance(end.code, int) else 1, os.environ)
+        raise
 
 
 if __name__ == "__main__":

@@ -228,7 +228,8 @@ def test_shellcheck_finds_nothing_in_the_scripts(tmp_path: Path) -> None:
 
 SRUN = {
     "succeeds": "exit 0",
-    "fails": "exit 6",
+    "fails": "touch $EDL_ENDS/6; exit 1",
+    "fails for good": "touch $EDL_ENDS/2 $EDL_ENDS/6; exit 1",
     "checkpoints": "trap 'echo got USR1; exit 138' USR1; echo up; while :; do sleep 0.05; done",
     "ends": "trap 'echo got TERM; exit 143' TERM; echo up; while :; do sleep 0.05; done",
 }
@@ -248,7 +249,12 @@ def run_batch(folder: Path, srun: str, number: signal.Signals | None = None, **m
     text = submission(Job("slurm", restarts=2, command=TRAIN)).text
     with log.open("w") as out:
         job = subprocess.Popen(
-            ["bash", "-c", text], env=environment, stdout=out, stderr=out, start_new_session=True
+            ["bash", "-c", text],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         if number is not None:
@@ -273,7 +279,21 @@ def test_a_job_that_succeeds_is_not_requeued(tmp_path: Path) -> None:
 def test_a_job_that_fails_is_requeued_a_number_of_times(tmp_path: Path) -> None:
     assert "requeued 7" in run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="1")[1]
     code, text = run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="2")
-    assert (code, "requeued" in text) == (6, False)
+    assert (code, "requeued" in text) == (1, False)
+
+
+def test_a_job_whose_error_would_come_again_is_not_requeued(tmp_path: Path) -> None:
+    code, text = run_batch(tmp_path, "fails for good")
+    assert (code, "requeued" in text) == (2, False)
+    assert "a rank ended with 2, as it would again" in text
+    assert not list(tmp_path.glob(".edl-ends*"))
+
+
+def test_what_an_earlier_start_of_the_job_has_left_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / ".edl-ends-7-0").mkdir()
+    (tmp_path / ".edl-ends-7-0" / "2").touch()
+    assert "requeued 7" in run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="1")[1]
+    assert not list(tmp_path.glob(".edl-ends*"))
 
 
 def test_an_announced_end_reaches_the_ranks_and_requeues_however_often(tmp_path: Path) -> None:
