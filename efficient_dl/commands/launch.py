@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from efficient_dl.commands.checking import check_command
 from efficient_dl.commands.reporting import reported
 
 EXAMPLE = """
@@ -96,9 +97,11 @@ def launch_job(
         from efficient_dl.launching.submit import show, start, submission
 
         values = {key: value for key, value in given.items() if value is not None}
-        made = submission(
-            described_job(backend, job, {**values, "environment": variables(env or [])}, dry_run)
-        )
+        described = described_job(backend, job, {**values, "environment": variables(env or [])}, dry_run)
+        elsewhere = dry_run or bool(described.image) or described.backend == "kubernetes"
+        for note in check_command(described, elsewhere):
+            typer.echo(f"note: {note}", err=True)
+        made = submission(described)
         if dry_run:
             show(made)
         elif code := start(made):

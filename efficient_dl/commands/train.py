@@ -36,6 +36,24 @@ Every run's folder has a config.toml with all settings and what each means: edit
 """
 
 
+_KEYS = {  # by flag, the setting that it gives
+    "data": "data.name",
+    "objective": "train.objective",
+    "optimizer": "optimizer.name",
+    "bits": "compression.bits",
+    "mode": "local.mode",
+    "partitions": "local.partitions",
+    "window": "local.window",
+    "scale": "compression.scale",
+    "hierarchy": "compression.hierarchy",
+    "transport": "compression.transport",
+    "steps": "train.steps",
+    "batch_size": "data.batch_size",
+    "lr": "optimizer.lr",
+    "seed": "train.seed",
+}
+
+
 @dataclass(frozen=True)
 class TrainFlags:
     """What was given on the command line of `edl train`, before it is checked."""
@@ -103,29 +121,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on one machine's workers, or as one rank of a launcher (torchrun, a job script)."""
-    name, dash, size = (model or "").partition("-")
-    given = {
-        "model.name": None if model is None else name,
-        "model.size": size if dash else None,
-        "data.name": data,
-        "train.objective": objective,
-        "optimizer.name": optimizer,
-        "compression.bits": bits,
-        "local.mode": mode,
-        "local.partitions": partitions,
-        "local.window": window,
-        "compression.scale": scale,
-        "compression.hierarchy": hierarchy,
-        "compression.transport": transport,
-        "run.workers": workers,
-        "train.steps": steps,
-        "data.batch_size": batch_size,
-        "optimizer.lr": lr,
-        "train.seed": seed,
-        "run.out": out,
-    }
-    settings = [f"{key}={value}" for key, value in given.items() if value is not None]
-    flags = TrainFlags([*settings, *(set_ or [])], workers, out, resume, resume_or_start, config)
+    flags = flags_of(**locals())
     with reported() as outcome:
         from efficient_dl.training import launch, launched
 
@@ -141,6 +137,30 @@ def train(
             outcome.is_new = not named.run.out
             grace_seconds = settled.run.grace_seconds
             launch(settled.run.workers, train_rank, flags, settled, grace_seconds=grace_seconds)
+
+
+def flags_of(
+    *,
+    model: str | None,
+    workers: int | None,
+    out: Path | None,
+    resume: bool,
+    resume_or_start: bool,
+    config: Path | None,
+    set_: list[str] | None,
+    **named: object,
+) -> TrainFlags:
+    """What the arguments of `train` ask for. named: the others, by name."""
+    name, dash, size = (model or "").partition("-")
+    given = {
+        "model.name": None if model is None else name,
+        "model.size": size if dash else None,
+        **{_KEYS[flag]: value for flag, value in named.items()},
+        "run.workers": workers,
+        "run.out": out,
+    }
+    settings = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return TrainFlags([*settings, *(set_ or [])], workers, out, resume, resume_or_start, config)
 
 
 def train_rank(worker: Worker, flags: TrainFlags, settled: Config | None = None) -> Summary:
@@ -177,11 +197,23 @@ def settled_config(flags: TrainFlags, new_run: bool = True) -> Config:
 
     new_run: whether its folder must be free, unless it is resumed.
     """
+    from efficient_dl.training import check_world_size
+    from efficient_dl.training.run_folder import check_free
+
+    config = merged_config(flags)
+    if flags.workers is not None or any(one.startswith("run.workers") for one in flags.settings):
+        check_world_size(config.run.workers)
+    if new_run and config.run.out and not flags.resume:
+        check_free(Path(config.run.out))
+    return config
+
+
+def merged_config(flags: TrainFlags) -> Config:
+    """What the file or the recorded run and the flags say together, for models and data that exist. Raises EdlError."""
     from efficient_dl.config import Config, load_config, with_overrides
     from efficient_dl.data import check_data
     from efficient_dl.models import check_model
-    from efficient_dl.training import check_world_size
-    from efficient_dl.training.run_folder import check_free, recorded_config
+    from efficient_dl.training.run_folder import recorded_config
 
     if flags.resume and flags.out is None:
         raise ConfigError(
@@ -196,11 +228,6 @@ def settled_config(flags: TrainFlags, new_run: bool = True) -> Config:
     else:
         config = Config()
     config = with_overrides(config, flags.settings)
-    asked = flags.workers is not None or any(one.startswith("run.workers") for one in flags.settings)
-    if asked:
-        check_world_size(config.run.workers)
     check_model(config.model)
     check_data(config.data)
-    if new_run and config.run.out and not flags.resume:
-        check_free(Path(config.run.out))
     return config

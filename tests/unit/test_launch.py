@@ -398,6 +398,44 @@ def test_without_a_command_only_a_dry_run_has_an_example() -> None:
         variables(["A"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--", "train", "--wrong-flag"], "No such option: --wrong-flag"),
+        (["--", "train", "--steps", "many"], "--steps"),
+        (["--", "train", "stray"], "stray"),
+        (["--", "train", "--model", "gpt-huge"], "gpt has no size 'huge'"),
+        (["--", "train", "--set", "train.stepz=1"], "did you mean"),
+        (["--", "train", "--config", "nowhere.toml"], "there is no such configuration file"),
+        (["--sweep", "--seed 1", "--sweep", "--sed 2", "--", "train"], "No such option: --sed"),
+        (["--", "probe", "--what"], "No such option: --what"),
+    ],
+)
+def test_a_wrong_flag_or_setting_of_the_command_is_refused_before_it_is_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ntouch {tmp_path}/submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = CliRunner().invoke(app, ["launch", "slurm", *arguments])
+    assert (done.exit_code, text in done.output) == (2, True), done.output
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_a_configuration_is_looked_for_in_the_jobs_folder_and_noted_where_it_is_elsewhere(
+    tmp_path: Path,
+) -> None:
+    words = ["--folder", str(tmp_path), "--dry-run", "--", "train", "--config", "run.toml", "--window", "2"]
+    done = CliRunner().invoke(app, ["launch", "slurm", *words])
+    assert done.exit_code == 0
+    assert f"note: {tmp_path}/run.toml is not here" in done.output
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 'many'\n")
+    assert CliRunner().invoke(app, ["launch", "slurm", *words]).exit_code == 2
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 3\n")
+    done = CliRunner().invoke(app, ["launch", "slurm", *words])
+    assert (done.exit_code, "note" in done.output) == (0, False)
+
+
 def test_a_scheduler_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for backend, program in (("slurm", "sbatch"), ("kubernetes", "kubectl")):
