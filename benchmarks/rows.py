@@ -38,12 +38,13 @@ class RowFile:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """Writes one row, with the machine it was measured on."""
+        """Writes one row, with the machine it was measured on and the machine's load."""
         self.rows.append(row)
         if self._path is not None:
             with self._path.open("a") as file:
                 value = row.value if math.isfinite(row.value) else None  # JSON knows no NaN
-                content = {**asdict(row), "value": value, "env": environment()}
+                load = round(os.getloadavg()[0], 1)  # of the last minute: what else the machine did
+                content = {**asdict(row), "value": value, "env": {**environment(), "load": load}}
                 file.write(json.dumps(content, allow_nan=False) + "\n")
 
 
