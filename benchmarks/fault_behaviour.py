@@ -21,8 +21,8 @@ CHECKPOINT_EVERY = 10
 FAULT_STEP = 33
 MODULE = "benchmarks.faulty_rank"
 REPOSITORY = Path(__file__).parents[1]
-START_SECONDS = 120.0
-END_SECONDS = 150.0
+START_SECONDS = 300.0
+END_SECONDS = 300.0
 _START = re.compile(r"from step (\d+) to \d+")
 
 

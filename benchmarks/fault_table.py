@@ -10,8 +10,12 @@ from typing import Any
 
 from benchmarks.fault_cases import LAUNCHERS, Case
 
+BEGIN = "<!-- begin: python -m benchmarks.faults --table -->"
+END = "<!-- end -->"
 _HEAD = "| fault | launcher | promised | seen | seconds to recover | lost steps | weights at the end |"
-_SHORT_HEAD = "| fault | torchrun | Slurm | mpirun |"
+_SHORTBEGIN = "<!-- begin: python -m benchmarks.faults --table -->"
+END = "<!-- end -->"
+_HEAD = "| fault | torchrun | Slurm | mpirun |"
 _NOTHING = "—"
 
 
@@ -71,6 +75,15 @@ def short_table(seen: dict[tuple[str, str], Seen]) -> str:
         if set(cells) != {_NOTHING}:
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def place(text: str, content: str) -> str:
+    """A Markdown text with the content between its two marks. Raises ValueError where it has none."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the text has no {BEGIN} with {END} after it")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def _short(one: Seen | None) -> str:

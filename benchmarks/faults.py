@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.fault_behaviour import STEPS, Outcome, train_words
 from benchmarks.fault_cases import LAUNCHERS, Case
-from benchmarks.fault_table import read, short_table, table
+from benchmarks.fault_table import place, read, short_table, table
 from benchmarks.rows import Row, RowFile
 from cluster.errors import EmulationError
 from efficient_dl.training.checkpoint import CheckpointFolder
@@ -33,6 +33,7 @@ from efficient_dl.training.checkpoint import CheckpointFolder
 BENCH = "faults"
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "faults.jsonl"
+DOCUMENT, README = REPOSITORY / "docs" / "faults.md", REPOSITORY / "README.md"
 _TIDY_SECONDS = 5.0  # multiprocessing's own tracker ends when its pipe closes
 
 
@@ -101,7 +102,7 @@ def main(
     cases: Annotated[str, typer.Option(help="names, with commas between them; all if empty")] = "",
     list_: Annotated[bool, typer.Option("--list", help="only print the cases' names")] = False,
     table_: Annotated[
-        bool, typer.Option("--table", help="measure nothing: print the tables of committed rows")
+        bool, typer.Option("--table", help="measure nothing: put the committed rows into docs and README")
     ] = False,
     quick: Annotated[bool, typer.Option(help="two cases")] = False,
 ) -> None:
@@ -113,8 +114,10 @@ def main(
         print("\n".join(known))
         return
     if table_:
-        seen = read(out or RESULTS)
-        print(f"{table(seen)}\n\n{short_table(seen)}")
+        seen = read(RESULTS)
+        for file, content in ((DOCUMENT, table(seen)), (README, short_table(seen))):
+            file.write_text(place(file.read_text(), content))
+            print(f"{content}\n")
         return
     names = cases.split(",") if cases else (["worker-killed", "link-cut-5-s"] if quick else list(known))
     if unknown := [name for name in names if name not in known]:
