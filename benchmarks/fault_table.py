@@ -13,9 +13,7 @@ from benchmarks.fault_cases import LAUNCHERS, Case
 BEGIN = "<!-- begin: python -m benchmarks.faults --table -->"
 END = "<!-- end -->"
 _HEAD = "| fault | launcher | promised | seen | seconds to recover | lost steps | weights at the end |"
-_SHORTBEGIN = "<!-- begin: python -m benchmarks.faults --table -->"
-END = "<!-- end -->"
-_HEAD = "| fault | torchrun | Slurm | mpirun |"
+_SHORT_HEAD = "| fault | torchrun | Slurm | mpirun |"
 _NOTHING = "—"
 
 
@@ -56,7 +54,7 @@ def read(path: Path) -> dict[tuple[str, str], Seen]:
 
 def table(seen: dict[tuple[str, str], Seen], launchers: Iterable[str] = tuple(LAUNCHERS)) -> str:
     """Every case that was measured, in Markdown."""
-    lines = [_HEAD, "|---" * _HEAD.count(" | ") + "|---|"]
+    lines = [_HEAD, "|---" * 7 + "|"]
     for launcher in launchers:
         for case in LAUNCHERS[launcher][1].values():
             one = seen.get((launcher, case.title))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,6 @@ def test_a_text_without_marks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("file", "made"), [(DOCUMENT, table), (README, short_table)])
-def test_the_documents_have_the_table_of_the_committed_rows(file: Path, made) -> None:  # noqa: ANN001
+def test_the_documents_have_the_table_of_the_committed_rows(file: Path, made: Callable[..., str]) -> None:
     text = file.read_text()
     assert place(text, made(read(RESULTS))) == text, "python -m benchmarks.faults --table"
