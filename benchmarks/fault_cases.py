@@ -80,9 +80,9 @@ _WATCHED = ("run.watchdog_seconds=8",)
 _ALONE = Launcher(hosts="1:2", join_seconds=30)
 _VERSION = "PlanMismatch: rank 1 runs another version than rank 0"
 _STUCK = "RankStuck: rank 1 makes no progress"
-_DEAD_RANK = "SIGKILL of a rank"
+_DEAD_RANK = "SIGKILL of a worker"
 _DEAD_FIRST = "SIGKILL of rank 0"
-_STOPPED = "SIGSTOP of a rank, time-out 8 s"
+_STOPPED = "SIGSTOP of a worker, time-out 8 s"
 _HANGS = "a rank hangs, watchdog 8 s"
 _FLIP = "a bit flips in a packet"
 _CUT = "a link is cut for good, time-out 8 s"
@@ -122,7 +122,7 @@ TORCHRUN: dict[str, Case] = {
         again_after(_signal_agents, "a checkpoint of the last step, and the end"),
     ),
     "link-cut": Case(
-        f"{_CUT}, --nnodes 1:2",
+        "a link is cut for good, --nnodes 1:2, time-out 8 s",
         RESTARTED,
         restarted_after(lambda job: job.cut(1), hosts=(0,)),
         _ALONE,

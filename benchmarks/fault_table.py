@@ -89,7 +89,8 @@ def _short(one: Seen | None) -> str:
         return _NOTHING
     again, end = one.values.get("seconds_to_recover"), one.values.get("seconds_to_end")
     if again is None:
-        return "undisturbed" if end is None else f"ends, {end:.0f} s"
+        stays = "goes on" if "same_weights" in one.values else "ends"
+        return stays if end is None else f"{stays}, {end:.0f} s"
     return f"{again:.0f} s, {one.lost}" + ("" if end is None else " *")
 
 
