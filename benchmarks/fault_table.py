@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +66,9 @@ def table(seen: dict[tuple[str, str], Seen], launchers: Iterable[str] = tuple(LA
 
 
 def short_table(seen: dict[tuple[str, str], Seen]) -> str:
-    """Fault x launcher -> seconds to recover and lost steps, in Markdown."""
-    titles = list(dict.fromkeys(case.title for _, cases in LAUNCHERS.values() for case in cases.values()))
+    """Fault x launcher -> seconds to recover and lost steps, in Markdown: the faults that several launchers have."""
+    known = Counter(case.title for _, cases in LAUNCHERS.values() for case in cases.values())
+    titles = [title for title, launchers in known.items() if launchers > 1]
     lines = [_SHORT_HEAD, "|---|---|---|---|"]
     for title in titles:
         cells = [_short(seen.get((launcher, title))) for launcher in LAUNCHERS]
