@@ -49,7 +49,7 @@ class Measured:
 
 
 def undisturbed(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights and the optimizer's state of two workers on one host after all steps, trained if they are not there."""
+    """The weights and the optimizer's state of two workers on one host after all steps, trained unless there."""
     out = folder / "undisturbed"
     if CheckpointFolder(out / "checkpoints").latest() == STEPS:
         return final(out)
