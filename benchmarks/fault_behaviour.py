@@ -202,6 +202,31 @@ def again_after(
     return fault
 
 
+def ranks_end_after(hurt: Hurt, mend: Hurt, how: str) -> Fault:
+    """All ranks end in time, what started them does not. mend: ends it. Then the same command goes on."""
+
+    def fault(job: HurtJob, out: Path) -> Outcome:
+        metrics = running(job, out)
+        restart = Restart(job, metrics)
+        hurt(job)
+        wait_until(
+            lambda: not any(job.ranks(host) for host in job.hosts()),
+            END_SECONDS,
+            lambda: f"all ranks to end; {job.output()}",
+        )
+        ended = restart.ended()
+        mend(job)
+        job.wait(END_SECONDS)
+        wait_until(lambda: not job.left(), END_SECONDS, lambda: f"the rest to end: {job.left()}")
+        job.begin()
+        seconds, lost = restart.awaited()
+        if any(job.wait(END_SECONDS)):
+            raise EmulationError(f"the second job failed; {job.output()}")
+        return Outcome(f"{how}; the same command goes on", seconds, lost, ended)
+
+    return fault
+
+
 def ends_after(hurt: Hurt, how: str) -> Fault:
     """The job ends for good. how: it must be said."""
 

@@ -17,6 +17,7 @@ from benchmarks.fault_behaviour import (
     ends_after,
     inside_restarted,
     link_cut_for,
+    ranks_end_after,
     refused,
     restarted_after,
     same_port,
@@ -25,6 +26,7 @@ from benchmarks.fault_behaviour import (
 )
 from benchmarks.fault_jobs import MakesJob, mpirun_job, slurm_job, torchrun_job
 from cluster.faults import HurtJob
+from cluster.mpi.job import MpirunJob
 from cluster.torchrun import Launcher, TorchrunJob
 
 _PACE_SECONDS = 0.04
@@ -73,6 +75,11 @@ def _inside(fault: str) -> tuple[str, ...]:
 def _signal_agents(job: TorchrunJob) -> None:
     for host in job.hosts():
         os.kill(job.agent(host), signal.SIGTERM)
+
+
+def _end_mpirun(job: MpirunJob) -> None:
+    job.signal_mpirun(signal.SIGKILL)
+    job.restore(1)
 
 
 _SHORT = ("run.timeout_seconds=8",)
@@ -201,7 +208,14 @@ MPIRUN: dict[str, Case] = {
         ),
     ),
     "link-cut": Case(
-        _CUT, AGAIN, again_after(lambda job: job.cut(1), mend=lambda job: job.restore(1)), settings=_SHORT
+        _CUT,
+        "all ranks end in time; once mpirun is ended, too, the same command goes on",
+        ranks_end_after(
+            lambda job: job.cut(1),
+            _end_mpirun,
+            "all ranks end; mpirun waits for its daemon, until it is killed",
+        ),
+        settings=_SHORT,
     ),
     "version": Case(
         "different versions on two ranks", REFUSED, refused(_VERSION), inside=("--fault", "version")
