@@ -143,6 +143,7 @@ def test_a_job_of_edl_launch_is_announced_its_end_is_requeued_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.timeout(280)
 def test_a_job_whose_data_is_missing_ends_with_that_code_and_is_not_requeued(
     running: RunningCluster, tmp_path: Path
 ) -> None:
@@ -158,7 +159,7 @@ def test_a_job_whose_data_is_missing_ends_with_that_code_and_is_not_requeued(
     ]
     words += ["--", "train", "--model", "gpt-nano", "--data", f"tokens:{tmp_path}/nothing"]
     edl = ["env", f"--chdir={tmp_path}", sys.executable, "-m", "efficient_dl.cli", *words]
-    done = running.run(edl, {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=150)
+    done = running.run(edl, {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=250)
     (log,) = tmp_path.glob("edl-*.log")
     text = log.read_text()
     assert done.returncode == 3, done.stdout + done.stderr + text
@@ -168,10 +169,11 @@ def test_a_job_whose_data_is_missing_ends_with_that_code_and_is_not_requeued(
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.timeout(280)
 def test_partitions_train_on_nodes_of_their_own(running: RunningCluster, tmp_path: Path) -> None:
     mode = ["--mode", "partitionwise", "--partitions", "2"]
     words = [sys.executable, "-m", "efficient_dl.cli", *train_arguments(tmp_path / "run", 4, *mode)]
-    done = running.run(["srun", "-N", "2", *words], {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=150)
+    done = running.run(["srun", "-N", "2", *words], {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=250)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, 4)
