@@ -1,7 +1,7 @@
 """What rows say of a claim: the three forms of a verdict, and rows of a study joined by seed.
 
-A study is a module with `run_study(*, quick) -> rows`, `verdict(rows) -> str`, a pure function, and where it has more to
-show than the default picture `draw(rows, path)`. Rows are dicts as benchmarks.rows writes them.
+A study is a module with `run_study(*, quick) -> rows`, `verdict(rows) -> str`, a pure function, and where it has more
+to show than the default picture `draw(rows, path)`. Rows are dicts as benchmarks.rows writes them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def split(verdict: str) -> tuple[str, str]:
 
 
 def by_seed(rows: Rows, system: str, metric: str) -> dict[str, dict[int, float]]:
-    """{case: {seed: value}} of one metric of one system; of a repeated row the later one; NaN where it was not finite."""
+    """{case: {seed: value}} of one metric of one system; of a repeated row the later one; NaN if not finite."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         case, comma, seed = str(row["case"]).rpartition(", seed ")

@@ -3,10 +3,11 @@
 python -m benchmarks.weight_exchange --out benchmarks/results/weight_exchange.jsonl     # half an hour on one core
 python -m benchmarks.weight_exchange --quick                                            # half a minute
 Two workers train copies of a network on halves of each batch and average their weights every few steps. What a worker
-sends is a real packet, whose bytes count, headers included; both workers live in this process. The sent bits follow the
-RMS of what is sent, after Øland & Raj 2015 (ICASSP): per tensor d = W − W_ref, b = clip(first + round(log2(rms(d)/rms_0)),
-2, 8) with rms_0 that of the first exchange, stochastic rounding to a step of range(d)/(2^b − 1), entropy coding, and
-W_ref += the mean of what was sent. first = 8 is the paper's; 5 is ours. "weights" sends W in the place of d.
+sends is a real packet, whose bytes count, headers included; both workers live in this process. The sent bits follow
+the RMS of what is sent, after Øland & Raj (ICASSP 2015): per tensor d = W − W_ref, b = clip(first +
+round(log2(rms(d)/rms_0)), 2, 8) with rms_0 that of the first exchange, stochastic rounding to a step of
+range(d)/(2^b − 1), entropy coding, and W_ref += the mean of what was sent. first: 8, and 5 as a variant of ours.
+"weights" sends W in the place of d.
 """
 
 from __future__ import annotations
@@ -320,7 +321,7 @@ def curve_steps(rows: Rows) -> list[int]:
 
 
 def exchange_cells(rows: Rows, system: str) -> tuple[list[str], list[str], str]:
-    """All cells; those with the target's ratio and an accuracy within one standard deviation of fp32's seeds; a text."""
+    """All cells; those with the target's ratio and an accuracy within a standard deviation of fp32's seeds; a text."""
     ratios, accuracies = by_seed(rows, system, "ratio"), by_seed(rows, system, "accuracy")
     exact = by_seed(rows, EXACT, "accuracy")
     passing, means, texts = [], [], []

@@ -1,4 +1,4 @@
-"""The command line: edl train, edl launch, edl probe, edl demo, edl doctor."""
+"""The command line: edl train, edl launch, edl probe, edl demo, edl reproduce, edl doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.reproduce import add_to as add_reproduce
 
 if TYPE_CHECKING:
     from efficient_dl.config import Config
@@ -468,6 +469,9 @@ def _reported() -> Iterator[Outcome]:
         raise typer.Exit(128 + number) from None
     finally:
         outcome.tidy()
+
+
+add_reproduce(app, _reported)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
