@@ -24,7 +24,7 @@ def main(
     rows: Annotated[Path, typer.Argument(help="rows of benchmarks.objectives", exists=True)],
     out: Annotated[Path, typer.Argument(help="the picture to write, .svg, .png or .pdf")],
 ) -> None:
-    """One panel a case: a point a seed, a bar for the mean; a run that does not arrive counts as beyond the last step."""
+    """One panel a case: a point a seed, a bar for the mean; a run that never arrives counts as beyond the end."""
     found = [row for row in map(json.loads, rows.read_text().splitlines()) if row["bench"] == BENCH]
     cases = list(by_seed(found, REFERENCE, "steps_to_target"))
     figure, panels = plt.subplots(

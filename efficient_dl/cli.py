@@ -122,6 +122,9 @@ def train(
         typer.Option(help="cross-entropy, linear, expgb, pow3gb, squentropy or rescaled-square: the loss."),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adamw or muon.")] = None,
+    entropy_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of entropies; 500 is cheap. 0: none.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
     ] = None,
@@ -173,6 +176,7 @@ def train(
         "data.name": data,
         "train.objective": objective,
         "optimizer.name": optimizer,
+        "entropy.every": entropy_every,
         "compression.bits": bits,
         "local.mode": mode,
         "local.partitions": partitions,

@@ -202,6 +202,22 @@ class LocalConfig(Section):
 
 
 @dataclass(frozen=True)
+class EntropyConfig(Section):
+    section: ClassVar[str] = "entropy"
+    every: int = setting(
+        0,
+        "steps between measurements of what weights, gradients, ... are worth in bits; 500 costs under 1 % of a step; "
+        "0: never",
+        low=0,
+        high=_MANY,
+    )
+    kinds: str = setting(
+        "weights, gradients, moments, activations", "what is measured, with commas", required=True
+    )
+    bits: int = setting(8, "of the quantizers whose entropy is told", low=2, high=12)
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     section: ClassVar[str] = "run"
     out: str = setting("", "the run's folder; empty: a name made from the settings")
@@ -233,6 +249,7 @@ class Config:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def settings(self, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -274,6 +291,7 @@ SECTIONS: dict[str, type[Section]] = {
         CompressionConfig,
         TrainConfig,
         LocalConfig,
+        EntropyConfig,
         RunConfig,
     )
 }

@@ -23,6 +23,7 @@ from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
+from efficient_dl.training.entropy_log import EntropyLog
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
@@ -49,6 +50,7 @@ class Trainer(RunLoop):
         )
         self._settle_buckets()
         self.compression = self._compress()
+        self.entropy = EntropyLog(self.config, self.model, self.optimizer, self.folder)
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
@@ -86,6 +88,7 @@ class Trainer(RunLoop):
             self.optimizer.step(lr)
             self.optimizer.zero_grad()
         self.step += 1
+        self.entropy.write(self.step)
         return row
 
     def backward(self, model: nn.Module) -> Tensor:
@@ -166,11 +169,12 @@ class Trainer(RunLoop):
 
     def _save(self) -> None:
         self._sync_buffers()
-        state = resume.rank_state(self.compression, self.device)
+        state = resume.rank_state(self.compression, self.device) | {"entropy": self.entropy.state_dict()}
         self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, self._about())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
+        self.entropy.load_state_dict(checkpoint.rank_states[0].get("entropy"), checkpoint.step)
         compression = self.compression if self._same_plan(checkpoint) else None
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
@@ -179,6 +183,8 @@ class Trainer(RunLoop):
 
     def _close(self) -> None:
         self.compression.close()
+        self.entropy.close()
+        self.entropy.draw()
 
     def _abort(self) -> None:
         compression: Compression | None = getattr(self, "compression", None)  # none before `_prepare` is done
