@@ -143,6 +143,12 @@ class TrainConfig(Section):
     objective: str = setting(
         "cross-entropy", "the loss of the model's outputs; val_loss is nats for all", words=OBJECTIVE_WORDS
     )
+    fused_loss: str = setting(
+        "auto",
+        "a gpt's output layer and loss in one, without batch x context x vocabulary logits in memory; auto: where they "
+        "are larger than 32 MiB; end-to-end",
+        words=("auto", "on", "off"),
+    )
     precision: str = setting("fp32", "arithmetic of the layers; bf16: autocast", words=("fp32", "bf16"))
     accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
     eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)

@@ -1,4 +1,4 @@
-"""The entropy observer in a run: its rows in the run's folder, its frozen steps in checkpoints, a heat map at the end."""
+"""The entropy observer in a run: rows in the run's folder, frozen steps in checkpoints, a heat map at the end."""
 
 from __future__ import annotations
 

@@ -80,7 +80,15 @@ def test_a_heat_map_of_a_long_run_is_thinned(tmp_path: Path) -> None:
 
     folder = RunFolder(tmp_path, writes=True)
     nan = float("nan")
-    row = {"kind": "weights", "name": "w", "numel": 9, "range": 1.0, "frozen": nan, "rms": 1.0, "exponent": 1.0}
+    row = {
+        "kind": "weights",
+        "name": "w",
+        "numel": 9,
+        "range": 1.0,
+        "frozen": nan,
+        "rms": 1.0,
+        "exponent": 1.0,
+    }
     row |= {"unchanged": 0.0, "unchanged_bf16": 0.0}
     folder.log_entropy([{**row, "step": step} for step in range(3 * MAX_COLUMNS)])
     history = _history(folder)
