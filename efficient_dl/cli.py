@@ -138,6 +138,10 @@ def train(
     window: Annotated[
         int | None, typer.Option(help="2: a partition also learns from the next one's loss; layerwise.")
     ] = None,
+    keep_examples: Annotated[
+        float | None,
+        typer.Option(help="Share of its examples that a partition hands on, those of large loss; layerwise."),
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
     ] = None,
@@ -181,6 +185,7 @@ def train(
         "local.mode": mode,
         "local.partitions": partitions,
         "local.window": window,
+        "local.keep_examples": keep_examples,
         "compression.scale": scale,
         "compression.hierarchy": hierarchy,
         "compression.transport": transport,

@@ -181,6 +181,18 @@ class LocalConfig(Section):
         "auxiliary heads: linear, auglocal, auglocal:DEPTH, predsim (images), causal:BLOCKS (tokens); "
         "auto: auglocal for images, causal:1 for tokens",
     )
+    keep_examples: float = setting(
+        1.0,
+        "the share of its examples that a partition hands on to the next one, which learns from no others; layerwise, "
+        "simultaneous, window 1",
+        above=0.0,
+        high=1.0,
+    )
+    keep_by: str = setting(
+        "loss",
+        "which examples are handed on: those with the largest local loss, or at random",
+        words=("loss", "random"),
+    )
     penalty: float = setting(
         0.0, "1/tau of the penalty on residual branches, (1/2tau)*|branch|^2; 0: none", low=0.0, high=1e6
     )

@@ -34,6 +34,7 @@ from efficient_dl.training.run_folder import (
     recorded_config,
     write_plan,
 )
+from efficient_dl.training.stage import check_selection
 from efficient_dl.training.watch import Unwatched, Watch, watched
 from efficient_dl.training.worker import Worker
 
@@ -123,6 +124,7 @@ def _prepared(config: Config, notes: list[str], data: Dataset | None = None) -> 
     data = data or _data(config)
     check_entropy(config)
     check_fused(config)
+    check_selection(config)
     check_model(config.model, data.spec, config.data.batch_size)
     Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
     return _Prepared(_with(config, "data", fingerprint=data.fingerprint), data, notes)
