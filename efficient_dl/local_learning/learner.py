@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from efficient_dl.coordinator.assignment import Assignment
 from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.local_learning.block import LocalBlock
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.held import Frozen, Held, Trained
 from efficient_dl.local_learning.host import Host
@@ -182,6 +183,14 @@ class LocalLearner:
     def training(self) -> tuple[int, ...]:
         """The partitions that train."""
         return tuple(sorted(self._trained))
+
+    def block(self, index: int) -> LocalBlock:
+        """A partition in training with its head. Raises ConfigError for one that does not train."""
+        if index not in self._trained:
+            raise ConfigError(
+                "this partition does not train", expected=f"one of {self.training}", found=str(index)
+            )
+        return self._trained[index].block
 
     def state_dict(self) -> dict[str, Any]:
         """Heads and optimizers of the partitions in training; the model's own state_dict() holds the rest."""
