@@ -149,18 +149,8 @@ def measure(case: Case, kept: tuple[float, ...], seeds: range, file: RowFile) ->
         for keep, by in settings(kept):
             found = train(case, data, keep, by, seed)
             for metric, value in found.items():
-                unit = unit_of(metric)
-                file.add(
-                    Row(
-                        BENCH,
-                        f"{case.title}, seed {seed}",
-                        name_of(keep, by),
-                        metric,
-                        value,
-                        unit,
-                        "accuracy" in metric,
-                    )
-                )
+                where, name, higher = f"{case.title}, seed {seed}", name_of(keep, by), "accuracy" in metric
+                file.add(Row(BENCH, where, name, metric, value, unit_of(metric), higher))
             print(
                 f"{case.title}, seed {seed}: {name_of(keep, by)}: accuracy {found['accuracy']:.4f}, "
                 f"{1000 * found['step_seconds']:.1f} ms a step",
@@ -231,7 +221,9 @@ def cost(rows: Rows, name: str) -> float:
 
 
 def learned(rows: Rows) -> str:
-    metrics = sorted({str(row["metric"]) for row in rows if str(row["metric"]).startswith("learned_by_block_")})
+    metrics = sorted(
+        {str(row["metric"]) for row in rows if str(row["metric"]).startswith("learned_by_block_")}
+    )
     return ", ".join(f"{100 * mean_of(rows, EVERYTHING, metric):.0f} %" for metric in metrics)
 
 
@@ -252,9 +244,7 @@ def main(
     file = RowFile(out)
     case = QUICK if quick else FULL
     shares = tuple(float(one) for one in kept.split(","))
-    measure(
-        replace(case, steps=steps or case.steps), shares, range(min(seeds, 3) if quick else seeds), file
-    )
+    measure(replace(case, steps=steps or case.steps), shares, range(min(seeds, 3) if quick else seeds), file)
     print(verdict([as_dict(row) for row in file.rows]))
 
 
