@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.verdicts import FAILS, HOLDS, HOLDS_IF, form_of, split
+from benchmarks.verdicts import FAILS, HOLDS, HOLDS_IF, IN_PART, form_of, split
 
 if TYPE_CHECKING:
     from benchmarks.reproduce import Outcome
 
-_COLOURS = {HOLDS: "#1a7f37", HOLDS_IF: "#9a6700", FAILS: "#b42318"}
+_COLOURS = {HOLDS: "#1a7f37", HOLDS_IF: "#9a6700", IN_PART: "#9a6700", FAILS: "#b42318"}
 _NOTE = (
     "The thesis: Anders Øland, Efficient Deep Learning, CMU-CS-24-147, 2024. Only its abstract was at hand; "
     "claims are told in our words, methods are the best published ones for the same claim. Verdicts are computed from "

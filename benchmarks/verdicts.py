@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.pairs import mean_interval
 
 HOLDS, HOLDS_IF, FAILS = "holds", "holds if", "does not hold here"
+IN_PART = "holds in part"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -24,14 +25,20 @@ def says(conditions: Sequence[str] | None, found: str) -> str:
 
 
 def form_of(verdict: str) -> str:
-    """Which of the three forms it has; "" if none."""
-    return next((form for form in (FAILS, HOLDS_IF, HOLDS) if verdict.startswith(form)), "")
+    """Which form it has: one of the three, IN_PART for a text of several findings that differ, "" for none."""
+    forms = [form for form in (FAILS, HOLDS_IF, HOLDS) if verdict.startswith(form)]
+    if forms:
+        return forms[0]
+    holds = HOLDS in verdict.replace(FAILS, "")
+    return (IN_PART if holds else FAILS) if FAILS in verdict else HOLDS if holds else ""
 
 
 def split(verdict: str) -> tuple[str, str]:
-    """(what is said, the numbers that say it)."""
+    """(what is said, the numbers that say it); a text of other shape is the numbers, and its form what is said."""
     said, colon, found = verdict.partition(": ")
-    return (said, found) if colon else (verdict, "")
+    if said.startswith((FAILS, HOLDS)):
+        return said, found
+    return form_of(verdict) or "no verdict", found if colon and " " not in said else verdict
 
 
 def by_seed(rows: Rows, system: str, metric: str) -> dict[str, dict[int, float]]:

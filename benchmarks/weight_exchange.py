@@ -262,15 +262,14 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
 def verdict(rows: Rows) -> str:
     """Whether entropy falls under each rule (paired over seeds, 95 %), and what an exchange saves at what accuracy."""
     falling, changes = entropy_changes(rows)
-    found = [
-        "entropy of weights from start to end, bits: "
-        + ", ".join(f"{rule} {span(changes[rule], '+.2f')}" for rule in RULES if changes[rule])
-    ]
+    found: list[str] = []
     passing: dict[str, list[str]] = {}
     cells_seen: list[str] = []
     for system in FIRST_BITS:
         cells_seen, passing[system], text = exchange_cells(rows, system)
         found.append(f"{system}: {text}")
+    ranges = ", ".join(f"{rule} {span(changes[rule], '+.2f')}" for rule in RULES if changes[rule])
+    found.insert(1, f"entropy of weights from start to end, bits: {ranges}")
     entropy, exchange = _of_entropy(falling, cells_seen), _of_exchange(passing, cells_seen)
     conditions = None if entropy is None or exchange is None else [*entropy, *exchange]
     return says(conditions, "; ".join(found))
@@ -338,8 +337,9 @@ def exchange_cells(rows: Rows, system: str) -> tuple[list[str], list[str], str]:
 
 
 def cell_of(case: str) -> str:
-    """ "normal initialization, sgd" of a row's case."""
-    return ", ".join(case.split(", ")[-2:])
+    """ "sgd from normal weights" of a row's case."""
+    initialization, optimizer = case.split(", ")[-2:]
+    return f"{optimizer} from {initialization.split()[0]} weights"
 
 
 def deviation(values: list[float]) -> float:

@@ -70,7 +70,7 @@ def test_the_second_partition_takes_exactly_the_step_of_the_hardest_half() -> No
     model, by_hand = chain(), chain()
     learner = learner_of(model, keep_examples=0.5)
     inputs, targets = batch(1)
-    heads = [copy.deepcopy(learner._trained[index].block.head) for index in (0, 1)]
+    heads = [copy.deepcopy(learner.block(index).head) for index in (0, 1)]
     with torch.no_grad():
         features = by_hand[0](inputs)
         losses = F.cross_entropy(heads[0](features), targets, reduction="none")
