@@ -188,7 +188,8 @@ def built(case: Case, data: Dataset, initialization: str, seed: int) -> nn.Modul
 @torch.no_grad()
 def entropies(model: nn.Module, initial: dict[str, Tensor], step: int) -> dict[tuple[str, int], float]:
     """Bits a value by (rule, step): means over the values of all tensors that are large enough."""
-    sums, numel = dict.fromkeys(RULES, 0.0), 0
+    sums: dict[str, float] = dict.fromkeys(RULES, 0.0)
+    numel = 0
     for name, weight in model.named_parameters():
         if weight.numel() < MIN_NUMEL:
             continue
@@ -323,16 +324,20 @@ def exchange_cells(rows: Rows, system: str) -> tuple[list[str], list[str], str]:
     """All cells; those with the target's ratio and an accuracy within a standard deviation of fp32's seeds; a text."""
     ratios, accuracies = by_seed(rows, system, "ratio"), by_seed(rows, system, "accuracy")
     exact = by_seed(rows, EXACT, "accuracy")
-    passing, means, texts = [], [], []
+    passing: list[str] = []
+    means: list[float] = []
+    changes: list[tuple[float, float]] = []
     for case, of_seed in ratios.items():
         mean_ratio = sum(of_seed.values()) / len(of_seed)
         means.append(mean_ratio)
         mean, half, _ = differences(accuracies[case], exact[case])
-        texts.append((100 * mean, 100 * half))
+        changes.append((100 * mean, 100 * half))
         if mean_ratio >= TARGET_RATIO and mean >= -deviation(list(exact[case].values())):
             passing.append(cell_of(case))
-    worst = min(texts, default=(math.nan, math.nan))
-    text = f"{span(means)} x fewer bytes than fp32, accuracy at worst {interval_text(*worst, '+.2f')} points"
+    mean, half = min(changes, default=(math.nan, math.nan))
+    text = (
+        f"{span(means)} x fewer bytes than fp32, accuracy at worst {interval_text(mean, half, '+.2f')} points"
+    )
     return [cell_of(case) for case in ratios], passing, text
 
 

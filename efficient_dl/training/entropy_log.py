@@ -95,7 +95,9 @@ def _history(folder: RunFolder) -> list[list[Row]]:
     """The file's measurements, oldest first, at most MAX_COLUMNS, evenly thinned."""
     by_step: dict[int, list[Row]] = {}
     for line in folder.rows(ENTROPY):
-        values = {key: float("nan") if value is None else value for key, value in line.items()}
+        values: dict[str, Any] = {
+            key: float("nan") if value is None else value for key, value in line.items()
+        }
         by_step.setdefault(line["step"], []).append(Row(**values))
     steps = sorted(by_step)
     every = -(-len(steps) // MAX_COLUMNS)
