@@ -18,17 +18,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.claims import CLAIMS, Claim, NotHere
-from benchmarks.reproduce_page import write_page
+from benchmarks.reproduce_page import markdown, write_page
 
 ALL = "all"
-ROWS, PICTURE, PAGE = "rows.jsonl", "plot.svg", "index.html"
+ROWS, PICTURE, PAGE, TABLE = "rows.jsonl", "plot.svg", "index.html", "table.md"
 LIMIT_SECONDS = {True: 1800.0, False: 36 * 3600.0}  # of one study, quick or not; quick ones take two minutes
-_ENDING_SECONDS = 30.0
+_HEARD_SECONDS, _ENDING_SECONDS = 10.0, 30.0
 _ROOT = Path(__file__).parent.parent
 
 
@@ -48,7 +49,7 @@ class Outcome:
 
 
 def reproduce(keys: Sequence[str], out: Path, *, quick: bool, from_results: bool) -> list[Outcome]:
-    """Runs (or, from_results, reads) the studies in turn; `out` gets a folder for each and index.html."""
+    """Runs (or, from_results, reads) the studies in turn; `out` gets a folder for each, a page and a table."""
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for number, key in enumerate(keys, start=1):
@@ -68,6 +69,7 @@ def reproduce(keys: Sequence[str], out: Path, *, quick: bool, from_results: bool
         outcomes.append(outcome)
         write_page(outcomes, out / PAGE)
         write_page([outcome], out / key / PAGE)
+        (out / TABLE).write_text(markdown(outcomes))
         print(f"{key}: {outcome.verdict or 'FAILED: ' + outcome.error} ({outcome.seconds:.0f} s)", flush=True)
     return outcomes
 
@@ -101,26 +103,37 @@ def _run(claim: Claim, rows_file: Path, quick: bool) -> None:
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         code = process.wait(LIMIT_SECONDS[quick])
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
         raise RuntimeError(f"the study took more than {LIMIT_SECONDS[quick]:.0f} s and was ended") from None
     finally:
         _end(process)
+        signal.signal(signal.SIGTERM, before)
     if code != 0:
         reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         raise RuntimeError(f"the study ended with {reason}; what it printed above says why")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that has had its interrupt, or has to end now; kill it if it does not."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # so that emulated networks are taken down
+    """Nothing, if it has ended. Else time to answer the interrupt that a terminal sent it, too; then one from here.
+
+    Killed it is only when that does not help: a study takes its emulated networks down when it is interrupted.
+    """
+    for patience in (_HEARD_SECONDS, _ENDING_SECONDS):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_ENDING_SECONDS)
-    if process.poll() is None:
-        process.kill()
-        process.wait()
+            process.wait(patience)
+            return
+        process.send_signal(signal.SIGINT)
+    process.kill()
+    process.wait()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End by SIGTERM in an orderly way: with the study's process ended, too."""
+    raise SystemExit(128 + number)
 
 
 def _machines(rows: Sequence[dict[str, Any]]) -> list[str]:
