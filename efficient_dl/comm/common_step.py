@@ -110,7 +110,8 @@ class CommonStep:
         packet = torch.tensor(counts, dtype=torch.int64).view(torch.uint8).to(transport.device)
         work = transport.gather(packet)
         ranks = torch.stack([message.cpu().view(torch.int64) for message in work.wait()])
-        self.agreed(ranks[:, :-2].sum(0).tolist(), ranks[:, -2:].amax(0).tolist())
+        sums, largest = ranks.sum(0)[:-2], ranks.amax(0)[-2:]
+        self.agreed([int(count) for count in sums], [int(peak) for peak in largest])
         return work.sent_bytes
 
     def agreed(self, total: Sequence[int], peaks: Sequence[int]) -> None:
