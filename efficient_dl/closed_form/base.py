@@ -92,18 +92,16 @@ class ClosedForm(BaseEstimator):
         check_strength("ridge", self.ridge)
 
     def _fitted(self, data: Prepared, ranks: Ranks) -> ClosedFormNetwork:
-        transform: Tensor | None = None
-        for remaining in range(self.agop_rounds, -1, -1):
-            generator = torch.Generator().manual_seed(data.seed)
-            x = data.x if transform is None else data.x @ transform
-            network = self._build(data, x, generator, ranks)
-            if remaining:
-                transform = metric(network, transform, data.x, ranks)
+        generator = torch.Generator()
+        network, transform = self._build(data, data.x, generator.manual_seed(data.seed), ranks), None
+        for _ in range(self.agop_rounds):
+            transform = metric(network, transform, data.x, ranks)
+            network = self._build(data, data.x @ transform, generator.manual_seed(data.seed), ranks)
         return agreed(finished(network, data, transform), ranks)
 
     def _scores(self, X: Any) -> Array:
         check_is_fitted(self)
-        rows: Array = validate_data(self, X, reset=False, dtype=np.float64)
+        rows: Any = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
             return by_rows(self.network_, torch.tensor(rows, dtype=torch.float64)).numpy()
 
@@ -129,7 +127,8 @@ class Classifier(ClassifierMixin, ClosedForm):
 
     def _checked(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
         least = 2 if reset else 1
-        rows, labels = validate_data(self, X, y, reset=reset, dtype=np.float64, ensure_min_samples=least)
+        checked: Any = validate_data(self, X, y, reset=reset, dtype=np.float64, ensure_min_samples=least)
+        rows, labels = checked
         check_classification_targets(labels)
         return rows, labels
 
@@ -158,7 +157,7 @@ class Regressor(RegressorMixin, ClosedForm):
         return True
 
     def _checked(self, X: Any, y: Any, *, reset: bool) -> tuple[Array, Array]:
-        rows, targets = validate_data(
+        checked: Any = validate_data(
             self,
             X,
             y,
@@ -168,6 +167,7 @@ class Regressor(RegressorMixin, ClosedForm):
             multi_output=True,
             y_numeric=True,
         )
+        rows, targets = checked
         if reset:
             self._several_ = targets.ndim == 2
         return rows, targets

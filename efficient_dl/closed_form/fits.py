@@ -108,7 +108,7 @@ def projected(
     width: int,
     num_layers: int,
     activation: str,
-    layer_ridge: float,
+    layer_ridge: Strength,
     strength: Strength,
 ) -> ClosedFormNetwork:
     """Forward Projection: a layer's potentials are regressed on sign(hidden Q) + sign(y U), Q and U normal.

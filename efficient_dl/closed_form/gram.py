@@ -20,7 +20,7 @@ GCV_STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(-20, 5))
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows of features f (m) and targets y (c), float64: 0-dim count, f, y, fᵀf (m, m), fᵀy (m, c), y² (c)."""
+    """Sums over rows of features f (m) and targets y (c), float64: count, f, y, fᵀf (m, m), fᵀy (m, c), y² (c)."""
 
     count: Tensor
     features: Tensor

@@ -38,11 +38,11 @@ def metric(network: ClosedFormNetwork, transform: Tensor | None, x: Tensor, rank
 
 
 def sweep(network: ClosedFormNetwork, x: Tensor, y: Tensor, how: Boosting, ranks: Ranks) -> tuple[int, float]:
-    """Solve every boosted layer's Δ once more, the others fixed; in place. Returns layers changed, objective at the end.
+    """Solve every boosted layer's Δ once more, the others fixed; in place. Returns layers changed and the objective.
 
-    What a layer adds reaches the head through the later layers' scales, as if their features did not depend on it; they
-    do, so a solution is taken only if the objective of the head that is then best falls, else half the way to it, and so
-    on. One pass over the rows for each trial, with a round of communication.
+    What a layer adds reaches the head through the later layers' scales, as if their features did not depend on it.
+    They do, so a solution is taken only if the objective of the head that is then best falls, else half the way to
+    it, and so on. One pass over the rows for each trial, with a round of communication.
     """
     with torch.no_grad():
         head = solve_head(network, x, y, how.ridge, ranks)

@@ -19,15 +19,12 @@ from efficient_dl.errors import ConfigError, DataError, PlanMismatch
 from tests.distributed.launch import run_ranks
 
 SIZES = (70, 31, 99)  # rows of the ranks
+SMALL = {"width": 20, "num_layers": 2, "new_features": 20, "features": "random", "random_state": 1}
 ESTIMATORS: list[ClosedForm] = [
     cf.SampledFeaturesClassifier(width=50, features="random", ridge=1e-3, random_state=1),
-    cf.SampledFeaturesRegressor(width=50, features="random", num_layers=2, ridge="gcv", random_state=1),
-    cf.BoostedFeaturesClassifier(
-        width=20, num_layers=2, new_features=20, features="random", sweeps=1, random_state=1
-    ),
-    cf.BoostedFeaturesRegressor(
-        width=20, num_layers=2, new_features=20, features="random", agop_rounds=1, random_state=1
-    ),
+    cf.SampledFeaturesRegressor(width=50, features="random", num_layers=2, random_state=1),
+    cf.BoostedFeaturesClassifier(**SMALL, sweeps=1),
+    cf.BoostedFeaturesRegressor(**SMALL, agop_rounds=1),
     cf.ForwardProjectionRegressor(width=30, random_state=1),
 ]
 
@@ -82,6 +79,7 @@ def test_three_ranks_get_the_weights_of_one(estimator: ClosedForm) -> None:
     torch.testing.assert_close(everyone[0], expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow  # each process imports scikit-learn
 def test_two_processes_over_gloo_get_the_weights_of_one() -> None:
     estimator = ESTIMATORS[0]
     first, second = run_ranks(_fit_rank, 2, estimator, (120, 80))
