@@ -207,6 +207,8 @@ class BoostedFeaturesRegressor(Regressor, _Boosted):
 
 
 class _Projected(ClosedForm):
+    layer_ridge: Strength
+
     def __init__(
         self,
         width: int = 512,

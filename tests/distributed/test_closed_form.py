@@ -79,13 +79,16 @@ def test_three_ranks_get_the_weights_of_one(estimator: ClosedForm) -> None:
     torch.testing.assert_close(everyone[0], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.slow  # each process imports scikit-learn
+def _fit_several(rank: int) -> list[torch.Tensor]:
+    return [_fit_rank(rank, estimator, (120, 80)) for estimator in ESTIMATORS[:3]]
+
+
 def test_two_processes_over_gloo_get_the_weights_of_one() -> None:
-    estimator = ESTIMATORS[0]
-    first, second = run_ranks(_fit_rank, 2, estimator, (120, 80))
-    assert torch.equal(first, second)
-    expected = _weights(clone(estimator).fit(*_rows(estimator)))
-    torch.testing.assert_close(first, expected, rtol=1e-10, atol=1e-10)
+    first, second = run_ranks(_fit_several, 2)
+    for one, other, estimator in zip(first, second, ESTIMATORS, strict=False):
+        assert torch.equal(one, other)
+        expected = _weights(clone(estimator).fit(*_rows(estimator)))
+        torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_swim_takes_rank_0s_pairs_everywhere() -> None:
