@@ -98,8 +98,8 @@ def rings(seed: int) -> Split:
 def digits(seed: int) -> Split:
     """A quarter for the test, stratified, by the seed."""
     x, y = _digits()
-    a, b, c, d = train_test_split(x, y, test_size=0.25, random_state=seed, stratify=y)
-    return Split((a, c), (b, d))
+    rows: Any = train_test_split(x, y, test_size=0.25, random_state=seed, stratify=y)
+    return Split((rows[0], rows[2]), (rows[1], rows[3]))
 
 
 def fashion_mnist(seed: int) -> Split:
@@ -123,7 +123,7 @@ def _digits() -> Rows:
 @cache
 def _fashion() -> tuple[Rows, Rows]:
     data = load_fashion_mnist(DataConfig(name="fashion-mnist", path=str(DEBIAN_FOLDER)), seed=0)
-    return (_flat(*data.train), _flat(*data.validation))
+    return _flat(*data._train), _flat(*data._validation)  # all images at once, as no training step wants them
 
 
 def _flat(images: NDArray[Any], labels: NDArray[Any]) -> Rows:

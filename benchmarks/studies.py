@@ -66,9 +66,7 @@ def cases_of(rows: Iterable[StudyRow], prefix: str = "") -> list[str]:
 
 def systems_of(rows: Iterable[StudyRow], case: str) -> list[str]:
     """Systems that have rows of the case, in order."""
-    return list(
-        dict.fromkeys(row["system"] for row in rows if row["case"].rpartition(", seed ")[0] == case)
-    )
+    return list(dict.fromkeys(row["system"] for row in rows if row["case"].rpartition(", seed ")[0] == case))
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
