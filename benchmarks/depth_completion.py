@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from benchmarks.rows import Row
 from efficient_dl.depth import EndToEndPreconditioner, effective_rank, factorize, schatten_penalty
 
-SIZE, RANK, SHARE = 30, 2, 0.3  # 270 of 900 entries; a matrix of rank 2 has 116 degrees of freedom
+SIZE, RANK, SHARE = 30, 2, 0.4  # 360 of 900 entries; a matrix of rank 2 has 116 degrees of freedom
 CASE = f"completion of {SIZE} × {SIZE}, rank {RANK}, {SHARE:.0%} seen"
-INITIAL = 1e-2  # the singular values at the beginning, of a matrix whose own are near SIZE
+INITIAL = 1e-3  # the singular values at the beginning, of a matrix whose own are near SIZE
 STOP = 1e-6  # of the mean squared error on what is seen, whose scale is 1
 
 
@@ -34,10 +34,10 @@ class Method:
 METHODS = {
     "1 factor": Method(100.0),
     "2 factors": Method(3.0, factors=2),
-    "3 factors": Method(1.0, factors=3, initial=1e-1),
+    "3 factors": Method(1.0, factors=3, initial=1e-2),
     "preconditioner, n = 2": Method(3.0, preconditioner=2),
-    "preconditioner, n = 3": Method(1.0, preconditioner=3, initial=1e-1),
-    "Schatten penalty, n = 2": Method(100.0, penalty=1e-3),
+    "preconditioner, n = 3": Method(1.0, preconditioner=3, initial=1e-2),
+    "Schatten penalty, n = 2": Method(30.0, penalty=1e-2),
     "2 factors, large initialization": Method(3.0, factors=2, initial=3.0),
     "2 factors, Adam": Method(0.01, factors=2, adam=True),
 }
@@ -48,7 +48,7 @@ def completion_rows(quick: bool, seeds: int) -> Iterator[Row]:
     """Relative error on entries that were not seen, the error on those that were, and the effective rank."""
     for system in QUICK if quick else METHODS:
         for seed in range(seeds):
-            seen, unseen, rank = complete(METHODS[system], seed, steps=3000 if quick else 10_000)
+            seen, unseen, rank = complete(METHODS[system], seed, steps=2000 if quick else 5000)
             for metric, value, unit in (
                 ("test_error", 100 * unseen, "% of the unseen entries' rms"),
                 ("train_error", 100 * seen, "% of the seen entries' rms"),
@@ -70,7 +70,7 @@ def complete(how: Method, seed: int, steps: int) -> tuple[float, float, float]:
     kind = torch.optim.Adam if how.adam else torch.optim.SGD
     optimizer = kind(model.parameters(), how.rate)
     if how.preconditioner > 1:
-        EndToEndPreconditioner(model, optimizer, how.preconditioner, every=5)
+        EndToEndPreconditioner(model, optimizer, how.preconditioner, every=2)
     for _ in range(steps):
         weight = model.get_parameter("weight") if how.factors == 1 else model.weight
         assert isinstance(weight, Tensor)
