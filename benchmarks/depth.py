@@ -63,10 +63,10 @@ def verdict(rows: Rows) -> str:
     if not gaps:
         return f"T4: {recovery}; closing half of the gap cannot be tested here: local training has none, p < .05."
     if not closed:
-        return f"T4: {recovery}; closing half of the gap does not hold here: there is one on {listed(gaps)}, nothing closes it."
+        return f"T4: {recovery}; closing half of the gap does not hold here: nothing does, on {listed(gaps)}."
     factors = [one for one in closed if one.startswith(("factors", "preconditioner"))]
-    how = "holds" if factors else "does not hold here for factors and preconditioner"
-    return f"T4: {recovery}; of the gap on {listed(gaps)} half is closed by {listed(closed)}: interlayer regularization {how}."
+    how = "holds" if factors else "does not hold here: neither factors nor preconditioner are among them"
+    return f"T4: {recovery}; half of the gap on {listed(gaps)} is closed by {listed(closed)}: the claim {how}."
 
 
 def main(
