@@ -66,7 +66,9 @@ def verdict(rows: Rows) -> str:
         return f"T4: {recovery}; closing half of the gap does not hold here: nothing does, on {listed(gaps)}."
     factors = [one for one in closed if one.startswith(("factors", "preconditioner"))]
     how = "holds" if factors else "does not hold here: neither factors nor preconditioner are among them"
-    return f"T4: {recovery}; half of the gap on {listed(gaps)} is closed by {listed(closed)}: the claim {how}."
+    return (
+        f"T4: {recovery}; half of the gap on {listed(gaps)} is closed by {listed(closed)}: the claim {how}."
+    )
 
 
 def main(

@@ -40,6 +40,8 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     if a.keys() != b.keys() or len(a) < 2:
         raise ValueError(f"seeds {sorted(a)} cannot be paired with seeds {sorted(b)}")
     differences = [a[seed] - b[seed] for seed in sorted(a)]
+    if not all(math.isfinite(one) for one in differences):
+        return Paired(len(differences), math.nan, math.nan, 1.0)  # a run that diverged decides nothing
     mean, n = statistics.mean(differences), len(differences)
     error = statistics.stdev(differences) / math.sqrt(n)
     if error == 0:
@@ -49,12 +51,12 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
 
 
 def seeds_of(rows: Iterable[StudyRow], case: str, system: str, metric: str) -> dict[int, float]:
-    """The values by seed, of rows whose case is "{case}, seed {number}"."""
+    """The values by seed, NaN where a file has none, of rows whose case is "{case}, seed {number}"."""
     found: dict[int, float] = {}
     for row in rows:
         name, _, seed = row["case"].rpartition(", seed ")
-        if (name, row["system"], row["metric"]) == (case, system, metric) and row["value"] is not None:
-            found[int(seed)] = float(row["value"])
+        if (name, row["system"], row["metric"]) == (case, system, metric):
+            found[int(seed)] = math.nan if row["value"] is None else float(row["value"])
     return found
 
 

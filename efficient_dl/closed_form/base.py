@@ -14,7 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from efficient_dl.closed_form.fits import by_rows
+from efficient_dl.closed_form.fits import agreed, by_rows
 from efficient_dl.closed_form.gram import Strength
 from efficient_dl.closed_form.network import ClosedFormNetwork, Scale, linear, make_activation
 from efficient_dl.closed_form.prepare import Array, Prepared, all_classes, one_hot, prepare
@@ -193,15 +193,6 @@ def finished(network: ClosedFormNetwork, data: Prepared, transform: Tensor | Non
 def unscaled(head: nn.Linear, targets: Scale) -> nn.Linear:
     """A head that puts out targets in their own units."""
     return linear(head.weight * targets.std[:, None], head.bias * targets.std + targets.mean)
-
-
-def agreed(network: ClosedFormNetwork, ranks: Ranks) -> ClosedFormNetwork:
-    """Rank 0's numbers on all ranks: decompositions on other processors may round differently."""
-    tensors = [*network.parameters(), *network.buffers()]
-    flat = ranks.first(torch.cat([one.reshape(-1) for one in tensors]))
-    for one, values in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
-        one.copy_(values.view_as(one))
-    return network
 
 
 def at_least(settings: dict[str, Any], least: int) -> None:

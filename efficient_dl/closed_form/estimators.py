@@ -267,8 +267,8 @@ def fit_sharded(estimator: _Estimator, X: Any, y: Any, transport: Transport | No
 
     transport: of the ranks; None: torch.distributed's default group (gloo). Features are drawn by rank 0's
     random_state, pairs for "swim" from its rows; apart from "swim" the weights are those of all rows in one place,
-    up to rounding. Rounds: settings, classes, scales and the final weights, which are small; and one all-reduce of
-    a Gram matrix in float64, or one a layer where layers are fitted, and for every trial of a sweep or AGOP round.
+    up to rounding. Rounds: one all-reduce of a Gram matrix in float64, or one a layer where layers are fitted, and for
+    every trial of a sweep and AGOP round; besides settings, classes, scales and rank 0's solutions, which are small.
     Raises PlanMismatch where ranks have other settings or one cannot start, TransportError where one is lost.
     """
     if not isinstance(estimator, ClosedForm):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from efficient_dl.closed_form.gram import Centred, Ridge, Strength, chunks, moments, ridge, sandwich
+from efficient_dl.closed_form.gram import (
+    Centred,
+    Ridge,
+    Strength,
+    agreed_ridge,
+    chunks,
+    moments,
+    ridge,
+    sandwich,
+)
 from efficient_dl.closed_form.network import (
     BoostedLayer,
     ClosedFormNetwork,
@@ -27,7 +37,19 @@ def head_of(fit: Ridge) -> nn.Linear:
 def solve_head(network: ClosedFormNetwork, x: Tensor, y: Tensor, strength: Strength, ranks: Ranks) -> Ridge:
     """Ridge regression of the targets on what the head sees; the head is not replaced."""
     stats = moments(len(x), lambda part: network.hidden(x[part]), lambda part: y[part], ranks)
-    return ridge(stats, strength)
+    return agreed_ridge(stats, strength, ranks)
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def agreed(module: _Module, ranks: Ranks) -> _Module:
+    """The module with rank 0's numbers: decompositions on other processors may round differently."""
+    tensors = [*module.parameters(), *module.buffers()]
+    flat = ranks.first(torch.cat([one.reshape(-1) for one in tensors]))
+    for one, values in zip(tensors, flat.split([one.numel() for one in tensors]), strict=True):
+        one.copy_(values.view_as(one))
+    return module
 
 
 def by_rows(layer: nn.Module, *tensors: Tensor) -> Tensor:
@@ -74,10 +96,10 @@ def boosted(x: Tensor, y: Tensor, sampler: Sampler, how: Boosting, ranks: Ranks)
             return torch.cat([hidden[part], a(hidden[part]), b(x[part])], dim=1)
 
         stats = moments(len(x), both, lambda part: y[part], ranks)
-        layers.append(_boosted_layer(stats, of_hidden, of_inputs, how))
+        layers.append(agreed(_boosted_layer(stats, of_hidden, of_inputs, how), ranks))
         hidden = by_rows(layers[-1], hidden, x)
     stats = moments(len(x), lambda part: hidden[part], lambda part: y[part], ranks)
-    return ClosedFormNetwork(stem, layers, head_of(ridge(stats, how.ridge)))
+    return ClosedFormNetwork(stem, layers, head_of(agreed_ridge(stats, how.ridge, ranks)))
 
 
 def _boosted_layer(stats: Centred, of_hidden: Features, of_inputs: Features, how: Boosting) -> BoostedLayer:
@@ -126,8 +148,8 @@ def projected(
             return (hidden[part] @ q[:-1] + q[-1]).sign() + (labels[part] @ u).sign()
 
         stats = moments(len(x), lambda part, hidden=hidden: hidden[part], potentials, ranks)
-        fit = ridge(stats, layer_ridge)
+        fit = agreed_ridge(stats, layer_ridge, ranks)
         layers.append(StackedLayer(Features(fit.weight.T.contiguous(), fit.bias.clone(), activation)))
         hidden = by_rows(layers[-1], hidden, x)
     stats = moments(len(x), lambda part: hidden[part], lambda part: y[part], ranks)
-    return ClosedFormNetwork(nn.Identity(), layers, head_of(ridge(stats, strength)))
+    return ClosedFormNetwork(nn.Identity(), layers, head_of(agreed_ridge(stats, strength, ranks)))

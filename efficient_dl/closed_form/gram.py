@@ -110,6 +110,15 @@ def chunks(rows: int) -> Iterable[slice]:
     return (slice(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS))
 
 
+def agreed_ridge(stats: Centred, strength: Strength, ranks: Ranks) -> Ridge:
+    """Rank 0's `ridge`, on all ranks: other processors may round differently, and decide differently."""
+    own = ridge(stats, strength)
+    numbers = torch.tensor([own.strength, own.objective], dtype=torch.float64)
+    flat = ranks.first(torch.cat([own.weight.reshape(-1), own.bias, numbers]))
+    weight, bias, numbers = flat.split([own.weight.numel(), own.bias.numel(), 2])
+    return Ridge(weight.view(own.weight.shape), bias, float(numbers[0]), float(numbers[1]))
+
+
 def ridge(stats: Centred, strength: Strength) -> Ridge:
     """The minimum of mean ‖y − fW − b‖² + strength · ‖W‖²; b is not penalized.
 

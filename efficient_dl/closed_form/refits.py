@@ -34,7 +34,7 @@ def metric(network: ClosedFormNetwork, transform: Tensor | None, x: Tensor, rank
     roots = values.clamp(min=0) ** 0.25
     if not bool(roots.any()):
         return torch.eye(d, dtype=torch.float64)
-    return (vectors * (roots / roots.square().mean().sqrt())) @ vectors.T
+    return ranks.first((vectors * (roots / roots.square().mean().sqrt())) @ vectors.T)
 
 
 def sweep(network: ClosedFormNetwork, x: Tensor, y: Tensor, how: Boosting, ranks: Ranks) -> tuple[int, float]:
@@ -85,7 +85,7 @@ def _solved(
 
     stats = moments(len(x), features, remainder, ranks)
     # The step holds the rate, so its penalty is the layer's own divided by the rate's square.
-    return sandwich(stats.gram, stats.cross, outer, how.layer_ridge / how.rate**2).T
+    return ranks.first(sandwich(stats.gram, stats.cross, outer, how.layer_ridge / how.rate**2).T.contiguous())
 
 
 def _before(network: ClosedFormNetwork, index: int, x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def _objection(module: nn.Module) -> str | None:
         return "only these two classes are known, not what others make of their weights"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"its weight is {module.groups} matrices, one a group"
+    if hasattr(module.weight, "placements"):
+        return "its weight is sharded already (factor the model first, then shard it)"
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
