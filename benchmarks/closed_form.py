@@ -32,6 +32,7 @@ from benchmarks.rows import Row, RowFile
 from benchmarks.studies import StudyRow, as_dicts, cases_of, listed, paired, seeds_of, systems_of
 from efficient_dl import closed_form as cf
 from efficient_dl.closed_form.base import Classifier
+from efficient_dl.closed_form.gram import Strength
 
 BENCH = "closed_form"
 TOYS = ("xor", "spirals", "rings")
@@ -169,7 +170,8 @@ def sweep_widths(file: RowFile, widths: tuple[int, ...], seeds: int, quick: bool
     for width in widths:
         for seed in range(seeds):
             split = DATA["digits"](seed).first(SWEEP_ROWS)
-            for system, strength in (("no ridge", 1e-10), ("gcv", "gcv")):
+            strengths: dict[str, Strength] = {"no ridge": 1e-10, "gcv": "gcv"}
+            for system, strength in strengths.items():
                 estimator = cf.SampledFeaturesClassifier(
                     width, features="random", ridge=strength, random_state=seed
                 ).fit(*split.train)
