@@ -111,7 +111,8 @@ def _boosted_layer(stats: Centred, of_hidden: Features, of_inputs: Features, how
     step = how.rate * sandwich(new, residual, head.weight, how.layer_ridge)
     mean = stats.features[:p] + stats.features[p:] @ step
     variance = stats.gram[:p, :p].diagonal() + 2 * (mixed * step).sum(0) + (step * (new @ step)).sum(0)
-    scale = Scale(mean, deviation(variance))
+    rounding = 1e-13 * mean.square()  # of a difference of sums: such a column is constant
+    scale = Scale(mean, deviation(torch.where(variance > rounding, variance, 0.0)))
     return BoostedLayer(of_hidden, of_inputs, linear(step.T.contiguous(), None), scale)
 
 

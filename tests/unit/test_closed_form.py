@@ -17,6 +17,7 @@ from sklearn.model_selection import GridSearchCV
 from efficient_dl import closed_form as cf
 from efficient_dl.closed_form.fits import Boosting, boosted, solve_head
 from efficient_dl.closed_form.gram import GCV_STRENGTHS, Moments, ridge, sandwich
+from efficient_dl.closed_form.network import BoostedLayer
 from efficient_dl.closed_form.ranks import Alone
 from efficient_dl.closed_form.refits import sweep
 from efficient_dl.closed_form.sampling import SWIM_CONSTANT, Sampler
@@ -151,6 +152,20 @@ def test_a_boosted_layer_is_standardized_by_the_moments_alone() -> None:
     hidden = network.hidden(x)
     torch.testing.assert_close(hidden.mean(0), torch.zeros(10).double(), atol=1e-9, rtol=0.0)
     torch.testing.assert_close(hidden.var(0, unbiased=False), torch.ones(10).double())
+
+
+def test_a_hidden_column_that_never_varies_is_not_blown_up() -> None:
+    x, y = (torch.tensor(one) for one in _waves())
+    network = boosted(
+        torch.cat([x, torch.full((200, 1), 1e3).double()], dim=1),
+        y,
+        Sampler("random", "tanh", torch.Generator().manual_seed(0), Alone()),
+        Boosting(10, 2, 12, 0.5, 1e-3, 1e-3),
+        Alone(),
+    )
+    for layer in network.layers:
+        assert isinstance(layer, BoostedLayer)
+        assert bool((layer.scale.std > 1e-6).all())
 
 
 def test_every_layer_lowers_the_training_error() -> None:
