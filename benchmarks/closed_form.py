@@ -30,6 +30,7 @@ from torch import nn
 from benchmarks.closed_form_data import DATA, SWEEP_ROWS, Split
 from benchmarks.rows import Row, RowFile
 from benchmarks.studies import StudyRow, as_dicts, cases_of, listed, paired, seeds_of, systems_of
+from benchmarks.verdicts import says
 from efficient_dl import closed_form as cf
 from efficient_dl.closed_form.base import Classifier
 from efficient_dl.closed_form.gram import Strength
@@ -314,7 +315,8 @@ def verdict(rows: list[dict[str, Any]] | list[StudyRow]) -> str:
     best_digits = max(digits, key=lambda one: digits[one])
     reached = "holds" if digits[best_digits] >= DIGITS_TARGET else "does not hold here"
     real = f"digits ≥ {DIGITS_TARGET} % {reached} ({best_digits}: {digits[best_digits]:.2f} %)"
-    return f"T6: {toys}; {real}; {_hunger(rows)}."
+    conditions = [] if len(won) == len(TOYS) else [f"the toy problem is {' or '.join(won)}"] if won else None
+    return says(conditions, f"{toys}; {real}; {_hunger(rows)}")
 
 
 def _hunger(rows: list[dict[str, Any]] | list[StudyRow]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.depth_completion import CASE, completion_rows
 from benchmarks.depth_images import BACKPROP, LOCAL, image_rows
 from benchmarks.rows import RowFile
 from benchmarks.studies import StudyRow, as_dicts, cases_of, listed, paired, seeds_of, systems_of
+from benchmarks.verdicts import says
 
 Rows = list[dict[str, Any]] | list[StudyRow]
 
@@ -60,15 +61,19 @@ def verdict(rows: Rows) -> str:
             gain = paired(values, accuracy[LOCAL]) if system.startswith(f"{LOCAL} + ") else None
             if gain is not None and gain.above and gain.mean >= 0.5 * gap.mean:
                 closed.append(f"{system.removeprefix(f'{LOCAL} + ')} on {case} ({gain.mean / gap.mean:.0%})")
+    on_recovery = ["the task is low-rank recovery"] if better else None
     if not gaps:
-        return f"T4: {recovery}; closing half of the gap cannot be tested here: local training has none, p < .05."
+        return says(
+            on_recovery,
+            f"{recovery}; closing half of the gap cannot be tested here, local training has none, p < .05",
+        )
     if not closed:
-        return f"T4: {recovery}; closing half of the gap does not hold here: nothing does, on {listed(gaps)}."
+        return says(on_recovery, f"{recovery}; nothing closes half of the gap, on {listed(gaps)}")
     factors = [one for one in closed if one.startswith(("factors", "preconditioner"))]
-    how = "holds" if factors else "does not hold here: neither factors nor preconditioner are among them"
-    return (
-        f"T4: {recovery}; half of the gap on {listed(gaps)} is closed by {listed(closed)}: the claim {how}."
-    )
+    found = f"{recovery}; half of the gap on {listed(gaps)} is closed by {listed(closed)}"
+    if not factors:
+        return says(on_recovery, f"{found}; neither factors nor preconditioner are among them")
+    return says([] if better else ["the task is not low-rank recovery"], found)
 
 
 def main(

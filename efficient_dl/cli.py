@@ -1,4 +1,4 @@
-"""The command line: edl train, edl launch, edl probe, edl demo, edl doctor."""
+"""The command line: edl train, edl launch, edl probe, edl demo, edl reproduce, edl doctor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.reproduce import add_to as add_reproduce
 
 if TYPE_CHECKING:
     from efficient_dl.config import Config
@@ -121,6 +122,9 @@ def train(
         typer.Option(help="cross-entropy, linear, expgb, pow3gb, squentropy or rescaled-square: the loss."),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adamw or muon.")] = None,
+    entropy_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of entropies; 500 is cheap. 0: none.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
     ] = None,
@@ -133,6 +137,10 @@ def train(
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="2: a partition also learns from the next one's loss; layerwise.")
+    ] = None,
+    keep_examples: Annotated[
+        float | None,
+        typer.Option(help="Share of its examples that a partition hands on, those of large loss; layerwise."),
     ] = None,
     scale: Annotated[
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
@@ -172,10 +180,12 @@ def train(
         "data.name": data,
         "train.objective": objective,
         "optimizer.name": optimizer,
+        "entropy.every": entropy_every,
         "compression.bits": bits,
         "local.mode": mode,
         "local.partitions": partitions,
         "local.window": window,
+        "local.keep_examples": keep_examples,
         "compression.scale": scale,
         "compression.hierarchy": hierarchy,
         "compression.transport": transport,
@@ -468,6 +478,9 @@ def _reported() -> Iterator[Outcome]:
         raise typer.Exit(128 + number) from None
     finally:
         outcome.tidy()
+
+
+add_reproduce(app, _reported)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
