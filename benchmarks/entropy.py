@@ -7,8 +7,11 @@ Seconds are the process's CPU time on one thread, so that other processes on the
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row, RowFile
-from efficient_dl.config import DataConfig, ModelConfig
+from efficient_dl.config import Config, DataConfig, ModelConfig
 from efficient_dl.data import load_data
 from efficient_dl.entropy import KINDS, EntropyObserver
 from efficient_dl.models import build_model, count_parameters
+from efficient_dl.training.run_folder import RunFolder
 
 BENCH = "entropy_observer"
 CASES = {
@@ -66,6 +70,13 @@ def measure(name: str, repeats: int, file: RowFile) -> None:
     for kinds in ([one] for one in KINDS):
         seconds(name, "+".join(kinds), model, optimizer, batches, kinds, repeats, every, file)
     plain = seconds(name, "all", model, optimizer, batches, list(KINDS), repeats, every, file)
+    with (
+        tempfile.TemporaryDirectory() as out,
+        contextlib.closing(RunFolder(Path(out), writes=True)) as folder,
+    ):
+        folder.open(Config(), 0)
+        recorded = "all, recorded by edl train"
+        seconds(name, recorded, model, optimizer, batches, list(KINDS), repeats, every, file, folder)
     file.add(Row(BENCH, name, "none", "step_seconds", statistics.median(plain), "s of CPU", False))
     file.add(Row(BENCH, name, "none", "parameters", float(count_parameters(model)), "", False))
 
@@ -80,16 +91,21 @@ def seconds(
     repeats: int,
     every: int,
     file: RowFile,
+    folder: RunFolder | None = None,
 ) -> list[float]:
-    """Adds the rows of one choice of kinds; returns the plain steps' seconds."""
+    """Adds the rows of one choice of kinds; returns the plain steps' seconds. folder: where rows are recorded, too."""
     plain: list[float] = []
     measured: list[float] = []
     waiting: list[float] = []
     for repeat in range(repeats):
         inputs, targets = batches[repeat % len(batches)]
         plain.append(step_seconds(model, optimizer, inputs, targets))
-        with EntropyObserver(model, optimizer, every=every, kinds=kinds):
+        with EntropyObserver(model, optimizer, every=every, kinds=kinds, writer=folder) as observer:
             measured.append(step_seconds(model, optimizer, inputs, targets))  # the first step is measured
+            if folder is not None:
+                began = time.process_time()
+                folder.log_entropy([asdict(row) for row in observer.rows])
+                measured[-1] += time.process_time() - began
             waiting.append(step_seconds(model, optimizer, inputs, targets))  # the second is not
     base = statistics.median(plain)
     cost = statistics.median(measured) - base

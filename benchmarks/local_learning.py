@@ -14,7 +14,7 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,7 +23,8 @@ from rich.table import Table
 
 from benchmarks.local_systems import SYSTEMS, Case, Costs, evaluate, measure_costs, shrunk
 from benchmarks.pairs import paired_difference
-from benchmarks.rows import Row, RowFile
+from benchmarks.rows import Row, RowFile, as_dict
+from benchmarks.verdicts import Rows, by_seed, interval_text, says
 from efficient_dl.config import DataConfig, ModelConfig
 from efficient_dl.data import Dataset, load_data
 
@@ -31,6 +32,8 @@ BENCH = "local_learning"
 REFERENCE = "backprop"
 # They compute what backprop does, bit for bit or up to rounding: their cost is what is asked, once.
 ONCE = ("backprop, checkpointing", "backprop, accumulation")
+LOCAL = ("sequential", "simultaneous, window 1", "simultaneous, window 2")
+MATCH, LITTLE_MEMORY = 0.01, 0.5  # of the loss; of what backprop saves: what the claim's verdict asks for
 METRIC = {"tokens": "bits_per_byte", "images": "accuracy"}
 
 CASES = {
@@ -235,6 +238,61 @@ def _report(
             _mean(values(name, "step_seconds")),
         )
     Console(width=max(150, Console().width)).print(table)
+
+
+# ------------------------------------------------------------ the claim (T3)
+def run_study(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of the claim's study: all systems on all cases, or quick some on small ones; threads are set to one."""
+    torch.set_num_threads(1)
+    file = RowFile(None)
+    for key, case in CASES.items():
+        if not quick:
+            compare(case, list(SYSTEMS), range(5), "tokens", file, None)
+        elif key != "vgg8b":
+            compare(shrunk(case), [REFERENCE, *LOCAL], range(2), "tokens", file, None)
+    return [as_dict(row) for row in file.rows]
+
+
+def verdict(rows: Rows) -> str:
+    """Whether local losses come within 1 % of backprop's held-out loss, sure to 95 %, at half of what backprop saves.
+
+    Saved are the bytes that autograd holds at once for the backward pass.
+    """
+    reference = by_seed(rows, REFERENCE, "val_loss")
+    saved = {
+        (row["case"].removesuffix(", costs"), row["system"]): row["value"]
+        for row in rows
+        if row["metric"] == "saved_peak_bytes"
+    }
+    passing: dict[str, list[str]] = {}
+    found: list[tuple[float, str]] = []
+    for case, losses in reference.items():
+        title = next((one for one, _ in saved if case.startswith(one)), "")
+        for name in LOCAL:
+            theirs = by_seed(rows, name, "val_loss").get(case, {})
+            pairs = theirs.keys() & losses.keys()
+            if not pairs or (title, name) not in saved:
+                continue
+            one = paired_difference({s: theirs[s] for s in pairs}, {s: losses[s] for s in pairs})
+            share = saved[title, name] / saved[title, REFERENCE]
+            passes = one.upper95 <= MATCH and share <= LITTLE_MEMORY
+            passing.setdefault(case, []).extend([name] if passes else [])
+            interval = interval_text(100 * one.mean, 100 * one.half_width)
+            where = f"{name}, {_short(case)}, seeds: {len(pairs)}"
+            found.append(
+                (one.mean, f"{where}: {interval} % loss against backprop, {share:.2f} x its saved bytes")
+            )
+    texts = "; ".join(text for _, text in sorted(found))
+    some = [f"{_short(case)} by {' or '.join(names)}" for case, names in passing.items() if names]
+    if not some:
+        return says(None, texts)
+    return says([] if all(passing.values()) else [f"the task is {' or '.join(some)}"], texts)
+
+
+def _short(case: str) -> str:
+    """ "mlp-base on fashion-mnist, 100 steps" of a row's case."""
+    words = case.split(", ")
+    return ", ".join([words[0], *(word for word in words if word.endswith(" steps"))])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.pairs import paired_difference
-from benchmarks.rows import Row, RowFile
+from benchmarks.rows import Row, RowFile, as_dict
+from benchmarks.verdicts import Rows, by_seed, interval_text, says
 from efficient_dl.config import DataConfig, ModelConfig
 from efficient_dl.data import Dataset, load_data
 from efficient_dl.models import build_model
@@ -30,6 +31,7 @@ from efficient_dl.objectives import OBJECTIVES, make_objective
 
 BENCH = "objectives"
 REFERENCE = "cross-entropy"
+NON_SQUASHING = ("expgb", "pow3gb", "linear")  # the thesis's
 FIRST_TUNING_SEED = 1000
 RATES = tuple(
     1e-3 * 10 ** (i / 2) for i in range(8)
@@ -91,10 +93,14 @@ def main(
     if quick:
         names, seeds, tuning_seeds = [REFERENCE, "expgb"], min(seeds, 2), 1
         chosen = replace(chosen, steps=chosen.steps // 4)
+    compare(chosen, names, seeds, tuning_seeds, RowFile(out))
+
+
+def compare(chosen: Case, names: list[str], seeds: int, tuning_seeds: int, file: RowFile) -> None:
+    """Tunes each objective, compares it with cross-entropy seed by seed, adds the rows and prints a table."""
     names = [REFERENCE, *(one for one in names if one != REFERENCE)]
-    file = RowFile(out)
     label = (
-        f"mlp-{chosen.model.size} on {case}, {chosen.data.batch_size} a batch, {chosen.steps} steps, "
+        f"mlp-{chosen.model.size} on {chosen.data.name}, {chosen.data.batch_size} a batch, {chosen.steps} steps, "
         f"sgd {MOMENTUM}, target {chosen.target:g}"
     )
     table = Table(
@@ -232,6 +238,53 @@ def cells(
         "" if name == REFERENCE else f"{100 * difference.mean:+.1f} ± {100 * difference.half_width:.1f} %",
         f"{100 * accuracy:.2f} %",
     ]
+
+
+# ------------------------------------------------------------ the claim (T2)
+def run_study(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of the claim's study: of digits, and in full of Fashion-MNIST, too; threads are set to one."""
+    torch.set_num_threads(1)
+    file = RowFile(None)
+    if quick:
+        case = replace(CASES["digits"], steps=100, target=0.9)
+        compare(case, [REFERENCE, *NON_SQUASHING], 3, 1, file)
+    else:
+        for case in CASES.values():
+            compare(case, list(OBJECTIVES), 5, 2, file)
+    return [as_dict(row) for row in file.rows]
+
+
+def verdict(rows: Rows) -> str:
+    """Whether a loss that does not squash needs fewer steps than cross-entropy, sure to 95 % over paired seeds."""
+    reference = by_seed(rows, REFERENCE, "steps_to_target")
+    faster: list[str] = []
+    found: list[str] = []
+    compared = 0
+    for case, steps in reference.items():
+        texts: list[str] = []
+        for name in NON_SQUASHING:
+            theirs = by_seed(rows, name, "steps_to_target").get(case, {})
+            pairs = theirs.keys() & steps.keys()
+            if not pairs:
+                continue
+            compared += 1
+            one = paired_difference({s: theirs[s] for s in pairs}, {s: steps[s] for s in pairs})
+            texts.append(f"{name} {interval_text(100 * one.mean, 100 * one.half_width)} %")
+            if one.upper95 < 0:
+                faster.append(f"{name} on {short(case)}")
+        found.append(f"steps against cross-entropy, {short(case)}: {', '.join(texts)}")
+    if not faster:
+        return says(None, "; ".join(found))
+    return says(
+        [] if len(faster) == compared else [f"the loss and the task are {' or '.join(faster)}"],
+        "; ".join(found),
+    )
+
+
+def short(case: str) -> str:
+    """ "digits to 0.95" of a row's case."""
+    data, target = case.split(" on ")[1].split(",")[0], case.rpartition("target ")[2]
+    return f"{data} to {target}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t
@@ -40,8 +40,14 @@ def paired_difference(losses: Mapping[int, float], reference: Mapping[int, float
     if failed:
         return Difference(len(losses), math.inf, math.inf, failed)
     differences = [(losses[seed] - reference[seed]) / reference[seed] for seed in sorted(losses)]
-    mean = statistics.mean(differences)
-    if len(differences) < 2:
-        return Difference(1, mean, math.nan, ())
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(len(differences), mean, float(t.ppf(0.975, len(differences) - 1)) * error, ())
+    mean, half_width = mean_interval(differences)
+    return Difference(len(differences), mean, half_width, ())
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the half width of its 95 % interval (Student's t); NaN for one value. Not of an empty sequence."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(t.ppf(0.975, len(values) - 1)) * error

@@ -20,10 +20,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.partitionwise_report import BENCH, PROBES, Measured, print_report, read_rows
+from benchmarks.partitionwise_report import BENCH, PROBES, Measured, print_report, read_rows, verdict
 from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
-from benchmarks.rows import Row, RowFile
+from benchmarks.rows import Row, RowFile, as_dict
 from cluster.emulate import EmulatedNetwork
+
+__all__ = ["run_study", "verdict"]
 
 PARTS = ("losses", "times", "memory")
 MIB = 2**20
@@ -180,8 +182,7 @@ def main(
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
     cases = {name: CASES[name] for name in chosen}
     if quick:
-        one = CASES["mlp"]
-        cases = {"mlp": Case(one.settings, one.batch, steps=40, eval_every=20, eval_samples=512)}
+        cases = {"mlp": quick_case()}
         ranks, rates, seeds, rounds, round_steps = "2", "100mbit", 1, 2, 8
     measured = read_rows(out)
     bench = Bench(RowFile(out), measured)
@@ -196,6 +197,26 @@ def main(
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
                 bench.memory(one, size, named, cap)
             print_report(one, size, links, seeds, cap, measured)
+
+
+def quick_case() -> Case:
+    """Few steps of the MLP."""
+    one = CASES["mlp"]
+    return Case(one.settings, one.batch, steps=40, eval_every=20, eval_samples=512)
+
+
+def run_study(*, quick: bool) -> list[dict[str, Any]]:
+    """The rows of the claim (T5): losses and times of all systems on emulated hosts, which need root and Linux."""
+    file = RowFile(None)
+    bench = Bench(file, {})
+    systems = list(SYSTEMS)
+    cases = [quick_case()] if quick else list(CASES.values())
+    for case in cases:
+        for seed in range(1 if quick else 3):
+            bench.losses(case, 2, systems, seed)
+        rates, rounds, steps = (["100mbit"], 2, 8) if quick else (["100mbit", "1gbit"], 5, 15)
+        bench.times(case, 2, systems, rates, rounds, steps)
+    return [as_dict(row) for row in file.rows]
 
 
 if __name__ == "__main__":

@@ -11,9 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.pairs import mean_interval
 from benchmarks.partitionwise_runs import DATA_PARALLEL, SYSTEMS, Case
+from benchmarks.verdicts import Rows, interval_text, says
 
 BENCH = "partitionwise"
+FASTER = 1.3  # what the claim's verdict asks for
 Measured = dict[tuple[str, str, str], list[float]]
 """Values by (case, system, metric); several where a run was repeated."""
 
@@ -151,3 +154,88 @@ def print_report(
 
 def _or_empty(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else ""
+
+
+# ------------------------------------------------------------ the claim (T5)
+def verdict(rows: Rows) -> str:
+    """Whether partition-wise training is at the common loss 1.3 times as soon as the better data-parallel system.
+
+    Seconds to it are steps to the lowest loss that all systems reach with a seed, times the median seconds of a step
+    on that link. With several seeds the mean speed-up's 95 % interval must lie above what is asked.
+    """
+    found: list[tuple[float, str]] = []
+    slow_links: dict[str, None] = {}  # where it is faster
+    all_links: dict[str, None] = {}
+    one_seed = False
+    for case, losses in _curves_by_case(rows).items():
+        for rate in _rates(rows, case):
+            seconds = {system: _median_seconds(rows, case, rate, system) for system in SYSTEMS}
+            link = f"{rate} links for {case.split(' on ')[0]}"
+            for system in (one for one in SYSTEMS if one not in DATA_PARALLEL):
+                speedups = [
+                    _speedup(curves, seconds, system)
+                    for curves in losses.values()
+                    if system in curves and all(one in curves for one in DATA_PARALLEL)
+                ]
+                if not speedups or not math.isfinite(seconds[system]):
+                    continue
+                mean, half = mean_interval(speedups)
+                text = (
+                    f"{system}, {link}: {interval_text(mean, half, '.2f')} x as fast, seeds: {len(speedups)}"
+                )
+                found.append((mean, text))
+                all_links[link] = None
+                if (mean if len(speedups) == 1 else mean - half) >= FASTER:
+                    slow_links[link] = None
+                    one_seed = one_seed or len(speedups) == 1
+    texts = "; ".join(text for _, text in sorted(found, reverse=True)) or "no case has losses and times"
+    if not slow_links:
+        return says(None, texts)
+    conditions = [] if slow_links == all_links else [f"it is on {' or '.join(slow_links)}"]
+    return says([*(["one seed may stand for all"] if one_seed else []), *conditions], texts)
+
+
+def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[str, Curve]]]:
+    """{case: {seed: {system: its curve}}}."""
+    points: dict[str, dict[int, dict[str, dict[int, float]]]] = {}
+    for row in rows:
+        case, comma, seed = str(row["case"]).rpartition(", seed ")
+        if comma and str(row["metric"]).startswith(_LOSS) and row["value"] is not None:
+            step = int(str(row["metric"]).removeprefix(_LOSS))
+            of_seed = points.setdefault(case, {}).setdefault(int(seed), {})
+            of_seed.setdefault(str(row["system"]), {})[step] = float(row["value"])
+    return {
+        case: {
+            seed: {
+                system: Curve(tuple(sorted(losses)), tuple(losses[step] for step in sorted(losses)))
+                for system, losses in of_seed.items()
+            }
+            for seed, of_seed in of_case.items()
+        }
+        for case, of_case in points.items()
+    }
+
+
+def _rates(rows: Rows, case: str) -> list[str]:
+    """The links on which steps of this case were timed."""
+    timed = (str(row["case"]) for row in rows if row["metric"] == "step_seconds")
+    places = (one.removeprefix(case + ", ").split(", ")[0] for one in timed if one.startswith(case + ", "))
+    return list(dict.fromkeys(places))
+
+
+def _median_seconds(rows: Rows, case: str, rate: str, system: str) -> float:
+    found = [
+        float(row["value"])
+        for row in rows
+        if row["metric"] == "step_seconds"
+        and row["system"] == system
+        and str(row["case"]).startswith(f"{case}, {rate}, ")
+    ]
+    return statistics.median(found) if found else math.nan
+
+
+def _speedup(found: dict[str, Curve], seconds: dict[str, float], system: str) -> float:
+    """The better data-parallel system's seconds to the common loss / this one's."""
+    target = common_target(found)
+    best = min(found[one].steps_to(target) * seconds[one] for one in DATA_PARALLEL)
+    return best / (found[system].steps_to(target) * seconds[system])

@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,10 +43,14 @@ class RowFile:
         self.rows.append(row)
         if self._path is not None:
             with self._path.open("a") as file:
-                value = row.value if math.isfinite(row.value) else None  # JSON knows no NaN
-                load = round(os.getloadavg()[0], 1)  # of the last minute: what else the machine did
-                content = {**asdict(row), "value": value, "env": {**environment(), "load": load}}
-                file.write(json.dumps(content, allow_nan=False) + "\n")
+                file.write(json.dumps(as_dict(row), allow_nan=False) + "\n")
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    """The row as a line of a file has it, with the machine; what is not finite becomes None, as JSON knows no NaN."""
+    load = round(os.getloadavg()[0], 1)  # of the last minute: what else the machine did
+    value = row.value if math.isfinite(row.value) else None
+    return {**asdict(row), "value": value, "env": {**environment(), "load": load}}
 
 
 @cache

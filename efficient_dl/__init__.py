@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficient_dl import entropy, objectives
+    from efficient_dl import closed_form, depth, entropy, objectives
     from efficient_dl.codec import make_codec
     from efficient_dl.integrations.compress import compress
     from efficient_dl.integrations.ddp_compression import Compression
@@ -17,14 +17,16 @@ __all__ = [
     "LocalLearner",
     "Partition",
     "Partitions",
+    "closed_form",
     "compress",
+    "depth",
     "entropy",
     "make_codec",
     "objectives",
     "partition",
 ]
 
-_MODULES = ("entropy", "objectives")
+_MODULES = ("closed_form", "depth", "entropy", "objectives")
 _HOMES = {
     "Compression": "efficient_dl.integrations.ddp_compression",
     "compress": "efficient_dl.integrations.compress",

@@ -8,8 +8,9 @@ import signal
 import typer
 
 from efficient_dl.commands import demo, doctor, launch, probe, train
-from efficient_dl.commands.reporting import leave_at_once
+from efficient_dl.commands.reporting import leave_at_once, reported
 from efficient_dl.launching.ends import tell_end
+from efficient_dl.reproduce import add_to as add_reproduce
 
 app = typer.Typer(
     name="edl",
@@ -24,6 +25,7 @@ app.command(epilog=demo.EXAMPLE)(demo.demo)
 app.command(epilog=probe.EXAMPLE)(probe.probe)
 app.command(name="launch", epilog=launch.EXAMPLE)(launch.launch_job)
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
+add_reproduce(app, reported)
 
 
 def main() -> None:

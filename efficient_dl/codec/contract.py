@@ -88,6 +88,7 @@ class PacketStats:
         its raw bits), in bits for the whole tensor, without scales and headers.
     scale_bits, header_bits: the blocks' scale codes or classes; the header, parameters, tables and directory.
     packet_bytes: the packet's real length.
+    largest_escape: of "grid:RATE" (at most 32,767) and "delta", the largest magnitude of an escaped integer; 0 without.
     relative_step: of "bits:RATE", in units of each block's rms. step_size: of "grid:RATE".
     """
 
@@ -98,6 +99,7 @@ class PacketStats:
     header_bits: float = 0.0
     packet_bytes: int = 0
     escapes: int = 0
+    largest_escape: int = 0
     empty_blocks: int = 0
     nonfinite_blocks: int = 0
     dropped_blocks: int = 0

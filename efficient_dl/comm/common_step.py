@@ -24,7 +24,12 @@ FEWEST_VALUES = 4096  # below that symbols are too few for a rate, and packets m
 _OCTAVE = 1 << 16  # of positions; also one bit of rates
 _STEPS_AN_OCTAVE = 32
 _PLACE = _OCTAVE // _STEPS_AN_OCTAVE
-_COARSER, _FINER = 2 * _OCTAVE, _OCTAVE  # the largest corrections
+_COARSER, _FINER = 8 * _OCTAVE, _OCTAVE  # the largest corrections
+_FINE_ENOUGH = (
+    13  # bits of the largest integer: where most values are zeros, bits left over buy nothing beyond that
+)
+_CLAMPED = 32767  # the largest integer that a packet can hold: what was larger has lost its size
+_UNCLAMP = 6 * _OCTAVE
 _SMALLEST_STEP, _LARGEST_STEP = 2.0**-120, 2.0**98
 
 
@@ -32,14 +37,17 @@ _SMALLEST_STEP, _LARGEST_STEP = 2.0**-120, 2.0**98
 class _Direction:
     """Contributions on their way to the owners, or results on their way back: averages have another spread.
 
-    position: log2 of the step, in units of 2^-16; None as long as packets search for their own. values, bits, places:
-    of the packets since the last agreement; places are the sum of values × the indices of the steps that were found.
+    position: log2 of the step, in units of 2^-16; None as long as packets search for their own. values, bits: of the
+    packets since the last agreement. placed, places: the values of those that found a step of their own, and the sum of
+    values × the indices of these steps. peak: the largest escaped integer.
     """
 
     position: int | None = None
     values: int = 0
     bits: int = 0
+    placed: int = 0
     places: int = 0
+    peak: int = 0
 
 
 class CommonStep:
@@ -49,9 +57,10 @@ class CommonStep:
 
     In the first training step every packet searches for its own. Then all ranks add up what they encoded (`agree`),
     begin with the geometric mean, and from there correct log2 of the step by 3/4 of the bits that were missed (a bit is
-    an octave at high rates); in integers, so that no processor comes to another step. A training step with a value that
-    is not finite teaches nothing. Positions are for gradients before a loss scale. With fewer than `FEWEST_VALUES`
-    values between two agreements packets keep their own steps.
+    an octave at high rates); in integers, so that no processor comes to another step. Bits that zeros leave over are
+    not spent on ever finer steps: the largest integer of any rank keeps to 13 bits, far from the packets' clamp. A
+    training step with a value that is not finite teaches nothing. Positions are for gradients before a loss scale. With
+    fewer than `FEWEST_VALUES` values between two agreements packets keep their own steps.
     """
 
     def __init__(self, rate: float) -> None:
@@ -80,8 +89,12 @@ class CommonStep:
             direction.values += stats.numel
             direction.bits += round(8 * stats.packet_bytes - stats.header_bits)
             self._nonfinite += stats.nonfinite_blocks
-            if direction.position is None and stats.step_size > 0:
+            direction.peak = max(direction.peak, stats.largest_escape)
+            if (
+                direction.position is None and stats.step_size > 0 and stats.order0_bits > 0
+            ):  # not of zeros alone
                 place = round(_STEPS_AN_OCTAVE * math.log2(stats.step_size / self._scale))
+                direction.placed += stats.numel
                 direction.places += stats.numel * place
 
     def is_due(self, steps: int) -> bool:
@@ -91,30 +104,45 @@ class CommonStep:
     def agree(self, transport: Transport) -> int:
         """Adds up all ranks' counts and sets the next steps; every rank calls it. Returns the bytes that it sent."""
         with self._lock:
-            counts = [n for one in self._directions for n in (one.values, one.bits, one.places)]
-            counts.append(self._nonfinite)
+            counts = [n for d in self._directions for n in (d.values, d.bits, d.placed, d.places)]
+            counts += [self._nonfinite, *(direction.peak for direction in self._directions)]
             self._forget()
         packet = torch.tensor(counts, dtype=torch.int64).view(torch.uint8).to(transport.device)
         work = transport.gather(packet)
-        total = torch.stack([message.cpu().view(torch.int64) for message in work.wait()]).sum(0)
-        self.agreed([int(count) for count in total])
+        ranks = torch.stack([message.cpu().view(torch.int64) for message in work.wait()])
+        sums, largest = ranks.sum(0)[:-2], ranks.amax(0)[-2:]
+        self.agreed([int(count) for count in sums], [int(peak) for peak in largest])
         return work.sent_bytes
 
-    def agreed(self, total: Sequence[int]) -> None:
-        """Sets the next steps after the sums of all ranks' counts."""
+    def agreed(self, total: Sequence[int], peaks: Sequence[int]) -> None:
+        """Sets the next steps.
+
+        total: the sums of all ranks' values, bits, placed and places, for contributions, then for results, and of their
+        blocks that are not finite. peaks: the largest integers of any rank, of both.
+        """
         if total[-1] > 0:
             return
-        for direction, first in zip(self._directions, (0, 3), strict=True):
-            values, bits, places = total[first : first + 3]
-            if values < FEWEST_VALUES:
+        for direction, first, peak in zip(self._directions, (0, 4), peaks, strict=True):
+            values, bits, placed, places = total[first : first + 4]
+            if values < FEWEST_VALUES or (direction.position is None and not placed):
                 continue
             if direction.position is None:
-                position = places * _PLACE // values
+                position = places * _PLACE // placed
             else:
-                missed = bits * _OCTAVE // values - self._target
-                change = 3 * missed * _OCTAVE // (4 * min(self._target, _OCTAVE))
-                position = direction.position + min(max(change, -_FINER), _COARSER)
+                finest = _UNCLAMP if peak >= _CLAMPED else (peak.bit_length() - _FINE_ENOUGH) * _OCTAVE
+                position = direction.position + max(self._change(bits * _OCTAVE // values), finest)
             direction.position = min(max(position, FINEST_GRID_STEP * _PLACE), COARSEST_GRID_STEP * _PLACE)
+
+    def _change(self, rate: int) -> int:
+        """Of a position, after a rate in units of 2^-16 bit a value.
+
+        A bit is at most an octave above one bit, where it counts as one; below, where zeros outnumber all others, a
+        part of the rate is about the same part of an octave.
+        """
+        knee = max(self._target, _OCTAVE)
+        high = max(rate - knee, 0)
+        low = (min(rate, knee) - self._target) * _OCTAVE // min(self._target, _OCTAVE)
+        return min(max(3 * (high + low) // 4, -_FINER), _COARSER)
 
     def state_dict(self) -> dict[str, Any]:
         """The positions, and what was counted since the last agreement."""
@@ -138,4 +166,4 @@ class CommonStep:
     def _forget(self) -> None:
         self._nonfinite = 0
         for one in self._directions:
-            one.values = one.bits = one.places = 0
+            one.values = one.bits = one.placed = one.places = one.peak = 0

@@ -40,10 +40,12 @@ _KEYS = {  # by flag, the setting that it gives
     "data": "data.name",
     "objective": "train.objective",
     "optimizer": "optimizer.name",
+    "entropy_every": "entropy.every",
     "bits": "compression.bits",
     "mode": "local.mode",
     "partitions": "local.partitions",
     "window": "local.window",
+    "keep_examples": "local.keep_examples",
     "scale": "compression.scale",
     "hierarchy": "compression.hierarchy",
     "transport": "compression.transport",
@@ -77,6 +79,9 @@ def train(
         typer.Option(help="cross-entropy, linear, expgb, pow3gb, squentropy or rescaled-square: the loss."),
     ] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd, adamw or muon.")] = None,
+    entropy_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of entropies; 500 is cheap. 0: none.")
+    ] = None,
     bits: Annotated[
         str | None, typer.Option(help="none, identity, lossless, auto or bits a value, as 2.0.")
     ] = None,
@@ -89,6 +94,10 @@ def train(
     ] = None,
     window: Annotated[
         int | None, typer.Option(help="2: a partition also learns from the next one's loss; layerwise.")
+    ] = None,
+    keep_examples: Annotated[
+        float | None,
+        typer.Option(help="Share of its examples that a partition hands on, those of large loss; layerwise."),
     ] = None,
     scale: Annotated[
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")

@@ -143,6 +143,12 @@ class TrainConfig(Section):
     objective: str = setting(
         "cross-entropy", "the loss of the model's outputs; val_loss is nats for all", words=OBJECTIVE_WORDS
     )
+    fused_loss: str = setting(
+        "auto",
+        "a gpt's output layer and loss in one, without batch x context x vocabulary logits in memory; auto: where they "
+        "are larger than 32 MiB; end-to-end",
+        words=("auto", "on", "off"),
+    )
     precision: str = setting("fp32", "arithmetic of the layers; bf16: autocast", words=("fp32", "bf16"))
     accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
     eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)
@@ -175,6 +181,18 @@ class LocalConfig(Section):
         "auxiliary heads: linear, auglocal, auglocal:DEPTH, predsim (images), causal:BLOCKS (tokens); "
         "auto: auglocal for images, causal:1 for tokens",
     )
+    keep_examples: float = setting(
+        1.0,
+        "the share of its examples that a partition hands on to the next one, which learns from no others; layerwise, "
+        "simultaneous, window 1",
+        above=0.0,
+        high=1.0,
+    )
+    keep_by: str = setting(
+        "loss",
+        "which examples are handed on: those with the largest local loss, or at random",
+        words=("loss", "random"),
+    )
     penalty: float = setting(
         0.0, "1/tau of the penalty on residual branches, (1/2tau)*|branch|^2; 0: none", low=0.0, high=1e6
     )
@@ -199,6 +217,22 @@ class LocalConfig(Section):
         below=1.0,
     )
     memory_bytes: int = setting(0, "memory of a worker for its partitions; 0: not limited", low=0, high=2**50)
+
+
+@dataclass(frozen=True)
+class EntropyConfig(Section):
+    section: ClassVar[str] = "entropy"
+    every: int = setting(
+        0,
+        "steps between measurements of what weights, gradients, ... are worth in bits; 500 costs under 1 % of a step; "
+        "0: never",
+        low=0,
+        high=_MANY,
+    )
+    kinds: str = setting(
+        "weights, gradients, moments, activations", "what is measured, with commas", required=True
+    )
+    bits: int = setting(8, "of the quantizers whose entropy is told", low=2, high=12)
 
 
 @dataclass(frozen=True)
@@ -233,6 +267,7 @@ class Config:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def settings(self, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -274,6 +309,7 @@ SECTIONS: dict[str, type[Section]] = {
         CompressionConfig,
         TrainConfig,
         LocalConfig,
+        EntropyConfig,
         RunConfig,
     )
 }

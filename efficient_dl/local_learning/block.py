@@ -26,6 +26,25 @@ class LocalBlock(nn.Module):
         self.body = body
         self.head = head
         self.objective = objective
+        self._logits: list[Tensor] | None = None  # of the latest forward pass, where they are kept
+
+    def keep_logits(self) -> None:
+        """From now on keep what the head makes in a forward pass until `logits` takes it."""
+        if self._logits is None:
+            kept: list[Tensor] = []
+            head = self.head
+
+            def keep(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                if module is head:  # a copy carries the hook along
+                    kept[:] = [(output[0] if isinstance(output, tuple) else output).detach()]
+
+            head.register_forward_hook(keep)
+            self._logits = kept
+
+    def logits(self) -> Tensor:
+        """The head's logits of the latest forward pass, detached; once, and only after `keep_logits`."""
+        assert self._logits
+        return self._logits.pop()
 
     def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the features, with their graph, and the local loss."""

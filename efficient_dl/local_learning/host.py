@@ -12,6 +12,7 @@ from torch import Tensor
 from efficient_dl.coordinator.assignment import Assignment
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
+from efficient_dl.local_learning.selection import Selection
 from efficient_dl.local_learning.streams import Streams
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -34,6 +35,7 @@ class Host:
     held: in ascending order; which partitions, says the assignment. streams: None where no activation changes ranks.
     window: 1, every partition learns from its own loss alone; 2, also from the next partition's if that trains, whose
     gradient reaches back over one cut. That needs both on one rank: raises ConfigError otherwise.
+    selection: which examples a partition in training hands on to the next; None: all.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Host:
         streams: Streams | None = None,
         window: int = 1,
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        selection: Selection | None = None,
     ) -> None:
         assert tuple(one.index for one in held) == assignment.of_rank(rank)
         if window == 2 and any(ranks != assignment.ranks[0] for ranks in assignment.ranks if ranks):
@@ -59,6 +62,23 @@ class Host:
         self._streams = streams
         self._window = window
         self._autocast = autocast
+        self._selection = selection
+        if selection is not None:
+            self._check_selection()
+
+    def _check_selection(self) -> None:
+        if self._window == 2 or any(
+            ranks != self._assignment.ranks[0] for ranks in self._assignment.ranks if ranks
+        ):
+            raise ConfigError(
+                "examples are left out where all partitions are on the same ranks and learn by their own losses alone",
+                expected="window 1, one set of ranks for all partitions",
+                found=f"window {self._window}, ranks {', '.join(str(list(r)) for r in self._assignment.ranks)}",
+                fix="keep_examples=1.0, or window=1 and layer-wise training, simultaneous",
+            )
+        for one in self._held[:-1]:
+            if isinstance(one, Trained) and self._selection is not None and self._selection.by == "loss":
+                one.block.keep_logits()
 
     def train_step(
         self, step: int, num_micro_batches: int, batches: Batches, lr: Callable[[int], float]
@@ -153,6 +173,10 @@ class Host:
                         self._backward(pending, None, lr)
                         pending = None
                 features = features.detach()
+                if self._selection is not None and position + 1 < len(here):
+                    chosen = self._selection.of(one, targets)
+                    if chosen is not None:
+                        features, targets = features[chosen], targets[chosen]
             made = (index, features)
             if index + 1 < len(self._assignment.ranks) and self._assignment.ranks[index + 1]:
                 self._hand_on(index, micro_batch, features, step)

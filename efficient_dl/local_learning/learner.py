@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from efficient_dl.coordinator.assignment import Assignment
 from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.local_learning.block import LocalBlock
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.held import Frozen, Held, Trained
 from efficient_dl.local_learning.host import Host
 from efficient_dl.local_learning.measure import set_mode, unchanged
 from efficient_dl.local_learning.partition import Partitions
+from efficient_dl.local_learning.selection import Selection
 
 Batch = tuple[Tensor, Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -55,6 +57,8 @@ class LocalLearner:
     clip: the largest norm of a partition's gradient; 0.0: not clipped.
     penalty: 1/τ of a penalty (1/2τ)·‖branch‖² on residual branches.
     objective: the loss of logits, a name of efficient_dl.objectives.OBJECTIVES.
+    keep_examples: the share of a batch's examples that a partition hands on to the next one, which learns from no
+        others; with window 1, side by side. keep_by: those with the largest local loss, or at random (`Selection`).
     seed: of the heads' initial values.
     autocast: entered for every forward pass, such as lambda: torch.autocast("cuda", torch.bfloat16).
 
@@ -79,6 +83,8 @@ class LocalLearner:
         clip: float = 0.0,
         penalty: float = 0.0,
         objective: str = "cross-entropy",
+        keep_examples: float = 1.0,
+        keep_by: Literal["loss", "random"] = "loss",
         seed: int = 0,
         autocast: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
@@ -93,6 +99,8 @@ class LocalLearner:
         self.partitions = partitions
         self.losses: list[float] = []  # by partition, of the latest step; NaN where it did not train
         self._window, self._autocast, self._clip = window, autocast, clip
+        selection = Selection(keep_examples, keep_by, objective)
+        self._selection = selection if keep_examples < 1.0 else None
         self._make_optimizer = optimizer
         self._trainable = {id(one) for one in partitions.model.parameters() if one.requires_grad}
         self._blocks = Blocks(
@@ -148,6 +156,12 @@ class LocalLearner:
         batches: one for each step, as many as all partitions need. plateau: looked at every `stage_steps` steps.
         progress: called with (partition, its step, its loss) after every step. Returns the steps that each took.
         """
+        if self._selection is not None:
+            raise ConfigError(
+                "partitions that train one after the other have no loss before them to choose examples by",
+                expected="keep_examples=1.0, or step() and accumulate()",
+                found=f"keep_examples={self._selection.keep}",
+            )
         taken: list[int] = []
         source = iter(batches)
         for index in range(len(self.partitions)):
@@ -169,6 +183,14 @@ class LocalLearner:
     def training(self) -> tuple[int, ...]:
         """The partitions that train."""
         return tuple(sorted(self._trained))
+
+    def block(self, index: int) -> LocalBlock:
+        """A partition in training with its head. Raises ConfigError for one that does not train."""
+        if index not in self._trained:
+            raise ConfigError(
+                "this partition does not train", expected=f"one of {self.training}", found=str(index)
+            )
+        return self._trained[index].block
 
     def state_dict(self) -> dict[str, Any]:
         """Heads and optimizers of the partitions in training; the model's own state_dict() holds the rest."""
@@ -239,7 +261,7 @@ class LocalLearner:
         for index in wanted:  # once more where a frozen partition borrows a weight
             self._reach(index)
         ranks = tuple((0,) if index < active else () for index in range(len(self.partitions)))
-        self._host = Host(0, Assignment(ranks), held, None, self._window, self._autocast)
+        self._host = Host(0, Assignment(ranks), held, None, self._window, self._autocast, self._selection)
 
     def _reach(self, index: int) -> None:
         """Let gradients come to a partition's own parameters, except to those that never wanted any."""

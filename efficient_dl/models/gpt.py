@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,8 +150,12 @@ class GPT(nn.Module):
                 std = INIT_STD / math.sqrt(2 * len(self.blocks)) if into_stream else INIT_STD
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: int64 (batch, tokens), tokens at most `context`. Returns logits (batch, tokens, vocabulary)."""
+    def forward(self, x: Tensor, head_of: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """x: int64 (batch, tokens), tokens at most `context`. Returns logits (batch, tokens, vocabulary).
+
+        head_of: takes the output layer's place; what it makes of the last norm's output (batch, tokens, width) and the
+        output layer's matrix (vocabulary, width) is returned, such as a loss that never has all logits in memory.
+        """
         num_tokens = x.shape[1]
         if num_tokens > self.context:
             raise ValueError(f"{num_tokens} tokens do not fit the model's context of {self.context}")
@@ -159,4 +165,5 @@ class GPT(nn.Module):
         stream = self.dropout(stream)
         for block in self.blocks:
             stream = block(stream)
-        return self.head(self.norm(stream))
+        hidden = self.norm(stream)
+        return self.head(hidden) if head_of is None else head_of(hidden, self.head.weight)

@@ -23,6 +23,8 @@ from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
+from efficient_dl.training.entropy_log import EntropyLog
+from efficient_dl.training.fused import fused_head
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
@@ -37,6 +39,7 @@ class Trainer(RunLoop):
         self.label = f"bits {config.compression.bits}"
         self.model = build_model(config.model, data.spec, config.train.seed).to(device)
         self.optimizer = Optimizer(self.model, config.optimizer)
+        self.fused = fused_head(config, data.spec, self.task)
         persistent = self.model.state_dict().keys()
         self.trained_buffers = [one for name, one in self.model.named_buffers() if name in persistent]
 
@@ -49,6 +52,7 @@ class Trainer(RunLoop):
         )
         self._settle_buckets()
         self.compression = self._compress()
+        self.entropy = EntropyLog(self.config, self.model, self.optimizer, self.folder)
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
@@ -86,6 +90,7 @@ class Trainer(RunLoop):
             self.optimizer.step(lr)
             self.optimizer.zero_grad()
         self.step += 1
+        self.entropy.write(self.step)
         return row
 
     def backward(self, model: nn.Module) -> Tensor:
@@ -97,15 +102,20 @@ class Trainer(RunLoop):
             inputs, targets = self._batch(part)
             waiting = part < accumulate - 1 and isinstance(model, DistributedDataParallel)
             with self.ddp.no_sync() if waiting else contextlib.nullcontext():
-                with self._autocast():
-                    outputs = model(inputs)
-                loss = self.task.loss(outputs, targets) / accumulate
+                loss = self._loss(model, inputs, targets) / accumulate
                 self.watch.at(
                     "backward, with gradients' all-reduce" if not waiting else "backward", self.step + 1
                 )
                 loss.backward()
             total += loss.detach()
         return total
+
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            if self.fused is not None:
+                return self.fused.loss(model, inputs, targets)
+            outputs = model(inputs)
+        return self.task.loss(outputs, targets)
 
     def _batch(self, part: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -128,10 +138,8 @@ class Trainer(RunLoop):
                 continue
             self.watch.at(f"evaluation, batch {index}", self.step)
             inputs, targets = (self._on_device(one) for one in batch)
-            with self._autocast():
-                outputs = self.model(inputs)
             count = predictions(targets)
-            means = evaluate_batch(self.task, outputs, targets)
+            means = self._evaluated(inputs, targets)
             for name, value in {"count": count, **{k: v.item() * count for k, v in means.items()}}.items():
                 sums[name] = sums.get(name, 0.0) + value
         self.model.train()
@@ -145,6 +153,13 @@ class Trainer(RunLoop):
             self.step, parameter_scalars(self.compression.interval(all_ranks=True, name="parameters"))
         )
         self.progress.row(row)
+
+    def _evaluated(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        with self._autocast():
+            if self.fused is not None:
+                return self.fused.evaluate(self.model, inputs, targets)
+            outputs = self.model(inputs)
+        return evaluate_batch(self.task, outputs, targets)
 
     def _per_rank(self, key: str, value: float) -> float:
         """Bytes are summed over ranks, seconds averaged."""
@@ -166,11 +181,12 @@ class Trainer(RunLoop):
 
     def _save(self) -> None:
         self._sync_buffers()
-        state = resume.rank_state(self.compression, self.device)
+        state = resume.rank_state(self.compression, self.device) | {"entropy": self.entropy.state_dict()}
         self.checkpoints.save(self.step, resume.tensors(self.model, self.optimizer), state, self._about())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
+        self.entropy.load_state_dict(checkpoint.rank_states[0].get("entropy"), checkpoint.step)
         compression = self.compression if self._same_plan(checkpoint) else None
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
@@ -179,6 +195,8 @@ class Trainer(RunLoop):
 
     def _close(self) -> None:
         self.compression.close()
+        self.entropy.close()
+        self.entropy.draw()
 
     def _abort(self) -> None:
         compression: Compression | None = getattr(self, "compression", None)  # none before `_prepare` is done

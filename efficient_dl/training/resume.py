@@ -23,6 +23,7 @@ from efficient_dl.training.optimizers import Optimizer
 
 _NO_MATTER = (
     "run",
+    "entropy",
     "data.name",  # its kind is compared: files may move, their content is known by its fingerprint
     "data.path",
     "data.download",

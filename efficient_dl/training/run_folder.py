@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,7 @@ CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOI
     "checkpoints",
 )
 PLAN = "plan.json"
+ENTROPY, ENTROPY_PICTURE = "entropy.jsonl", "entropy.svg"
 LOCK = ".lock"
 
 
@@ -94,7 +95,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
-            for name in (METRICS, PARAMETERS, DECISIONS):
+            observed = (ENTROPY,) if (self.path / ENTROPY).exists() else ()
+            for name in (METRICS, PARAMETERS, DECISIONS, *observed):
                 kept = [row for row in self.rows(name) if row["step"] <= step]
                 self._replace(name, "".join(json.dumps(row) + "\n" for row in kept))
             self._metrics = (self.path / METRICS).open("a", buffering=1)
@@ -121,6 +123,25 @@ class RunFolder:
             for name, row in rows.items():
                 for key, value in row.items():
                     self._tensorboard.add_scalar(f"compression/{name}/{key}", value, step)
+
+    def log_entropy(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append a measurement's rows, with their "step", to entropy.jsonl; what is not finite becomes null."""
+        if not self.writes:
+            return
+        lines = [
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
+            for row in rows
+        ]
+        with disk_full(self.path, "the last checkpoint is intact"), (self.path / ENTROPY).open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """A number for TensorBoard alone, as its SummaryWriter takes it."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_scalar(tag, scalar_value, global_step)
 
     def log_decision(self, row: Mapping[str, Any]) -> None:
         """Append what the coordinator decided, a row with its "step", to decisions.jsonl."""

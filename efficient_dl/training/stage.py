@@ -17,11 +17,12 @@ from efficient_dl.comm import ProcessGroupTransport
 from efficient_dl.comm.channel import ChannelTotals
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Decision
-from efficient_dl.errors import CheckpointError
+from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
 from efficient_dl.local_learning.host import Host
+from efficient_dl.local_learning.selection import Selection
 from efficient_dl.local_learning.streams import StreamOptions, Streams
 from efficient_dl.training import measure
 from efficient_dl.training.end_to_end import compressed, sync_buffers_argument
@@ -182,7 +183,15 @@ class Stage:
         codec = None if local.activations == "identity" else make_codec(_codec_name(local.activations))
         options, assignment = StreamOptions(codec, local.queue), self.decision.assignment
         self._streams = Streams(assignment, self._transport, passes, options, self._device)
-        self.host = Host(rank, assignment, self.held, self._streams, local.window, self._autocast)
+        self.host = Host(
+            rank,
+            assignment,
+            self.held,
+            self._streams,
+            local.window,
+            self._autocast,
+            selection_of(self._config),
+        )
 
     def _close(self) -> None:
         for compression in self.compressions.values():
@@ -225,6 +234,30 @@ class Stage:
             ddp, optimizer, self._config, extra={"data": self._fingerprint, "partition": index}
         )
         return Trained(index, block, ddp, optimizer, parameters, self._config.optimizer.clip)
+
+
+def selection_of(config: Config) -> Selection | None:
+    """Which examples partitions hand on; None: all."""
+    local = config.local
+    if local.keep_examples == 1.0:
+        return None
+    return Selection(
+        local.keep_examples, "loss" if local.keep_by == "loss" else "random", config.train.objective
+    )
+
+
+def check_selection(config: Config) -> None:
+    """Raise ConfigError where examples are to be left out by a way of training that cannot."""
+    local = config.local
+    found = (local.mode, local.schedule, local.window)
+    if local.keep_examples < 1.0 and found != ("layerwise", "simultaneous", 1):
+        raise ConfigError(
+            "examples are left out by partitions that train side by side, by their own losses alone",
+            expected="local.mode=layerwise, local.schedule=simultaneous, local.window=1",
+            found=f"local.mode={local.mode}, local.schedule={local.schedule}, local.window={local.window}",
+            where="local.keep_examples",
+            fix="--keep-examples 1.0, or --mode layerwise",
+        )
 
 
 def wanted_from(decision: Decision, names: Sequence[Mapping[str, str]]) -> Callable[[str], bool]:

@@ -64,6 +64,22 @@ def test_the_error_is_within_the_dead_zone_of_the_step(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("num_blocks", [1, 40, 3000])
+@pytest.mark.parametrize("zeros", [0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e20])
+def test_bits_that_zeros_leave_over_are_not_spent_on_steps_that_clamp_all_others(
+    kernel: str, num_blocks: int, zeros: float, size: float
+) -> None:
+    numel = 256 * num_blocks
+    x = size * torch.randn(numel, generator=torch.Generator().manual_seed(num_blocks))
+    x[: round(zeros * numel)] = 0  # of 3000 blocks no sampled one need hold a value
+    codec, out, stats = make_codec("grid:3.0", kernel=kernel), torch.empty(numel), PacketStats()
+    codec.decode(codec.encode(x, stats=stats), out)
+    assert float((out - x).norm() / size) <= 1e-3 * float((x / size).norm())
+    assert stats.largest_escape < 32767
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.024, 0.3, 1.0])
 @pytest.mark.parametrize("wild", [False, True])

@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("bits", ["identity", "lossless", 2.0])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_every_rank_ends_bitwise_equal(world_size: int, bits: str | float) -> None:
     results = run_ranks(train, world_size, bits)
     assert all(same_bits(results[0][0], other[0]) for other in results[1:])

@@ -136,6 +136,10 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
         2,
         [*GPT, "local.mode=layerwise", "local.window=2", "local.partitions=3", "train.accumulate=2"],
     ),
+    "layerwise-hardest-half-gpt": (
+        2,
+        [*GPT, "local.mode=layerwise", "local.keep_examples=0.5", "data.batch_size=4"],
+    ),
     "layerwise-predsim-penalty": (
         1,
         [*RESNET, "local.mode=layerwise", "local.heads=predsim", "local.penalty=0.01", "optimizer.name=sgd"],

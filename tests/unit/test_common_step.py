@@ -78,22 +78,25 @@ def test_a_common_step_errs_less_with_no_more_bits() -> None:
         assert after["bytes"] < 1.01 * before["bytes"]
 
 
-def counted(packet_bits: float, step_size: float = 0.0, nonfinite: int = 0) -> PacketStats:
+def counted(packet_bits: float, step_size: float = 0.0, nonfinite: int = 0, peak: int = 0) -> PacketStats:
     return PacketStats(
         numel=10_000,
+        order0_bits=packet_bits * 10_000,
         packet_bytes=round(packet_bits * 1250),
         step_size=step_size,
         nonfinite_blocks=nonfinite,
+        largest_escape=peak,
     )
 
 
 def after(common: CommonStep, stats: PacketStats) -> float | None:
     common.count(stats, result=False)
     with common._lock:
-        total = [n for one in common._directions for n in (one.values, one.bits, one.places)]
+        total = [n for d in common._directions for n in (d.values, d.bits, d.placed, d.places)]
         total.append(common._nonfinite)
+        peaks = [d.peak for d in common._directions]
         common._forget()
-    common.agreed(total)
+    common.agreed(total, peaks)
     return common.step(False)
 
 
@@ -104,8 +107,52 @@ def test_a_step_follows_the_missed_rate_and_no_step_that_is_not_finite() -> None
     assert after(common, counted(3.0)) == pytest.approx(0.5 * 2**0.75, rel=1e-3)
     assert after(common, counted(0.0, nonfinite=1)) == pytest.approx(0.5 * 2**0.75, rel=1e-3)
     assert after(common, counted(1.0)) == 0.5
-    assert after(common, counted(200.0)) == 2.0  # four times as coarse at most
+    assert after(common, counted(6.0)) == 0.5 * 2**3
+    assert after(common, counted(200.0)) == 0.5 * 2**11  # eight octaves coarser at most
     assert common.step(True) is None
+
+
+def test_packets_of_zeros_have_no_say_in_the_first_step() -> None:
+    common = CommonStep(2.0)
+    common.count(counted(0.0, step_size=1.0), result=False)
+    assert after(common, counted(2.0, step_size=2.0**-20)) == 2.0**-20
+
+
+def test_bits_that_zeros_leave_over_do_not_make_steps_ever_finer() -> None:
+    common = CommonStep(2.0)
+    assert after(common, counted(0.1, step_size=1.0)) == 1.0
+    assert after(common, counted(0.1, peak=2000)) == 0.5
+    assert after(common, counted(0.1, peak=4000)) == 0.25
+    assert after(common, counted(0.1, peak=8000)) == 0.25  # 13 bits
+    assert after(common, counted(0.1, peak=16_000)) == 0.5
+    assert after(common, counted(0.1, peak=32_767)) == 32.0  # clamped: nobody knows how large it was
+
+
+def relative_error_of_a_large_tensor_beside_zeros(transport: Transport) -> float:
+    """Of a network whose residual branches begin at zero, and which start to train after six steps."""
+    compressor = Compressor(Plan.of(2.0, scale="global"), ["early", "late"])
+    square = signal = 0.0
+    for step in range(12):
+        compressor.begin_step()
+        for name, numel, size in (("early", 2_000, 1e3), ("late", 100_000, float(step >= 6))):
+            ranks = range(transport.world_size)
+            gradients = [
+                torch.randn(numel, generator=torch.Generator().manual_seed(100 * step + r)) for r in ranks
+            ]
+            x, mean = size * gradients[transport.rank], size * torch.stack(gradients).mean(0)
+            all_reduce(x, BucketLayout.of([name], [numel], transport.world_size), compressor, transport)
+            if name == "early" and step >= 5:  # when zeros alone have left bits over for some steps
+                square, signal = (
+                    square + float((x - mean).square().sum()),
+                    signal + float(mean.square().sum()),
+                )
+        compressor.end_step(0.0)
+        compressor.agree(transport)
+    return (square / signal) ** 0.5
+
+
+def test_a_large_tensor_is_not_lost_beside_one_of_zeros() -> None:
+    assert max(on_ranks(2, relative_error_of_a_large_tensor_beside_zeros)) < 0.03
 
 
 def test_a_step_follows_the_loss_scale() -> None:

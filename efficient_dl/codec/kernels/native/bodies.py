@@ -125,5 +125,6 @@ def report(measured: NativeStats | None, stats: PacketStats | None) -> None:
     stats.scale_bits = measured.scale_bits
     stats.header_bits = float(measured.header_bits)
     stats.escapes = measured.escapes
+    stats.largest_escape = measured.largest_escape
     stats.empty_blocks = measured.empty_blocks
     stats.nonfinite_blocks = measured.nonfinite_blocks

@@ -313,6 +313,8 @@ void encode_integers(const Kernels& kernels, const IntegerSource& source, const 
 
     if (stats == nullptr) return;
     int64_t num_escapes = 0;
+    for (const auto& of_span : symbols.escapes)
+        for (const int64_t q : of_span) stats->largest_escape = std::max(stats->largest_escape, std::abs(q));
     for (const Tile& tile : tiles) {
         num_escapes += tile.num_escapes;
         stats->coded_tiles += tile.coded;

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define EDL_ABI_VERSION 3
+#define EDL_ABI_VERSION 4
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
 enum edl_dtype {
@@ -72,6 +72,7 @@ typedef struct {
     int32_t step_index;  /* j of the chosen relative step; 0 for all but block */
     int32_t coded_tiles;
     int64_t dropped_blocks; /* that did not fit the limit */
+    int64_t largest_escape; /* grid, delta: the largest magnitude of an escaped value; 0 without escapes */
 } edl_stats;
 
 EDL_EXPORT int64_t edl_abi_version(void);

@@ -13,7 +13,7 @@ constexpr int kEscapeBytes = 2;
 constexpr uint32_t kFirstHugeBits = kFirstHugeExponent << 23;
 constexpr int64_t kMaxSampleBlocks = 512;
 constexpr int kOctave = 32;  // steps
-constexpr int kFinest = -40 * kOctave, kCoarsest = 2 * kOctave;  // from the largest value's power of two
+constexpr int kFinest = -12 * kOctave, kCoarsest = 2 * kOctave;  // from the largest value's power of two
 constexpr int kFinestStep = -4000, kCoarsestStep = 3168;
 
 // 2^(k/32) with 12 fraction bits.
@@ -30,6 +30,19 @@ float grid_step(int index) {
 bool is_step(float step) { return step >= 0x1p-126f && step < 0x1p100f; }
 
 thread_local Scratch sample_scratch;
+
+// Of the blocks that are finite, as bits; 0 if all are zeros.
+uint32_t largest_magnitude(const Kernels& kernels, const ConstValues& x, const Segments& segments) {
+    const ContextKernels& loops = context_kernels(kernels);
+    alignas(64) float room[kBlockValues];
+    uint32_t largest = 0;
+    BlockCursor cursor(segments);
+    for (Block block; cursor.next(block);) {
+        const uint32_t bits = loops.magnitude_bits(block_floats(kernels, {x, nullptr}, block, room));
+        if (bits < kFirstHugeBits) largest = std::max(largest, bits);
+    }
+    return largest;
+}
 
 float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16) {
     Scratch::Lease lease(sample_scratch, kMaxSampleBlocks * kBlockValues * sizeof(float));
@@ -49,11 +62,13 @@ float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& 
         num_values += block.size;
         ++num_sampled;
     }
+    const bool is_sampled = largest != 0;
+    if (!is_sampled) largest = largest_magnitude(kernels, x, segments);
     if (largest == 0) return 1.0f;
     const int64_t budget = num_values * bits_q16;
     const int octave = kOctave * (static_cast<int>(largest >> 23) - 127);
     int low = std::clamp(octave + kFinest, kFinestStep, kCoarsestStep);
-    int high = std::clamp(octave + kCoarsest, kFinestStep, kCoarsestStep);
+    int high = is_sampled ? std::clamp(octave + kCoarsest, kFinestStep, kCoarsestStep) : low;
     while (low < high) {
         const int middle = (low + high) >> 1;  // rounds down for negative sums too
         const float inverse = 1.0f / grid_step(middle);

@@ -10,7 +10,7 @@ from typing import Final
 
 from efficient_dl.errors import ConfigError, CorruptPacket
 
-ABI_VERSION: Final = 3
+ABI_VERSION: Final = 4
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3
@@ -66,6 +66,7 @@ class NativeStats(ctypes.Structure):
     step_index: int
     coded_tiles: int
     dropped_blocks: int
+    largest_escape: int
 
     _fields_ = (
         ("order0_bits", ctypes.c_double),
@@ -78,6 +79,7 @@ class NativeStats(ctypes.Structure):
         ("step_index", ctypes.c_int32),
         ("coded_tiles", ctypes.c_int32),
         ("dropped_blocks", ctypes.c_int64),
+        ("largest_escape", ctypes.c_int64),
     )
 
 

@@ -80,7 +80,8 @@ def encode(
     head = [grid.num_blocks, tile_blocks, num_tiles, class_stream.numel(), table_data.numel()]
     if stats is not None:
         escapes = int(rows.escaped.sum())
-        escape_bits = 8.0 * value_bytes * int(rows.escaped_values().sum())
+        sent_apart = rows.values[rows.escaped_values()]
+        escape_bits = 8.0 * value_bytes * sent_apart.numel()
         stored_rows = (torch.tensor(infos, device=device)[rows.block // tile_blocks] & 1) == 0
         coded_counts = torch.zeros_like(frequency).view(-1)
         symbol = rows.symbols + _ALPHABET * row_table[:, None]
@@ -97,6 +98,7 @@ def encode(
             4 * len(head) + class_header_bytes + 16 + table_data.numel() + 8 * num_tiles
         )
         stats.escapes = escapes
+        stats.largest_escape = int(sent_apart.abs().amax()) if sent_apart.numel() else 0
         stats.empty_blocks = int((classes == 0).sum())
         stats.nonfinite_blocks = int(nonfinite.sum())
     return torch.cat(
