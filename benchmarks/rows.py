@@ -39,7 +39,7 @@ class RowFile:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """Writes one row, with the machine it was measured on."""
+        """Writes one row, with the machine it was measured on and the machine's load."""
         self.rows.append(row)
         if self._path is not None:
             with self._path.open("a") as file:
@@ -48,8 +48,9 @@ class RowFile:
 
 def as_dict(row: Row) -> dict[str, Any]:
     """The row as a line of a file has it, with the machine; what is not finite becomes None, as JSON knows no NaN."""
+    load = round(os.getloadavg()[0], 1)  # of the last minute: what else the machine did
     value = row.value if math.isfinite(row.value) else None
-    return {**asdict(row), "value": value, "env": environment()}
+    return {**asdict(row), "value": value, "env": {**environment(), "load": load}}
 
 
 @cache

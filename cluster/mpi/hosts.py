@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from cluster.entering import hosts_text, missing_programs, on_host
 from cluster.errors import EmulationError
@@ -75,18 +76,13 @@ class MpiHosts:
         MASTER_ADDR and MASTER_PORT are set, for torch. capture: return what was printed, stderr with stdout, instead
         of printing it. The exit code is mpirun's, 124 after a time-out; afterwards nothing runs on the hosts.
         """
-        if num_ranks < 1:
-            raise EmulationError(f"no number of ranks: {num_ranks}; at least 1")
-        front = mpirun.command(self._slots(num_ranks), self._folder / "hostfile", self._agent, num_ranks)
-        process = subprocess.Popen(
-            self._on(0, [*front, *command]),
-            env={**self._variables(), **mpirun.environment(), **(environment or {})},
-            stdin=subprocess.DEVNULL,
+        process = self.start(
+            mpirun,
+            num_ranks,
+            command,
+            environment,
             stdout=subprocess.PIPE if capture else None,
             stderr=subprocess.STDOUT if capture else None,
-            text=True,
-            errors="replace",
-            start_new_session=True,
         )
         output, timed_out = None, False
         with self._ended(process):
@@ -99,6 +95,30 @@ class MpiHosts:
             return subprocess.CompletedProcess(command, _TIMED_OUT, output)
         code = process.returncode
         return subprocess.CompletedProcess(command, 128 - code if code < 0 else code, output)
+
+    def start(
+        self,
+        mpirun: Mpirun,
+        num_ranks: int,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        stdout: int | IO[bytes] | None = None,
+        stderr: int | IO[bytes] | None = None,
+    ) -> subprocess.Popen[str]:
+        """As `run`, without waiting: the process is mpirun's own, and ending its ranks is left to the caller."""
+        if num_ranks < 1:
+            raise EmulationError(f"no number of ranks: {num_ranks}; at least 1")
+        front = mpirun.command(self._slots(num_ranks), self._folder / "hostfile", self._agent, num_ranks)
+        return subprocess.Popen(
+            self._on(0, [*front, *command]),
+            env={**self._variables(), **mpirun.environment(), **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
 
     @contextlib.contextmanager
     def _ended(self, process: subprocess.Popen[str]) -> Iterator[None]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shlex
 
+from efficient_dl.launching.ends import FINAL_CODES
 from efficient_dl.launching.job import Job, without_out
 from efficient_dl.launching.script import Submission, head, lines, program_words, quoted, torchrun
 
 _TITLE = """\
 Trains on {nodes} nodes with {workers} workers each: sbatch slurm.sbatch
 If a node or a worker fails, the job is requeued, up to {restarts} times; it goes on from its last checkpoint, perhaps
-on other nodes. {lead} s before the time limit, or before pre-emption where Slurm is told to announce it
-(preempt_send_user_signal), all ranks write a checkpoint, and the job is requeued, however often it happens.
+on other nodes. An error that would come again, as a wrong setting, ends it instead. {lead} s before the time limit, or
+before pre-emption where Slurm is told to announce it (preempt_send_user_signal), all ranks write a checkpoint, and the
+job is requeued, however often it happens.
 The folder, the data and the runs lie on a file system that all nodes share."""
 
 _BODY = """
@@ -19,6 +21,11 @@ _BODY = """
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\\n'*}
 port=$((15000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0}) % 15000))
+
+# Ranks leave their exit codes in this folder, which all nodes see; torchrun's own is always 1.
+export EDL_ENDS="$PWD/.edl-ends-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+rm -rf "$PWD/.edl-ends-$SLURM_JOB_ID-"*
+mkdir "$EDL_ENDS" || true # without it every failed job is requeued
 
 step='' announced='' cancelled=''
 trap 'announced=1; [[ -z $step ]] || kill -USR1 "$step" || true' USR1
@@ -33,8 +40,14 @@ while :; do # a signal interrupts wait
     wait "$step" && code=0 || code=$?
     kill -0 "$step" 2>/dev/null || break
 done
-step=''
+step='' final=''
+for end in FINAL; do [[ ! -e $EDL_ENDS/$end ]] || final=$end; done
+rm -rf "$EDL_ENDS"
 echo "srun ended with $code${announced:+, after the announcement of the end}${cancelled:+, after SIGTERM}"
+if [[ $code != 0 && -n $final ]]; then
+    echo "a rank ended with $final, as it would again: mend what it says, and submit the job again"
+    exit "$final"
+fi
 if [[ $code != 0 && -z $cancelled ]] && { [[ -n $announced ]] || ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); }; then
     scontrol requeue "$SLURM_JOB_ID"
     waited=0
@@ -60,7 +73,7 @@ def slurm(job: Job) -> Submission:
         '--rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID"',
     ]
     run = lines([" ".join(srun), torchrun(job, options, program, job.lead_seconds)])
-    end = _END.replace("RESTARTS", str(job.restarts))
+    end = _END.replace("RESTARTS", str(job.restarts)).replace("FINAL", " ".join(map(str, FINAL_CODES)))
     text = f"{head(job, title, _directives(job))}{body}\n{run} &\n{end}"
     return Submission(text, (("sbatch",),), reads_text=True)
 

@@ -22,6 +22,7 @@ _SPARING_RANKS = 256  # more of them ask rank 0's store in proportion less often
 _FOLLOW_SECONDS = 0.5
 _GIVE_UP_SECONDS = 1.0
 _CONNECT_SECONDS = 30.0
+_STARTED = ("TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # by a parent that stays until the end
 _LOST = (dist.DistError, RuntimeError, OSError)
 
 
@@ -64,7 +65,7 @@ class _RunWatch:
         self._workers_store, self.store = store, _own_connection(store)
         self._closed = threading.Event()
         self._poll_seconds = _POLL_SECONDS * max(1.0, size / _SPARING_RANKS)
-        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._agent = os.getppid() if any(name in os.environ for name in _STARTED) else None
         threading.Thread(target=self._run, name="edl-watch", daemon=True).start()
 
     @property
@@ -111,7 +112,7 @@ class _RunWatch:
                 self.dog.store_is_lost()
 
     def _end_with_the_agent(self) -> None:
-        """torchrun's workers are sessions of their own: none of them would notice that their agent was killed."""
+        """torchrun's workers and mpirun's ranks would not notice that their agent or daemon was killed."""
         if self._agent is not None and os.getppid() != self._agent:
             self._agent = None
             os.kill(os.getpid(), signal.SIGTERM)

@@ -24,6 +24,7 @@ from efficient_dl.config import Config, RunConfig
 from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportError
 from efficient_dl.launching import interfaces
 from efficient_dl.launching.caches import own_uid, use_node_caches
+from efficient_dl.launching.ends import tell_end
 from efficient_dl.launching.meeting import find_meeting, meet
 from efficient_dl.launching.place import find_place
 from efficient_dl.training import devices
@@ -161,6 +162,7 @@ def work(main: Callable[..., T], *args: Any, own_launcher: bool = False) -> T:
             signal.signal(number, signal.SIG_IGN)  # reporting is short and bounded; let it finish
         # After a signal every error is its consequence; torch turns one raised inside a hook into a RuntimeError.
         code = _report(stops[0] if stops else error, worker, own_launcher)
+        tell_end(code, os.environ)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # threads stuck in collectives would keep a normal exit waiting

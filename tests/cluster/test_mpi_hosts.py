@@ -84,8 +84,18 @@ def test_a_time_out_ends_the_job(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_four_ranks_train_at_two_bits_by_one_command(name: str, tmp_path: Path) -> None:
-    transport = ["--transport", "mpi"] if name == "mpich" else []
-    command = [sys.executable, "-m", "cluster.mpi", "--hosts", "2", "--rate", "200mbit", "-n", "4"]
+    trains_by_one_command(name, 4, tmp_path, *(["--transport", "mpi"] if name == "mpich" else []))
+
+
+@pytest.mark.slow
+@pytest.mark.netns
+@pytest.mark.mpi("openmpi")
+def test_partitions_train_on_hosts_of_their_own(tmp_path: Path) -> None:
+    trains_by_one_command("openmpi", 2, tmp_path, "--mode", "partitionwise", "--partitions", "2")
+
+
+def trains_by_one_command(name: str, ranks: int, tmp_path: Path, *flags: str) -> None:
+    command = [sys.executable, "-m", "cluster.mpi", "--hosts", "2", "--rate", "200mbit", "-n", str(ranks)]
     command += ["--mpirun", str(mpirun_of(name).path), "--timeout", "240", "--"]
     done = subprocess.run(
         [
@@ -93,7 +103,7 @@ def test_four_ranks_train_at_two_bits_by_one_command(name: str, tmp_path: Path) 
             sys.executable,
             "-m",
             "efficient_dl.cli",
-            *train_arguments(tmp_path / "run", 4, *transport),
+            *train_arguments(tmp_path / "run", 4, *flags),
         ],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -104,7 +114,7 @@ def test_four_ranks_train_at_two_bits_by_one_command(name: str, tmp_path: Path) 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (summary["world_size"], summary["steps"]) == (4, 4)
+    assert (summary["world_size"], summary["steps"]) == (ranks, 4)
 
 
 @pytest.mark.netns

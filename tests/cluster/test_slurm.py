@@ -141,6 +141,44 @@ def test_a_job_of_edl_launch_is_announced_its_end_is_requeued_and_goes_on(
     assert len(starts) == 2 and starts[0] == 0 < starts[1] < 400
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(280)
+def test_a_job_whose_data_is_missing_ends_with_that_code_and_is_not_requeued(
+    running: RunningCluster, tmp_path: Path
+) -> None:
+    words = ["launch", "slurm", "--nodes", "2", "--workers", "1", "--cpus", "1", "--python", sys.executable]
+    words += [
+        "--folder",
+        str(tmp_path),
+        "--env",
+        f"PYTHONPATH={REPOSITORY}",
+        "--time",
+        "5",
+        "--option=--wait",
+    ]
+    words += ["--", "train", "--model", "gpt-nano", "--data", f"tokens:{tmp_path}/nothing"]
+    edl = ["env", f"--chdir={tmp_path}", sys.executable, "-m", "efficient_dl.cli", *words]
+    done = running.run(edl, {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=250)
+    (log,) = tmp_path.glob("edl-*.log")
+    text = log.read_text()
+    assert done.returncode == 3, done.stdout + done.stderr + text
+    assert text.count("DataError: ") == 1 == text.count("srun ended with")
+    assert "a rank ended with 3, as it would again" in text
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(280)
+def test_partitions_train_on_nodes_of_their_own(running: RunningCluster, tmp_path: Path) -> None:
+    mode = ["--mode", "partitionwise", "--partitions", "2"]
+    words = [sys.executable, "-m", "efficient_dl.cli", *train_arguments(tmp_path / "run", 4, *mode)]
+    done = running.run(["srun", "-N", "2", *words], {"PYTHONPATH": str(REPOSITORY)}, timeout_seconds=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
+
+
 @pytest.mark.slurm
 def test_the_pre_flight_check_runs_under_srun(running: RunningCluster, tmp_path: Path) -> None:
     check = [sys.executable, "-m", "cluster.preflight", "--folder", str(tmp_path)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from efficient_dl.launching import ends
 from tests.distributed.edl_ranks import free_port
 
 # Rank 1 has the error, and reads the others' answers only when rank 0, where the store lives, has long known it.
@@ -36,9 +37,10 @@ work(main)
 """
 
 
-def test_a_rank_that_is_slow_to_hear_of_the_end_still_reports_its_own_error() -> None:
+def test_a_rank_that_is_slow_to_hear_of_the_end_still_reports_its_own_error(tmp_path: Path) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    shared[ends.VARIABLE] = str(tmp_path)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
@@ -52,3 +54,4 @@ def test_a_rank_that_is_slow_to_hear_of_the_end_still_reports_its_own_error() ->
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     assert printed[0] == ""
     assert printed[1].startswith("rank 1: ConfigError: a wrong setting")
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]  # what a job's script finds

@@ -228,7 +228,8 @@ def test_shellcheck_finds_nothing_in_the_scripts(tmp_path: Path) -> None:
 
 SRUN = {
     "succeeds": "exit 0",
-    "fails": "exit 6",
+    "fails": "touch $EDL_ENDS/6; exit 1",
+    "fails for good": "touch $EDL_ENDS/2 $EDL_ENDS/6; exit 1",
     "checkpoints": "trap 'echo got USR1; exit 138' USR1; echo up; while :; do sleep 0.05; done",
     "ends": "trap 'echo got TERM; exit 143' TERM; echo up; while :; do sleep 0.05; done",
 }
@@ -248,7 +249,12 @@ def run_batch(folder: Path, srun: str, number: signal.Signals | None = None, **m
     text = submission(Job("slurm", restarts=2, command=TRAIN)).text
     with log.open("w") as out:
         job = subprocess.Popen(
-            ["bash", "-c", text], env=environment, stdout=out, stderr=out, start_new_session=True
+            ["bash", "-c", text],
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
         if number is not None:
@@ -273,7 +279,21 @@ def test_a_job_that_succeeds_is_not_requeued(tmp_path: Path) -> None:
 def test_a_job_that_fails_is_requeued_a_number_of_times(tmp_path: Path) -> None:
     assert "requeued 7" in run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="1")[1]
     code, text = run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="2")
-    assert (code, "requeued" in text) == (6, False)
+    assert (code, "requeued" in text) == (1, False)
+
+
+def test_a_job_whose_error_would_come_again_is_not_requeued(tmp_path: Path) -> None:
+    code, text = run_batch(tmp_path, "fails for good")
+    assert (code, "requeued" in text) == (2, False)
+    assert "a rank ended with 2, as it would again" in text
+    assert not list(tmp_path.glob(".edl-ends*"))
+
+
+def test_what_an_earlier_start_of_the_job_has_left_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / ".edl-ends-7-0").mkdir()
+    (tmp_path / ".edl-ends-7-0" / "2").touch()
+    assert "requeued 7" in run_batch(tmp_path, "fails", SLURM_RESTART_COUNT="1")[1]
+    assert not list(tmp_path.glob(".edl-ends*"))
 
 
 def test_an_announced_end_reaches_the_ranks_and_requeues_however_often(tmp_path: Path) -> None:
@@ -376,6 +396,44 @@ def test_without_a_command_only_a_dry_run_has_an_example() -> None:
         described_job("slurm", None, {})
     with pytest.raises(ConfigError, match="--env NAME=VALUE"):
         variables(["A"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--", "train", "--wrong-flag"], "No such option: --wrong-flag"),
+        (["--", "train", "--steps", "many"], "--steps"),
+        (["--", "train", "stray"], "stray"),
+        (["--", "train", "--model", "gpt-huge"], "gpt has no size 'huge'"),
+        (["--", "train", "--set", "train.stepz=1"], "did you mean"),
+        (["--", "train", "--config", "nowhere.toml"], "there is no such configuration file"),
+        (["--sweep", "--seed 1", "--sweep", "--sed 2", "--", "train"], "No such option: --sed"),
+        (["--", "probe", "--what"], "No such option: --what"),
+    ],
+)
+def test_a_wrong_flag_or_setting_of_the_command_is_refused_before_it_is_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ntouch {tmp_path}/submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    done = CliRunner().invoke(app, ["launch", "slurm", *arguments])
+    assert (done.exit_code, text in done.output) == (2, True), done.output
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_a_configuration_is_looked_for_in_the_jobs_folder_and_noted_where_it_is_elsewhere(
+    tmp_path: Path,
+) -> None:
+    words = ["--folder", str(tmp_path), "--dry-run", "--", "train", "--config", "run.toml", "--window", "2"]
+    done = CliRunner().invoke(app, ["launch", "slurm", *words])
+    assert done.exit_code == 0
+    assert f"note: {tmp_path}/run.toml is not here" in done.output
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 'many'\n")
+    assert CliRunner().invoke(app, ["launch", "slurm", *words]).exit_code == 2
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 3\n")
+    done = CliRunner().invoke(app, ["launch", "slurm", *words])
+    assert (done.exit_code, "note" in done.output) == (0, False)
 
 
 def test_a_scheduler_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

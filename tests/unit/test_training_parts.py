@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from efficient_dl.cli import TrainFlags, app, settled_config
+from efficient_dl.cli import app
+from efficient_dl.commands.train import TrainFlags, settled_config
 from efficient_dl.config import Config, DataSpec, ModelConfig, OptimizerConfig, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, DiskFull, LaunchError
 from efficient_dl.models import build_model

@@ -1,0 +1,1 @@
+"""The commands of `edl`, one file each; efficient_dl/cli.py puts them together."""
