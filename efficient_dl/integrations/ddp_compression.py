@@ -378,6 +378,9 @@ class Compression:
         if planner is not None and before:
             planner.load_state_dict(before)
             planner.restarted(self._compressor.meter)
+            residuals = self._compressor.residuals
+            if residuals is not None and residuals.draining and not self._hooked:
+                self._register_hook()  # they go out with the next step, by torch's all-reduce as that may be
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
         if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
             _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
