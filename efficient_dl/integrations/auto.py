@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,19 +90,28 @@ def decide(
             found=str(known.world_size),
             fix="leave measurements out, and they are taken now",
         )
-    measurements = known or measured(
-        sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
-        options.codecs(),
-        control,
-        carrier,
-        topology,
-        options,
-        lambda x: dist.all_reduce(x, group=control.group),
+    measurements = (
+        _permitted(known, options)
+        if known is not None
+        else measured(
+            sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
+            options.codecs(),
+            control,
+            carrier,
+            topology,
+            options,
+            lambda x: dist.all_reduce(x, group=control.group),
+        )
     )
     decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
     if control.rank == 0:
         _log.info("auto: %s", decision.reason)
     return measurements, decision
+
+
+def _permitted(known: Measurements, options: AutoOptions) -> Measurements:
+    codecs = [one for one in known.codecs if options.exact or one.codec != "lossless"]
+    return replace(known, codecs=tuple(codecs))
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:

@@ -209,7 +209,7 @@ def compress_ddp(
 
         measured, decision = decide(parameters, control, carrier, topology, auto, measurements)
         if decision.bits == "none":
-            ignored = note_ignored(overrides=overrides, hierarchy=hierarchy, transport=transport)
+            ignored = note_ignored(overrides=overrides, transport=transport)
             decision = dataclasses.replace(decision, reason=decision.reason + ignored)
         compressor.follow(chosen(decision.bits))
         several = topology is not None and topology.flat_reason() is None and len(topology.nodes) > 1

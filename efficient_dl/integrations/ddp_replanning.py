@@ -36,8 +36,13 @@ class ChosenPlan:
     reason: str
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it; `ChosenPlan(**values)` undoes it."""
+        """As JSON holds it."""
         return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> ChosenPlan:
+        """Undoes `to_json`; further keys are ignored."""
+        return ChosenPlan(values["step"], values["bits"], values["hierarchy"], values["reason"])
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Replanner:
 
     def notes(self, meter: Meter) -> list[int]:
         """This rank's part of what `judge` looks at: as many integers on every rank."""
-        if not self._options.active:
+        if not self.active:
             return []
         totals, before = meter.totals, self._before
         encoded = totals.encoded_values - (before[0] if before else 0)
@@ -136,6 +141,8 @@ class Replanner:
 
         notes: all ranks', by rank.
         """
+        if not self.active:
+            return None
         if step <= self._recorded_until:
             self._begin(meter)
             found = self._recorded.get(step)
@@ -143,7 +150,7 @@ class Replanner:
                 self._state = PlanState(found.bits, found.hierarchy, since_step=step)
                 return self._choose(replace(found, reason=_replayed(found.reason)))
             return None
-        if not self._options.active or len(self._durations) < _FEWEST_STEPS:
+        if len(self._durations) < _FEWEST_STEPS:
             return None
         window = _window(notes)
         self._allowance = self._allowance.earned(max(theirs[1] for theirs in notes) / _NANO)
@@ -176,14 +183,14 @@ class Replanner:
 
     def resumable(self, state: Mapping[str, Any]) -> ChosenPlan:
         """The plan in force in a `state_dict`, as far as it can be had on these nodes."""
-        last = ChosenPlan(**state["chosen"][-1])
+        last = ChosenPlan.from_json(state["chosen"][-1])
         flat = last.hierarchy and self.levels is None
         return replace(last, hierarchy=False, reason=f"{last.reason}; flat on these nodes") if flat else last
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of as many ranks, with the plan that is `resumable`."""
         now = self.resumable(state)
-        self.chosen = [ChosenPlan(**one) for one in state["chosen"]]
+        self.chosen = [ChosenPlan.from_json(one) for one in state["chosen"]]
         self._state = replace(PlanState.from_json(state["state"]), hierarchy=now.hierarchy)
         if now != self.now:
             self.chosen.append(now)
@@ -195,7 +202,7 @@ class Replanner:
     def continued(self, state: Mapping[str, Any], step: int) -> ChosenPlan:
         """Continues on another number of ranks, with this start's measurements and plan; returns what to go over to."""
         own = self.now
-        self.chosen = [ChosenPlan(**one) for one in state["chosen"]]
+        self.chosen = [ChosenPlan.from_json(one) for one in state["chosen"]]
         self._state = PlanState(own.bits, own.hierarchy, since_step=step)
         return self._choose(replace(own, step=step))
 
