@@ -23,7 +23,6 @@ from efficient_dl.comm.transport import Transport
 LOOK_NUMEL = 1 << 20  # of a gradient, on which codecs are timed again
 _CODEC_TRIES = 3
 _DTYPES = {4: torch.float32, 2: torch.bfloat16}  # what a native all-reduce of such values takes
-_FIRST_COST = 1.0  # seconds; a guess until a look has been timed
 _SLOWER, _OTHER_LINE, _OTHER_BITS = 1.15, 1.5, 1.05
 
 
@@ -76,27 +75,27 @@ def look(
 
 @dataclass(frozen=True)
 class Allowance:
-    """What looks may cost: never more than `share` of the run's time, beside the first few.
+    """How many looks a run may take, such that they cost no more than `share` of its time, beside the first few.
 
-    credit: seconds left. cost: of the last look. full: how many looks may be saved up.
+    full: how many may be saved up. looks: that are left. cost: of the last one, seconds.
     """
 
     share: float = 0.005
-    full: int = 4
-    credit: float = 2 * _FIRST_COST
-    cost: float = _FIRST_COST
+    full: float = 4.0
+    looks: float = 3.0
+    cost: float = 1.0  # a guess until a look has been timed
 
     def earned(self, seconds: float) -> Allowance:
         """After so many seconds of training."""
-        return replace(self, credit=min(self.credit + self.share * seconds, self.full * self.cost))
+        return replace(self, looks=min(self.looks + self.share * seconds / self.cost, self.full))
 
     def spent(self, seconds: float) -> Allowance:
         """After a look that took so long."""
-        return replace(self, credit=self.credit - seconds, cost=seconds)
+        return replace(self, looks=self.looks - 1, cost=max(seconds, 1e-3))
 
     def allows(self, early: bool) -> bool:
         """Whether a look may begin. early: because something calls for it."""
-        return self.credit >= self.cost * (1 if early else self.full)
+        return self.looks >= (1 if early else self.full)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""

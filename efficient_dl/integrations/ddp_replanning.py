@@ -196,7 +196,7 @@ class Replanner:
             self.chosen.append(now)
         self._measurements = Measurements.from_json(state["measurements"])
         left = Allowance(**state["allowance"])
-        self._allowance = replace(self._allowance, credit=left.credit, cost=left.cost)
+        self._allowance = replace(self._allowance, looks=left.looks, cost=left.cost)
         self.looks = state["looks"]
 
     def continued(self, state: Mapping[str, Any], step: int) -> ChosenPlan:

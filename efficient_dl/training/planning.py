@@ -68,15 +68,12 @@ def measured_plan(
     )
     world = dist.group.WORLD
     assert world is not None
-    control = ProcessGroupTransport(world, device, config.run.timeout_seconds).sibling()
-    try:
-        with measure.untouched(trainer.model, device):
-            trainer.backward(trainer.model)  # codecs are measured on a real gradient
-            nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
-            measurements, decision = decide(parameters, control, control, nodes, options)
-        dist.barrier()  # no rank gives up the group while another one still hears from it
-    finally:
-        control.close()
+    # Not a sibling, to be destroyed: torch would give its name, and those of groups made after it, again (`subgroup`).
+    control = ProcessGroupTransport(world, device, config.run.timeout_seconds)
+    with measure.untouched(trainer.model, device):
+        trainer.backward(trainer.model)  # codecs are measured on a real gradient
+        nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
+        measurements, decision = decide(parameters, control, control, nodes, options)
     model = Shapes(
         tuple(p.numel() for p in parameters.values()), next(iter(parameters.values())).element_size()
     )

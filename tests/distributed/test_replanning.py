@@ -18,7 +18,7 @@ from efficient_dl.integrations.ddp_replanning import ChosenPlan, ReplanOptions
 from tests.distributed.launch import run_ranks
 
 EAGER = ReplanOptions(hysteresis=Hysteresis(distance_steps=0), allowance=Allowance(share=1000.0))
-NEVER = ReplanOptions(allowance=Allowance(share=0.0, credit=0.0))
+NEVER = ReplanOptions(allowance=Allowance(share=0.0, looks=0.0))
 
 
 def network(nodes: tuple[int, ...], megabits: float, backward: float = 0.05) -> Measurements:
