@@ -1,4 +1,4 @@
-"""A run notices on real (shaped) links that its plan no longer pays, and chooses a hierarchy where hosts share a link."""
+"""A run notices on shaped links that its plan no longer pays, and chooses a hierarchy where workers share a link."""
 
 from __future__ import annotations
 
