@@ -174,8 +174,10 @@ class Compression:
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
         bits_per_value, entropies, seconds, relative_error and a row for each parameter, with order0_bits and model_bits
         of a sample (one step in 20, at most 32 blocks of 256 values), and with error feedback residual_norm, Euclidean;
-        the alarms so far; and
-        disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
+        the alarms so far;
+        disabled, None or {"step", "reason"} (see `disable`); and with bits="auto" the plans that came into force, each
+        {"step", "bits", "hierarchy", "reason"}, and how many looks there were. A step is one synchronized backward
+        pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
         sent and which are calculated; "shadow" (would have been sent); or "analytic" (bits="none": 2 (n − 1) / n of
@@ -288,7 +290,7 @@ class Compression:
             self._register_hook()
             model = self._model()
             if self._optimizer_steps and model and (found := bucket_names(model, self._names)):
-                self._record.know(found)
+                self._record.know([one for one in found if not self._left_to_torch.keys() & set(one)])
         residuals, left_by = self._compressor.residuals, self._residuals_of
         if residuals is not None:
             if left_by is not None and not (plan.is_lossy and left_by == chosen.hierarchy):
@@ -346,8 +348,8 @@ class Compression:
         one, the counters of bytes, values and seconds start again from zero, which is logged, too. Raises
         PlanMismatch for another plan, CheckpointError for another rank, model or version.
 
-        With bits="auto" the saved plan is taken over, whatever was measured at this start; at another world size this
-        start's plan takes over from it, as after a look.
+        With bits="auto" the saved plan is taken over, whatever was measured at this start; at another world size, or
+        where it is under the floor, this start's plan takes over from it, as after a look.
         """
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
@@ -375,7 +377,9 @@ class Compression:
         self._compressor.load_state_dict(own["compressor"])
         self._optimizer_steps = own["optimizer_steps"]
         self._restore_guards(own)
-        if planner is not None and before:
+        if planner is not None and before and planner.is_under_floor(before):
+            self._follow(planner.continued(before, self._optimizer_steps))
+        elif planner is not None and before:
             planner.load_state_dict(before)
             planner.restarted(self._compressor.meter)
             residuals = self._compressor.residuals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
 from efficient_dl.integrations.auto import AutoOptions
 
 _log = logging.getLogger(__name__)
-_FEWEST_STEPS = 10  # of a window whose median is worth a comparison
+_FEWEST_STEPS, _MOST_STEPS = 10, 1000  # of a window whose median is worth a comparison
 _NANO = 1_000_000_000
 
 
@@ -187,6 +188,11 @@ class Replanner:
         flat = last.hierarchy and self.levels is None
         return replace(last, hierarchy=False, reason=f"{last.reason}; flat on these nodes") if flat else last
 
+    def is_under_floor(self, state: Mapping[str, Any]) -> bool:
+        """Whether the plan in force in a `state_dict` has fewer bits than may be chosen now."""
+        bits = state["chosen"][-1]["bits"]
+        return bits not in ("none", "lossless") and float(bits) < self._auto.floor_bits
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of as many ranks, with the plan that is `resumable`."""
         now = self.resumable(state)
@@ -200,7 +206,7 @@ class Replanner:
         self.looks = state["looks"]
 
     def continued(self, state: Mapping[str, Any], step: int) -> ChosenPlan:
-        """Continues on another number of ranks, with this start's measurements and plan; returns what to go over to."""
+        """Continues with this start's measurements and plan, on other ranks or over another floor: what to go over to."""
         own = self.now
         self.chosen = [ChosenPlan.from_json(one) for one in state["chosen"]]
         self._state = PlanState(own.bits, own.hierarchy, since_step=step)
@@ -251,7 +257,7 @@ class Replanner:
 
     def _begin(self, meter: Meter | None) -> None:
         self._begun = time.perf_counter()
-        self._durations: list[float] = []
+        self._durations: deque[float] = deque(maxlen=_MOST_STEPS)
         self._before = (meter.totals.encoded_values, meter.totals.encoded_bytes) if meter else None
 
     def forget_sample(self) -> None:
