@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.slow]
 EDL = [sys.executable, "-m", "efficient_dl.cli", "train", "--model", "mlp-mini", "--data", "digits"]
 ENVIRONMENT = {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
 
-# Trains until its plan has changed twice, at most 600 steps; asks for a slow link, and after the first change for a fast
+# Trains until its plan has changed twice, at most 600 steps; asks for a slow link, after the first change for a fast
 # one. Looks may cost half of the time here, and plans may be young, so that all of it happens within a minute.
 RUN = """
 import json, sys, time
