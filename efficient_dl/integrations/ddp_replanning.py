@@ -206,7 +206,7 @@ class Replanner:
         self.looks = state["looks"]
 
     def continued(self, state: Mapping[str, Any], step: int) -> ChosenPlan:
-        """Continues with this start's measurements and plan, on other ranks or under another floor; returns the plan."""
+        """Continues with this start's measurements and plan, on other ranks or floors; returns the plan."""
         own = self.now
         self.chosen = [ChosenPlan.from_json(one) for one in state["chosen"]]
         self._state = PlanState(own.bits, own.hierarchy, since_step=step)
