@@ -87,7 +87,7 @@ class Watch:
         now, before = self._sums(), self._totals
         sent = now.wire_bytes - now.native_bytes - (before.wire_bytes - before.native_bytes)
         seconds = (
-            sent * _median_seconds_a_byte([one for meter in self._meters for one in meter.transfers]),
+            sent * median_seconds_a_byte([one for meter in self._meters for one in meter.transfers]),
             now.encode_seconds + now.decode_seconds - before.encode_seconds - before.decode_seconds,
             now.exposed_seconds - before.exposed_seconds,
             time.perf_counter() - self._start,
@@ -207,7 +207,7 @@ class Costs:
         )
 
 
-def _median_seconds_a_byte(transfers: list[tuple[int, float]]) -> float:
+def median_seconds_a_byte(transfers: list[tuple[int, float]]) -> float:
     """Half of all bytes went faster, half slower."""
     rates = sorted((seconds / max(num_bytes, 1), num_bytes) for num_bytes, seconds in transfers)
     half, passed = sum(num_bytes for _, num_bytes in rates) / 2, 0

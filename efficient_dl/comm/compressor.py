@@ -49,23 +49,30 @@ class Compressor:
     ) -> None:
         assert plan.error_feedback == (residuals is not None)
         plan.check_names(names)
-        self.plan = plan
-        self.rates = Rates(plan)
         self.residuals = residuals
-        rate = float(plan.codec.partition(":")[2]) if plan.has_common_step else 0.0
-        self.common_step = CommonStep(rate) if plan.has_common_step else None
         self._kernel = kernel
         self._codecs: dict[str, Codec] = {}
         self._controlled_bytes = 0
         self._bytes_before = 0
         self._unscaled: frozenset[str] = frozenset()
         self._lock = threading.Lock()
-        # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
-        self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
-        self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
+        self.follow(plan)
         self.meter = Meter(list(names))
         self.buffers = BufferPool()
         self._identity = self._codec("identity")
+
+    def follow(self, plan: Plan) -> None:
+        """Goes over to a plan, between two steps: rates and common steps begin anew; meter and residuals stay.
+
+        Where the new plan's packets do not take all residuals along, call `Residuals.start_draining`, too.
+        """
+        self.plan = plan
+        self.rates = Rates(plan)
+        rate = float(plan.codec.partition(":")[2]) if plan.has_common_step else 0.0
+        self.common_step = CommonStep(rate) if plan.has_common_step else None
+        # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
+        self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
+        self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
 
     @property
     def samples(self) -> bool:

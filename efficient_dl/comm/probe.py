@@ -29,6 +29,7 @@ _FIRST_BYTES = 128 << 10  # for a first impression of the bandwidth
 _LARGEST_BYTES = 16 << 20  # of what one rank sends in a try
 _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
+_GLANCE_TRIES, _GLANCE_SECONDS = 3, 0.03  # of a look during a run (look.py)
 _PACKET_TRIES = 15
 SAMPLE_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
 _LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
@@ -87,8 +88,8 @@ def probe(
         inside = _measured_among(control, topology.node_of(control.rank), transport)
     return Measurements(
         ranks_per_node,
-        native=_native_line(native, transport, sample.dtype, native_one_way),
-        exchange=_exchange_line(transport, transport),
+        native=native_line(native, transport, sample.dtype, native_one_way),
+        exchange=exchange_line(transport, transport),
         between=between,
         inside=inside,
         links=_node_links(transport, topology),
@@ -138,6 +139,7 @@ def codec_speed(
     world_size: int,
     packet: PacketCost,
     kernel: str = "auto",
+    tries: int = _TRIES,
 ) -> CodecSpeed:
     """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries.
 
@@ -146,7 +148,7 @@ def codec_speed(
     layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
     shards = [shard for shard in layout.shards if shard.numel]
     parts = [sample[shard.start : shard.stop] for shard in shards]
-    encode, decode, num_bytes = _Timed(codec, [shard.side for shard in shards], parts, kernel).run(_TRIES)
+    encode, decode, num_bytes = _Timed(codec, [shard.side for shard in shards], parts, kernel).run(tries)
     numel, packets = sample.numel(), len(shards)
     return CodecSpeed(
         codec,
@@ -220,14 +222,19 @@ def _together(transport: Transport) -> None:
     transport.gather(torch.zeros(1, dtype=torch.uint8, device=transport.device)).wait()
 
 
-def _line(send: Callable[[int], Callable[[], object]], everyone: Transport) -> Line:
-    """send(n): an action in which this rank sends n bytes. Latency from small messages, bandwidth from large ones."""
-    latency = min(_timed(send(_SMALL_BYTES), everyone))
-    first = statistics.median(_timed(send(_FIRST_BYTES), everyone, tries=3))
-    if first >= _TRY_SECONDS:
+def _line(send: Callable[[int], Callable[[], object]], everyone: Transport, glance: bool = False) -> Line:
+    """send(n): an action in which this rank sends n bytes. Latency from small messages, bandwidth from large ones.
+
+    glance: fewer and shorter tries.
+    """
+    tries, try_seconds = (_GLANCE_TRIES, _GLANCE_SECONDS) if glance else (_TRIES, _TRY_SECONDS)
+    latency = min(_timed(send(_SMALL_BYTES), everyone, tries))
+    first = statistics.median(_timed(send(_FIRST_BYTES), everyone, tries=1 if glance else 3))
+    if first >= try_seconds:
         return Line(latency, _slope(_FIRST_BYTES, first, latency))
-    num_bytes = _large(_slope(_FIRST_BYTES, first, latency), _TRY_SECONDS)
-    return Line(latency, _slope(num_bytes, statistics.median(_timed(send(num_bytes), everyone)), latency))
+    num_bytes = _large(_slope(_FIRST_BYTES, first, latency), try_seconds)
+    seconds = statistics.median(_timed(send(num_bytes), everyone, tries))
+    return Line(latency, _slope(num_bytes, seconds, latency))
 
 
 def _large(bytes_per_second: float, seconds: float) -> int:
@@ -239,19 +246,25 @@ def _slope(num_bytes: int, seconds: float, latency: float) -> float:
     return (num_bytes - _SMALL_BYTES) / max(seconds - latency, 0.05 * seconds, 1e-9)
 
 
-def _exchange_line(transport: Transport, everyone: Transport) -> Line:
+def exchange_line(transport: Transport, everyone: Transport, glance: bool = False) -> Line:
+    """Our exchange among the ranks of a transport, while all other such groups among `everyone` do the same."""
     peers = max(transport.world_size - 1, 1)
 
     def send(num_bytes: int) -> Callable[[], object]:
         message = torch.zeros(num_bytes // peers, dtype=torch.uint8, device=transport.device)
         return lambda: transport.exchange([message] * transport.world_size).wait()
 
-    return _line(send, everyone)
+    return _line(send, everyone, glance)
 
 
-def _native_line(
-    native: Callable[[Tensor], object], transport: Transport, dtype: torch.dtype, one_way: bool
+def native_line(
+    native: Callable[[Tensor], object],
+    transport: Transport,
+    dtype: torch.dtype,
+    one_way: bool = False,
+    glance: bool = False,
 ) -> Line:
+    """Torch's own collective of a tensor, in place; one_way: of which this rank sends half of an all-reduce's bytes."""
     ranks, ways = max(transport.world_size, 2), 1 if one_way else 2
 
     def send(num_bytes: int) -> Callable[[], object]:
@@ -259,14 +272,14 @@ def _native_line(
         x = torch.zeros(max(values_a_rank, 1) * ranks, dtype=dtype, device=transport.device)
         return lambda: native(x)
 
-    return _line(send, transport)
+    return _line(send, transport, glance)
 
 
 def _measured_among(control: ProcessGroupTransport, members: Sequence[int], everyone: Transport) -> Line:
     """Our exchange among some ranks, while all other such groups do the same."""
     group = control.subgroup(members)
     try:
-        line = _exchange_line(group, everyone)
+        line = exchange_line(group, everyone)
         _together(everyone)  # no rank gives up the group while another one is still inside
         return line
     finally:

@@ -1,16 +1,25 @@
 """Whether a running training should follow a new plan: hysteresis, as a pure function of (state, measurements).
 
-A switch costs residuals and rates, and links are noisy. So the new choice must win by `gain` over the present one, as
-both are predicted from the new measurements, and must do so `patience` times in a row.
+A switch costs a step or two, and links are noisy. So the new choice must win by `gain` over the present one, as both
+are predicted from the new measurements, must do so `patience` times in a row, and `distance_steps` after the last
+switch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from efficient_dl.comm.measurements import Measurements
-from efficient_dl.comm.planner import Decision, PlannerOptions, Prediction, Shapes, plan_for, wording
+from efficient_dl.comm.planner import (
+    Decision,
+    PlannerOptions,
+    Prediction,
+    Shapes,
+    plan_for,
+    predict,
+    wording,
+)
 
 
 @dataclass(frozen=True)
@@ -18,22 +27,24 @@ class PlanState:
     """What a run follows, as checkpoints keep it.
 
     bits, hierarchy: of the plan in force. rival: (bits, hierarchy) that won last time. wins: how often in a row.
+    since_step: the optimizer step after which the plan came into force.
     """
 
     bits: str
     hierarchy: bool
     rival: tuple[str, bool] | None = None
     wins: int = 0
+    since_step: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"bits": self.bits, "hierarchy": self.hierarchy, "rival": self.rival, "wins": self.wins}
+        return asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> PlanState:
         """Undoes `to_json`."""
-        rival = values["rival"]
-        return PlanState(values["bits"], values["hierarchy"], rival and (rival[0], rival[1]), values["wins"])
+        state, rival = PlanState(**values), values["rival"]
+        return replace(state, rival=(rival[0], rival[1]) if rival else None)
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hysteresis:
-    """gain: by what share a step must become shorter. patience: how many measurements in a row must say so."""
+    """gain: by what share a step must become shorter. patience: how many measurements in a row must say so.
+
+    distance_steps: between two switches, and between the start and the first one.
+    """
 
     gain: float = 0.1
     patience: int = 2
+    distance_steps: int = 100
 
 
 def reconsider(
@@ -58,39 +73,50 @@ def reconsider(
     measurements: Measurements,
     model: Shapes,
     floor_bits: float,
+    step: int,
     options: PlannerOptions | None = None,
     hysteresis: Hysteresis | None = None,
 ) -> Verdict:
-    """Keeps the plan or switches; the same for the same arguments.
+    """Keeps the plan or switches, after an optimizer step; the same for the same arguments.
 
     A plan under the floor, or one that cannot be had any more, is left at once. One that compresses less and is at
     most as slow counts as a gain, too: it must win as often, but not by `gain`.
     """
-    hysteresis = hysteresis or Hysteresis()
+    hysteresis, options = hysteresis or Hysteresis(), options or PlannerOptions()
     decision = plan_for(measurements, model, floor_bits, options)
     new = (decision.bits, decision.hierarchy)
-    calm = PlanState(state.bits, state.hierarchy)
+    calm = replace(state, rival=None, wins=0)
+    switched = PlanState(*new, since_step=step)
     if new == (state.bits, state.hierarchy):
         return Verdict(calm, None, f"kept: {decision.reason}")
-    present = next((one for one in decision.predictions if _is(one, state)), None)
+    present = _present(state, measurements, model, floor_bits, options)
     if present is None:
         left = f"{state.bits} bits cannot be chosen any more; {decision.reason}"
-        return Verdict(PlanState(*new), decision, f"switched: {left}")
-    order = decision.predictions
-    compresses_less = order.index(decision.chosen) < order.index(present)
+        return Verdict(switched, decision, f"switched: {left}")
+    bits = [one.bits for one in decision.predictions]
+    compresses_less = bits.index(decision.bits) < bits.index(present.bits)
     wanted = present.step_seconds * (1.0 if compresses_less else 1 - hysteresis.gain)
     if decision.chosen.step_seconds > wanted:
         return Verdict(calm, None, f"kept {wording(present)}: the gain is too small; {decision.reason}")
     wins = state.wins + 1 if state.rival == new else 1
+    waiting = replace(calm, rival=new, wins=min(wins, hysteresis.patience))
     if wins < hysteresis.patience:
-        waiting = replace(calm, rival=new, wins=wins)
-        return Verdict(
-            waiting,
-            None,
-            f"kept {wording(present)}: {wording(decision.chosen)} has won {wins} of {hysteresis.patience} times",
-        )
-    return Verdict(PlanState(*new), decision, f"switched from {wording(present)}: {decision.reason}")
+        won = f"{wording(decision.chosen)} has won {wins} of {hysteresis.patience} times"
+        return Verdict(waiting, None, f"kept {wording(present)}: {won}")
+    if step - state.since_step < hysteresis.distance_steps:
+        recent = f"{wording(decision.chosen)} wins, but the plan is only {step - state.since_step} steps old"
+        return Verdict(waiting, None, f"kept {wording(present)}: {recent}")
+    return Verdict(switched, decision, f"switched from {wording(present)}: {decision.reason}")
 
 
-def _is(one: Prediction, state: PlanState) -> bool:
-    return (one.bits, one.hierarchy) == (state.bits, state.hierarchy)
+def _present(
+    state: PlanState, measurements: Measurements, model: Shapes, floor_bits: float, options: PlannerOptions
+) -> Prediction | None:
+    """What is predicted for the plan in force, also where the other reduction is faster; None if it cannot be had."""
+    only = replace(
+        options,
+        flat=options.flat and not state.hierarchy,
+        hierarchy=options.hierarchy and state.hierarchy,
+    )
+    found = predict(measurements, model, floor_bits, only)
+    return next((one for one in found if (one.bits, one.hierarchy) == (state.bits, state.hierarchy)), None)

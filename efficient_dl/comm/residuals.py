@@ -38,12 +38,14 @@ class Residuals:
         self._written: set[str] = set()
         self._committed_scale = 1.0
         self._scale = 1.0
+        self.draining = False
+        self._drained: set[str] = set()
         self._lock = threading.Lock()
 
     def begin(self, scale: float = 1.0) -> None:
         """Starts a step whose gradients are scaled by `scale` (of a GradScaler)."""
         if scale < self._scale:
-            self._written.clear()  # skipped
+            self.discard()  # skipped
         self.commit()
         self._scale = scale
 
@@ -69,8 +71,34 @@ class Residuals:
         with self._lock:
             self._written.update(section.names)
 
+    def start_draining(self) -> None:
+        """From the next step on no packet takes residuals along: `drain` is to put them into gradients instead.
+
+        It ends by itself with the first step that drained and was committed; then nothing is kept.
+        """
+        self.draining = True
+
+    def drain(self, name: str, x: Tensor) -> None:
+        """Adds what is kept of a parameter to x, its 1-D gradient on this rank, which then goes out uncompressed.
+
+        The mean over ranks of what they add is what the parameter still lacks: nothing is lost but the rounding of one
+        addition in x's dtype. As with packets it counts once the optimizer has stepped.
+        """
+        self._drained.add(name)
+        kept = self._committed.get(name)
+        if kept is not None:
+            factor = self._scale / self._committed_scale
+            x.add_((kept * factor if factor != 1.0 else kept).to(x.dtype))
+
     def commit(self) -> None:
         """Makes the step's residuals those of the next; in a step without packets, does nothing."""
+        if self._drained:
+            with self._lock:
+                for name in self._drained:
+                    self._committed.pop(name, None)
+                    self._pending.pop(name, None)
+            self._drained.clear()
+            self.draining = False
         if not self._written:
             return
         if self._scale != self._committed_scale:
@@ -84,6 +112,7 @@ class Residuals:
     def discard(self) -> None:
         """Forgets the packets since the last `commit`: the optimizer has skipped the step."""
         self._written.clear()
+        self._drained.clear()
 
     def norm(self, name: str) -> float:
         """The Euclidean norm of a parameter's residual."""
@@ -92,10 +121,10 @@ class Residuals:
         return 0.0 if kept is None else math.sqrt(float(kept.dot(kept)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was committed: float32 tensors on the CPU, by name, and their scale."""
+        """What was committed: float32 tensors on the CPU, by name, and their scale; and whether they are drained."""
         with self._lock:
             kept = {name: values.to("cpu", copy=True) for name, values in self._committed.items()}
-        return {"scale": self._committed_scale, "parameters": kept}
+        return {"scale": self._committed_scale, "parameters": kept, "draining": self.draining}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of the same parameters. Raises CheckpointError for other sizes."""
@@ -108,7 +137,9 @@ class Residuals:
                 )
         with self._lock:
             self._written.clear()
+            self._drained.clear()
             self._pending.clear()
+            self.draining = state.get("draining", False)
             self._committed_scale = self._scale = state["scale"]
             self._committed = {
                 name: values.to(self._device, torch.float32, copy=True)
@@ -135,4 +166,5 @@ def redistributed(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for state in states:
         for name, values in state["parameters"].items():
             total[name] += values * (scale / state["scale"])
-    return {"scale": scale, "parameters": {name: values / len(states) for name, values in total.items()}}
+    mean = {name: values / len(states) for name, values in total.items()}
+    return {"scale": scale, "parameters": mean, "draining": states[0].get("draining", False)}

@@ -103,7 +103,10 @@ def train(
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
     ] = None,
     hierarchy: Annotated[
-        str | None, typer.Option(help="Compress between nodes only: none, auto or the workers on each node.")
+        str | None,
+        typer.Option(
+            help="Compress between nodes only: plan (where it pays), none, auto or the workers on each node."
+        ),
     ] = None,
     transport: Annotated[
         str | None, typer.Option(help="What carries compressed bytes: process_group, or mpi under mpirun.")

@@ -74,9 +74,14 @@ class OptimizerConfig(Section):
 class CompressionConfig(Section):
     section: ClassVar[str] = "compression"
     bits: float | str = setting(
-        "auto", "bits a value, or one of the words", low=0.1, high=7.0, words=BITS_WORDS
+        "auto",
+        "bits a value, or one of the words; auto: measured and planned, at the start and during the run",
+        low=0.1,
+        high=7.0,
+        words=BITS_WORDS,
     )
     floor_bits: float = setting(2.0, "the fewest bits a value that auto may choose", low=0.1, high=7.0)
+    replan: bool = setting(True, "auto: look at links again during the run, at most 0.5 % of the time")
     overrides: str = setting(
         "", "other bits by parameter name: '*.bias=none, head.*=4.0'; the first pattern that fits counts"
     )
@@ -97,11 +102,12 @@ class CompressionConfig(Section):
         words=("auto", "local", "global", "second_moment"),
     )
     hierarchy: int | str = setting(
-        "none",
-        "compress between nodes only; the number of workers on each, or auto: the launcher's variables, host names",
+        "plan",
+        "compress between nodes only; the number of workers on each, or auto: the launcher's variables, host names; "
+        "plan: where that pays, with bits auto",
         low=1,
         high=_MANY,
-        words=("none", "auto"),
+        words=("plan", "none", "auto"),
     )
     transport: str = setting(
         "process_group",

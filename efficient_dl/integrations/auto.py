@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,32 +70,58 @@ def decide(
     carrier: Transport,
     topology: Topology | None,
     options: AutoOptions,
+    known: Measurements | None = None,
 ) -> tuple[Measurements, Decision]:
     """Measures and plans all-reduces of gradients; all ranks call it together with equal options, and get the same.
 
     control: on the process group whose all-reduce is the native one; nothing else may use it meanwhile. carrier: what
-    will carry compressed bytes. topology: None: the nodes are looked for. Raises TransportError if a rank is gone.
+    will carry compressed bytes. topology: None: the nodes are looked for. known: what was measured before among as many
+    ranks; then nothing is measured. Raises TransportError if a rank is gone.
     """
-    trained = [p for p in parameters.values() if p.requires_grad and p.dtype in _DTYPES and p.numel()]
+    trained = _trained(parameters)
     if not trained:
         raise ConfigError(
             "there is nothing to plan for", found="no trainable parameter that can be compressed"
         )
-    sample = sample_gradient([p for p in trained if p.dtype == trained[-1].dtype])
-    measurements = measured(
-        sample,
-        options.codecs(),
-        control,
-        carrier,
-        topology,
-        options,
-        lambda x: dist.all_reduce(x, group=control.group),
+    if known is not None and known.world_size != control.world_size:
+        raise ConfigError(
+            "these measurements are of another number of ranks",
+            expected=str(control.world_size),
+            found=str(known.world_size),
+            fix="leave measurements out, and they are taken now",
+        )
+    measurements = (
+        _permitted(known, options)
+        if known is not None
+        else measured(
+            sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
+            options.codecs(),
+            control,
+            carrier,
+            topology,
+            options,
+            lambda x: dist.all_reduce(x, group=control.group),
+        )
     )
-    model = Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
-    decision = plan_for(measurements, model, options.floor_bits, options.planner)
+    decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
     if control.rank == 0:
         _log.info("auto: %s", decision.reason)
     return measurements, decision
+
+
+def _permitted(known: Measurements, options: AutoOptions) -> Measurements:
+    codecs = [one for one in known.codecs if options.exact or one.codec != "lossless"]
+    return replace(known, codecs=tuple(codecs))
+
+
+def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
+    """What is planned for: the parameters whose gradients a codec takes."""
+    trained = _trained(parameters)
+    return Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
+
+
+def _trained(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    return [p for p in parameters.values() if p.requires_grad and p.dtype in _DTYPES and p.numel()]
 
 
 def measured(

@@ -14,19 +14,22 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.comm import (
     DEFAULT_TIMEOUT_SECONDS,
     Compressor,
+    Levels,
     OnAlarm,
     Plan,
     ProcessGroupTransport,
     Transport,
     handshake,
 )
+from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.plan import Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
-from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored
+from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
+from efficient_dl.integrations.ddp_replanning import Replanner, ReplanOptions
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     check_hierarchy,
@@ -64,6 +67,8 @@ def compress_ddp(
     on_alarm: OnAlarm = "warn",
     floor_bits: float = DEFAULT_FLOOR_BITS,
     backward_seconds: float = 0.0,
+    replan: bool | ReplanOptions = True,
+    measurements: Measurements | None = None,
 ) -> Compression:
     """Compresses the gradients that a DistributedDataParallel model averages over its ranks.
 
@@ -77,7 +82,7 @@ def compress_ddp(
     bits: "none" (the native collective, untouched), "identity" (our reduction, uncompressed), "lossless", a number
         of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto": links and codecs are measured for
         some seconds, and the least compression that makes a step as short as it gets is chosen, or "none"; the reason
-        is in `stats()` (docs/planner.md). A run that is to go on bit for bit after a restart passes its `plan.bits`.
+        is in `stats()` (docs/planner.md). A state that is loaded brings its own plan along.
     overrides: other wishes for parameters by shell-style patterns of their names, the first match counts:
         {"*.bias": "none", "lm_head.*": 4.0}. "none" sends them uncompressed in the same messages.
     max_error: instead of bits: as many as keep the relative error of every packet, ‖decoded − x‖ / ‖x‖, within this
@@ -113,6 +118,9 @@ def compress_ddp(
     floor_bits: the fewest bits a value that "auto" may choose.
     backward_seconds: for "auto": what a step takes without communication, forward pass included; 0.0: not known, then
         communication counts as if nothing could hide it.
+    replan: for "auto": look again during the run, for at most 0.5 % of the time, and go over to what pays by then, on
+        all ranks after the same step; where parameters are compared, so it needs an optimizer and check_every.
+    measurements: for "auto": of these ranks, from before, instead of measuring at the start.
     on_alarm: "warn" logs it, "disable" also turns compression off on all ranks (see `Compression.disable`), but not
         in the shadow; it needs an optimizer and check_every.
 
@@ -147,7 +155,7 @@ def compress_ddp(
         wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         scale = ("global" if is_sgd and device.type == "cpu" else "local") if scale == "auto" else scale
-        plan = Plan.of(
+        wishes = Plan.of(
             bits,
             overrides=overrides,
             max_error=max_error,
@@ -156,8 +164,10 @@ def compress_ddp(
             error_feedback=feeds_back(error_feedback, scaler, optimizer),
             scale=scale,
         )
-        if error_feedback == "auto" and is_sgd and plan.scale == "global" and plan.is_lossy:
-            plan = dataclasses.replace(plan, error_feedback=True)
+        feeds_if_lossy = error_feedback == "auto" and is_sgd and wishes.scale == "global"
+        plan = dataclasses.replace(
+            wishes, error_feedback=wishes.error_feedback or (feeds_if_lossy and wishes.is_lossy)
+        )
         check_hierarchy(hierarchy, plan, shadow, transport)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
@@ -180,40 +190,42 @@ def compress_ddp(
     facts["transport"] = transport_name(transport)
     facts["hierarchy"] = wish.fact()
     is_auto = plan.bits == "auto" and not plan.varies_rates and not shadow and control.world_size > 1
-    facts["auto"] = auto.facts() if is_auto else None
+    facts["auto"] = {**auto.facts(), "replan": str(replan)} if is_auto else None
     handshake(facts, control)
     topology = wish.topology()
     carrier = make_transport(transport, control)
+    replanner = None
     if is_auto:
-        try:
-            _, decision = decide(parameters, control, carrier, topology, auto)
-        finally:
-            if isinstance(transport, str):
-                carrier.close()
-        native = decision.bits == "none"
-        reason = decision.reason
-        if native:
-            reason += note_ignored(overrides=overrides, hierarchy=hierarchy, transport=transport)
-        compression = compress_ddp(
-            model,
-            optimizer,
-            decision.bits,
-            overrides=None if native else overrides,
-            error_feedback="auto" if native else error_feedback,
-            scale="auto" if native else scale,
-            scaler=scaler,
-            group=group,
-            transport=None if native else transport,
-            check_every=check_every,
-            timeout=timeout,
-            kernel=kernel,
-            extra=extra,
-            hierarchy=hierarchy if decision.hierarchy else None,
-            max_relative_error=max_relative_error,
-            on_alarm=on_alarm,
+
+        def chosen(name: str) -> Plan:
+            """The user's wishes with the bits that were chosen; the native all-reduce takes none of them."""
+            if name == "none":
+                return Plan.of(name)
+            found = Plan.of(
+                name, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
+            )
+            feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
+            return dataclasses.replace(found, error_feedback=feeds)
+
+        measured, decision = decide(parameters, control, carrier, topology, auto, measurements)
+        if decision.bits == "none":
+            ignored = note_ignored(overrides=overrides, transport=transport)
+            decision = dataclasses.replace(decision, reason=decision.reason + ignored)
+        compressor.follow(chosen(decision.bits))
+        several = topology is not None and topology.flat_reason() is None and len(topology.nodes) > 1
+        options = replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan)
+        replanner = Replanner(
+            measured,
+            decision,
+            shapes_of(parameters),
+            auto,
+            chosen,
+            control,
+            carrier,
+            Levels.of(topology, control) if topology is not None and several else None,
+            options,
         )
-        compression.plan = dataclasses.replace(compression.plan, reason=reason)
-        return compression
+        handshake({"auto": decision.bits, "hierarchy": decision.hierarchy}, control)
     try:
         compression = Compression(
             model,
@@ -226,9 +238,11 @@ def compress_ddp(
             scaler,
             second_moment,
             topology,
+            replanner,
+            owns_carrier=is_auto and isinstance(transport, str),
         )
     finally:
-        if isinstance(transport, str):
+        if isinstance(transport, str) and not is_auto:
             carrier.close()  # its siblings, which the compression has, stay open
     compression.start_watch(max_relative_error, on_alarm)
     return compression

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from efficient_dl.comm import (
     BucketLayout,
@@ -140,6 +141,10 @@ class BucketRecord:
         self.buckets, self.settled = buckets, settled
         self._steps_to_hold = _REBUILD_STEPS
 
+    def know(self, buckets: list[list[str]]) -> None:
+        """Takes DDP's buckets for settled, where steps were not seen because they were not ours."""
+        self.buckets, self.settled = buckets, True
+
     def add(self, names: list[str]) -> None:
         """Notes one of DDP's buckets of this step."""
         self._step.append(names)
@@ -157,6 +162,16 @@ class BucketRecord:
         else:
             self.settled |= self._steps_seen > _STEPS_BEFORE_REBUILD and step == self.buckets
             self.buckets, self._steps_to_hold = step, 0
+
+
+def bucket_names(model: DistributedDataParallel, names: Mapping[int, str]) -> list[list[str]]:
+    """The parameters in each of DDP's present buckets, in the order in which they are reduced; [] if it cannot tell.
+
+    names: by id(parameter).
+    """
+    buckets = model.reducer._get_zeros_like_grad_buckets()
+    found = [[names.get(id(one), "") for one in bucket.parameters()] for bucket in buckets]
+    return found if all(name for bucket in found for name in bucket) else []
 
 
 class HeldStep:

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with classes.
 
+import dataclasses
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ from efficient_dl.comm import (
     Alarm,
     BucketLayout,
     Compressor,
+    HierarchicalReducer,
     KillSwitch,
     OnAlarm,
     ProcessGroupTransport,
@@ -41,8 +43,10 @@ from efficient_dl.integrations.ddp_buckets import (
     CompressedEngine,
     HeldStep,
     ShadowEngine,
+    bucket_names,
 )
-from efficient_dl.integrations.ddp_native import NativeReducer, left_to_torch, log_left_to_torch
+from efficient_dl.integrations.ddp_native import CODED, NativeReducer, left_to_torch, log_left_to_torch
+from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     join_check,
@@ -69,20 +73,27 @@ class Compression:
         scaler: torch.amp.GradScaler | None = None,
         second_moment: SecondMoment | None = None,
         topology: Topology | None = None,
+        replanner: Replanner | None = None,
+        owns_carrier: bool = False,
     ) -> None:
         # It keeps no reference to the model, whose C++ reducer keeps the hook and with it this object: a cycle that
         # no garbage collector would see.
         self.plan = compressor.plan
         self.shadow = shadow
+        self._model = weakref.ref(model)
         self._compressor = compressor
         self._control = control
-        self._topology = topology
+        self._carrier, self._owns_carrier = carrier, owns_carrier
+        self._replanner = replanner
+        self._nodes = topology
+        self._topology = topology if replanner is None or replanner.now.hierarchy else None
         self._transport = transport_kind(carrier)
         self._check_every = check_every
         self._scaler = scaler
         self._second_moment = second_moment
         self._commits_itself = optimizer is None
         self._in_backward = False
+        self._drains = False  # whether this step goes natively, with the residuals added
         self._parameters = averaged_parameters(model)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._frozen = {name: p for name, p in self._parameters.items() if not p.requires_grad}
@@ -91,27 +102,29 @@ class Compression:
         self._native = NativeReducer(control, compressor.meter)
         self._switch = KillSwitch()
         self._watch: Watch | None = None
+        self._watch_options: tuple[float | None, OnAlarm] = (None, "warn")
+        self._alarms: list[dict[str, Any]] = []  # of earlier plans
         self._disables_on_alarm = False
+        self._residuals_of: bool | None = (
+            None  # what left some behind: packets of a hierarchy, or not; None: nothing
+        )
         self._marks: dict[str, dict[str, Any]] = {}
         self._optimizer_steps = 0
         self._checks = 0
         self._pending: list[Future[Any]] = []
         self._record = BucketRecord()
         self._held: HeldStep | None = None
-        self._engine = self._make_engine(carrier)
+        self._engines: dict[bool, BucketEngine] = {}  # by whether they reduce between nodes
+        self._finalizer = weakref.finalize(self, _stop, self._engines, _EXIT_SECONDS)
+        if replanner is not None and replanner.levels is not None:
+            self._engines[True] = CompressedEngine(HierarchicalReducer(compressor, replanner.levels))
+        self._hooked = False
+        self._engine = self._engine_for_plan()
         if self._engine is not None:
-            log_left_to_torch(self._left_to_torch)
-            self._finalizer = weakref.finalize(self, self._engine.stop, _EXIT_SECONDS)
-            try:
-                model.register_comm_hook(self, _reduce_bucket)
-            except RuntimeError as error:  # torch's built-in hooks leave no trace to look for before
-                self._finalizer.detach()
-                self._engine.close(_EXIT_SECONDS)
-                raise ConfigError(
-                    "the model's communication hook cannot be registered",
-                    found=str(error).splitlines()[0],
-                    fix="call compress() once, and no other hook",
-                ) from error
+            self._register_hook()
+        if replanner is not None:
+            self._residuals_of = bool(self._topology) if compressor.plan.is_lossy else None
+            self.plan = dataclasses.replace(self.plan, reason=replanner.now.reason)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
     def disable(self, reason: str) -> None:
@@ -123,7 +136,7 @@ class Compression:
 
         reason: for the logs.
         """
-        if self._engine is None:
+        if self._engine is None and self._replanner is None:
             _log.warning('there is nothing to disable: bits="none"')
         elif self._switch.off is None:
             self._switch.wish = self._switch.wish or reason
@@ -161,8 +174,10 @@ class Compression:
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
         bits_per_value, entropies, seconds, relative_error and a row for each parameter, with order0_bits and model_bits
         of a sample (one step in 20, at most 32 blocks of 256 values), and with error feedback residual_norm, Euclidean;
-        the alarms so far; and
-        disabled, None or {"step", "reason"} (see `disable`). A step is one synchronized backward pass.
+        the alarms so far;
+        disabled, None or {"step", "reason"} (see `disable`); and with bits="auto" the plans that came into force, each
+        {"step", "bits", "hierarchy", "reason"}, and how many looks there were. A step is one synchronized backward
+        pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
         sent and which are calculated; "shadow" (would have been sent); or "analytic" (bits="none": 2 (n − 1) / n of
@@ -175,7 +190,7 @@ class Compression:
             state = combined(gather_json(state, self._control))
         kernel, source = self._compressor.codec.kernel_for(self._control.device), "counted"
         if self.plan.codec == "none":
-            kernel, source = "none", "analytic"
+            kernel, source = "none", "counted" if self._hooked else "analytic"
         elif self.shadow:
             source = "shadow"
         figures, residuals = summary(state), self._compressor.residuals
@@ -200,21 +215,108 @@ class Compression:
             "checks": self._checks,
             "bytes_source": source,
             "disabled": self._switch.off,
-            "alarms": self._watch.state_dict() if self._watch else [],
+            "alarms": self._alarm_rows(),
+            "plans": [one.to_json() for one in self._replanner.chosen] if self._replanner else [],
+            "looks": self._replanner.looks if self._replanner else 0,
             **figures,
         }
 
     def check(self) -> None:
-        """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged."""
-        notes = [int(self._switch.wish is not None), *(self._watch.notes() if self._watch else ())]
-        everyone = check_equal(self._parameters, self._control, self._optimizer_steps, notes)
-        self._checks += 1
-        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, self._optimizer_steps)
+        """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged.
+
+        With bits="auto" the plan may change here: what is decided holds from the next step on, on all ranks.
+        """
+        self._check(self._parameters)
+
+    def _check(self, parameters: Mapping[str, Tensor]) -> None:
+        planner, meter, step = self._replanner, self._compressor.meter, self._optimizer_steps
+        facts = planner.notes(meter) if planner is not None else []
+        watched = self._watch.notes() if self._watch else []
+        notes = [int(self._switch.wish is not None), *facts, *watched]
+        everyone = check_equal(parameters, self._control, step, notes)
+        self._checks += bool(parameters)
+        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, step)
         if self._watch is not None and self._switch.off is None:
-            for alarm in self._watch.judge([theirs[1:] for theirs in everyone]):
+            for alarm in self._watch.judge([theirs[1 + len(facts) :] for theirs in everyone]):
                 self._log_alarm(alarm)
                 if self._disables_on_alarm:
-                    self._switch.end(alarm.text, self._optimizer_steps)
+                    self._switch.end(alarm.text, step)
+        if planner is not None and self._switch.off is None:
+            if self._engine is None:
+                self._sample_averages(planner)
+            told = [theirs[1 : 1 + len(facts)] for theirs in everyone]
+            if (chosen := planner.judge(told, meter, step)) is not None:
+                self._follow(chosen)
+                if self._control.rank == 0:
+                    _log.warning("bits auto, from step %d on: %s", step + 1, chosen.reason)
+            planner.forget_sample()
+
+    def replay(self, plans: Sequence[ChosenPlan], until_step: int) -> None:
+        """With bits="auto": goes over to these plans after the same steps again, up to a step, and measures nothing.
+
+        For a run that goes on from before decisions that were recorded (`stats()["plans"]`), and is to come to the
+        same bits as before. All ranks call it with the same arguments, before the next step.
+        """
+        if self._replanner is not None:
+            self._replanner.replay(plans, until_step)
+
+    @property
+    def plans(self) -> list[ChosenPlan]:
+        """With bits="auto" the plans in force so far, the present one last; else []."""
+        return list(self._replanner.chosen) if self._replanner else []
+
+    def _sample_averages(self, planner: Replanner) -> None:
+        for parameter in reversed(self._parameters.values()):
+            gradient = parameter.grad
+            if gradient is not None and gradient.layout == torch.strided and gradient.dtype in CODED:
+                planner.keep_sample(gradient.detach().reshape(-1), [gradient.numel()])
+
+    def _follow(self, chosen: ChosenPlan) -> None:
+        """Goes over to a plan between two steps; on all ranks together.
+
+        Residuals stay where the new plan's packets take them along. Else the next step goes by torch's own all-reduce
+        with them added to the gradients, so that nothing is lost.
+        """
+        assert self._replanner is not None
+        plan = dataclasses.replace(self._replanner.plan(chosen.bits), reason=chosen.reason)
+        self._alarms = self._alarm_rows()
+        self._watch = None
+        self._compressor.follow(plan)
+        self.plan = plan
+        self._topology = self._nodes if chosen.hierarchy else None
+        first_engine = not self._hooked
+        self._engine = self._engine_for_plan()
+        if first_engine and self._engine is not None:
+            self._register_hook()
+            model = self._model()
+            if self._optimizer_steps and model and (found := bucket_names(model, self._names)):
+                self._record.know([one for one in found if not self._left_to_torch.keys() & set(one)])
+        residuals, left_by = self._compressor.residuals, self._residuals_of
+        if residuals is not None:
+            if left_by is not None and not (plan.is_lossy and left_by == chosen.hierarchy):
+                residuals.start_draining()
+            self._residuals_of = chosen.hierarchy if plan.is_lossy else None
+        self.start_watch(*self._watch_options)
+        self._replanner.restarted(self._compressor.meter)
+
+    def _alarm_rows(self) -> list[dict[str, Any]]:
+        return self._watch.state_dict() if self._watch else self._alarms
+
+    def _register_hook(self) -> None:
+        model = self._model()
+        assert model is not None
+        log_left_to_torch(self._left_to_torch)
+        try:
+            model.register_comm_hook(self, _reduce_bucket)
+        except RuntimeError as error:  # torch's built-in hooks leave no trace to look for before
+            self._finalizer.detach()
+            _close(self._engines, _EXIT_SECONDS)
+            raise ConfigError(
+                "the model's communication hook cannot be registered",
+                found=str(error).splitlines()[0],
+                fix="call compress() once, and no other hook",
+            ) from error
+        self._hooked = True
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, keyed by parameter name: plain numbers and strings, and with error feedback a float32
@@ -229,8 +331,9 @@ class Compression:
             "buckets_settled": self._record.settled,
             "compressor": self._compressor.state_dict(),
             "switch": self._switch.state_dict(),
-            "alarms": self._watch.state_dict() if self._watch else [],
+            "alarms": self._alarm_rows(),
             "marks": dict(self._marks),
+            "replanner": self._replanner.state_dict() if self._replanner else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -244,6 +347,9 @@ class Compression:
         then goes on with other shards, which is logged. At another world size, or between a shadow run and a real
         one, the counters of bytes, values and seconds start again from zero, which is logged, too. Raises
         PlanMismatch for another plan, CheckpointError for another rank, model or version.
+
+        With bits="auto" the saved plan is taken over, whatever was measured at this start; at another world size, or
+        where it is under the floor, this start's plan takes over from it, as after a look.
         """
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
@@ -256,15 +362,29 @@ class Compression:
                 f"rank {control.rank} was given the compression state of rank {own['rank']}",
                 fix="save state_dict() on every rank, and load each rank's own",
             )
+        planner = self._replanner
+        before: dict[str, Any] = own.get("replanner") or {} if planner is not None else {}
+        if planner is not None and before:
+            self._follow(planner.resumable(before))
         if resized:
             self._load_resized(states)
             self._optimizer_steps = own["optimizer_steps"]
             self._restore_guards({**own, "marks": {}})
+            if planner is not None and before:
+                self._follow(planner.continued(before, self._optimizer_steps))
             return
         fresh = self._compressor.meter.state_dict()
         self._compressor.load_state_dict(own["compressor"])
         self._optimizer_steps = own["optimizer_steps"]
         self._restore_guards(own)
+        if planner is not None and before and planner.is_under_floor(before):
+            self._follow(planner.continued(before, self._optimizer_steps))
+        elif planner is not None and before:
+            planner.load_state_dict(before)
+            planner.restarted(self._compressor.meter)
+            residuals = self._compressor.residuals
+            if residuals is not None and residuals.draining and not self._hooked:
+                self._register_hook()  # they go out with the next step, by torch's all-reduce as that may be
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
         if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
             _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
@@ -283,6 +403,7 @@ class Compression:
     def _restore_guards(self, own: Mapping[str, Any]) -> None:
         self._switch.load_state_dict(own["switch"])
         self._marks = dict(own["marks"])
+        self._alarms = list(own["alarms"])
         if self._watch is not None:
             self._watch.load_state_dict(own["alarms"])
 
@@ -331,16 +452,19 @@ class Compression:
         """
         if self._step_hook is not None:
             self._step_hook.remove()
-        if self._engine is not None and self._finalizer.detach():
-            self._engine.close(timeout)
+        if self._finalizer.detach():
+            _close(self._engines, timeout)
+            if self._owns_carrier:
+                self._carrier.close()
 
     def abort(self) -> None:
         """Breaks the connections: the peers get a TransportError that names this rank now, not after a time-out."""
-        if self._engine is not None:
-            self._engine.abort()
+        for engine in self._engines.values():
+            engine.abort()
 
     def start_watch(self, max_relative_error: float | None, on_alarm: OnAlarm) -> None:
-        """Watches errors and times from now on, as `compress_ddp` says; called once, by it."""
+        """Watches errors and times from now on, as `compress_ddp` says; called by it, and after a change of plan."""
+        self._watch_options = (max_relative_error, on_alarm)
         exact = self._compressor.exact
         times = not self.shadow and self.plan.codec != "identity"
         if self._engine is not None and self._control.world_size > 1:
@@ -351,16 +475,23 @@ class Compression:
                 exact=exact,
                 escapes_are_usual=self.plan.codec.startswith("grid:"),
             )
+            self._watch.load_state_dict(self._alarms)
         self._disables_on_alarm = on_alarm == "disable" and not self.shadow
 
-    def _make_engine(self, carrier: Transport) -> BucketEngine | None:
+    def _engine_for_plan(self) -> BucketEngine | None:
+        """What carries the plan out, None for torch's own collective; made by all ranks together when it is needed."""
         if self.plan.codec == "none":
             return None
-        if self.shadow:
-            return ShadowEngine(self._compressor, self._control)
-        if self._topology is not None and self._topology.flat_reason() is None:
-            return CompressedEngine.by_nodes(self._compressor, self._control, self._topology)
-        return CompressedEngine.flat(self._compressor, carrier)
+        by_nodes = self._topology is not None and self._topology.flat_reason() is None
+        if by_nodes not in self._engines:
+            if self.shadow:
+                engine: BucketEngine = ShadowEngine(self._compressor, self._control)
+            elif by_nodes and self._topology is not None:
+                engine = CompressedEngine.by_nodes(self._compressor, self._control, self._topology)
+            else:
+                engine = CompressedEngine.flat(self._compressor, self._carrier)
+            self._engines[by_nodes] = engine
+        return self._engines[by_nodes]
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if self._joins():
@@ -373,13 +504,18 @@ class Compression:
         if not self._in_backward:
             self._in_backward = True
             self._begin_step()
-        native = self._switch.off is not None or any(name in self._left_to_torch for name in names)
+        compresses = self._switch.off is None and self._engine is not None and not self._drains
+        native = not compresses or any(name in self._left_to_torch for name in names)
         if not native:
             self._record.add(names)
+            if self._replanner is not None and self._is_due(self._optimizer_steps + 1):
+                self._replanner.keep_sample(bucket.buffer(), [p.numel() for p in parameters])
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
         elif native:
+            if self._drains and not any(name in self._left_to_torch for name in names):
+                self._drain(bucket.buffer(), names, [p.numel() for p in parameters])
             result, done = self._native.start(bucket.buffer(), dict(zip(names, parameters, strict=True)))
             self._pending.append(done)
         elif self._record.holds:
@@ -403,6 +539,11 @@ class Compression:
                 ) from error
         return result
 
+    def _drain(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> None:
+        assert self._compressor.residuals is not None
+        for name, part in zip(names, x.split(list(numels)), strict=True):
+            self._compressor.residuals.drain(name, part)
+
     def _start(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> torch.futures.Future[Tensor]:
         assert self._engine is not None
         moment = self._second_moment
@@ -419,10 +560,11 @@ class Compression:
         self._wait()
         self._pending = []
         self._in_backward = False
-        if self._switch.off is None:
+        compressed = self._switch.off is None and self._engine is not None and not self._drains
+        if compressed:
             self._record.end_step()
         self._compressor.end_step(time.perf_counter() - start)
-        if self._switch.off is None:
+        if compressed:
             self._compressor.agree(self._control)
         if self._commits_itself:
             self._compressor.commit_step()
@@ -453,14 +595,15 @@ class Compression:
         else:
             self._second_moment.begin_step()
             self._compressor.begin_step(scale, self._second_moment.unscaled)
+        residuals = self._compressor.residuals
+        self._drains = self._switch.off is None and residuals is not None and residuals.draining
 
     def _wait(self) -> None:
         try:
             for done in self._pending:
                 done.result()
         except BaseException:
-            assert self._engine is not None
-            self._engine.abort()  # the peers learn of it now, not after a time-out
+            self.abort()  # the peers learn of it now, not after a time-out
             raise
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -469,7 +612,7 @@ class Compression:
         found_inf = getattr(optimizer, "found_inf", None)
         if self._compressor.residuals is not None and not (found_inf is not None and float(found_inf) > 0):
             self._compressor.commit_step()
-        if self._engine is None:
+        if not self._hooked:
             trained = {
                 name: p
                 for name, p in self._parameters.items()
@@ -479,8 +622,25 @@ class Compression:
             itemsizes = {name: p.element_size() for name, p in trained.items()}
             self._compressor.meter.add(native_tally(numels, itemsizes, self._control.world_size))
             self._compressor.meter.stepped(exposed_seconds=0.0)
-        elif self._check_every and self._optimizer_steps % self._check_every == 0:
-            self.check()
+        if self._replanner is not None:
+            self._replanner.stepped()
+        if self._is_due(self._optimizer_steps) and (
+            self._hooked or (self._replanner is not None and self._replanner.active)
+        ):
+            self._check({} if self._engine is None else self._parameters)
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self._check_every) and step % self._check_every == 0
+
+
+def _stop(engines: dict[bool, BucketEngine], timeout: float) -> None:
+    for engine in engines.values():
+        engine.stop(timeout)
+
+
+def _close(engines: dict[bool, BucketEngine], timeout: float) -> None:
+    for engine in engines.values():
+        engine.close(timeout)
 
 
 def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

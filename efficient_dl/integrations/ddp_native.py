@@ -17,7 +17,7 @@ from efficient_dl.errors import TransportError
 TorchFuture = torch.futures.Future
 
 _log = logging.getLogger(__name__)
-_CODED = (torch.float32, torch.bfloat16, torch.float16)
+CODED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NativeReducer:
@@ -83,7 +83,7 @@ def left_to_torch(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     for name, parameter in parameters.items():
         if parameter.requires_grad and id(parameter) in sparse:
             reasons[name] = "its gradients are sparse"
-        elif parameter.requires_grad and parameter.dtype not in _CODED:
+        elif parameter.requires_grad and parameter.dtype not in CODED:
             reasons[name] = f"its gradients are {str(parameter.dtype).removeprefix('torch.')}"
     return reasons
 

@@ -14,11 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.comm import parameter_scalars, total_scalars
+from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.plan import Scale
 from efficient_dl.config import Config
+from efficient_dl.config.schema import BITS_WORDS
 from efficient_dl.data import Dataset
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
+from efficient_dl.integrations.ddp_replanning import ChosenPlan
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
@@ -76,7 +79,10 @@ class Trainer(RunLoop):
 
     def _compress(self) -> Compression:
         """Put the compression into DDP's all-reduce; for bits = "none" it only counts."""
-        return compressed(self.ddp, self.optimizer, self.config, {"data": self.data.fingerprint})
+        extra = {"data": self.data.fingerprint}
+        compression = compressed(self.ddp, self.optimizer, self.config, extra, self.measurements)
+        self._plans_logged = len(compression.plans)  # the first one is in plan.json
+        return compression
 
     def _train_step(self) -> dict[str, Tensor | float]:
         """One optimizer step on accumulate × batch_size samples of this rank; returns a row of metrics."""
@@ -92,6 +98,13 @@ class Trainer(RunLoop):
         self.step += 1
         self.entropy.write(self.step)
         return row
+
+    def _between_steps(self) -> None:
+        """Log a change of plan, before a checkpoint of the same step is written."""
+        plans = self.compression.plans
+        for one in plans[self._plans_logged :]:
+            self.folder.log_event(PLAN_EVENT, one.to_json())
+        self._plans_logged = len(plans)
 
     def backward(self, model: nn.Module) -> Tensor:
         """Forward and backward over this rank's batches of the step; DDP reduces after the last one. The mean loss."""
@@ -190,13 +203,30 @@ class Trainer(RunLoop):
         compression = self.compression if self._same_plan(checkpoint) else None
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
+            self._plans_logged = len(self.compression.plans)
+            if compression is not None and compression.plans:
+                self._replay(compression, checkpoint.step)
         elif compression is not None:
             compression.load_state_dict([state["compression"] for state in checkpoint.rank_states])
+            self._plans_logged = len([one for one in compression.plans if one.step < checkpoint.step])
+
+    def _replay(self, compression: Compression, step: int) -> None:
+        """Change plans where the run did that went on from this checkpoint before, as far as it came."""
+        rows = [row for row in self.folder.rows() if row["step"] > step] if self.rank == 0 else []
+        rows = self._over_ranks(rows)[0]
+        plans = [ChosenPlan.from_json(row) for row in rows if row.get("event") == PLAN_EVENT]
+        compression.replay(plans, max((row["step"] for row in rows), default=step))
 
     def _close(self) -> None:
         self.compression.close()
         self.entropy.close()
         self.entropy.draw()
+
+    def _bits(self) -> float | str:
+        if not self.compression.plans:
+            return self.config.compression.bits
+        bits = self.compression.plan.bits
+        return bits if bits in BITS_WORDS else float(bits)
 
     def _abort(self) -> None:
         compression: Compression | None = getattr(self, "compression", None)  # none before `_prepare` is done
@@ -211,10 +241,26 @@ class Trainer(RunLoop):
         return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
 
 
+def hierarchy_wish(config: Config) -> int | str | None:
+    """What `compress_ddp` takes as hierarchy; where the planner decides, nodes are looked for if one can be had."""
+    settings = config.compression
+    if settings.hierarchy == "plan":
+        plans = settings.bits == "auto" and not (settings.max_error or settings.bytes_per_step)
+        return "auto" if plans and settings.transport == "process_group" and not settings.shadow else None
+    return None if settings.hierarchy == "none" else settings.hierarchy
+
+
 def compressed(
-    model: DistributedDataParallel, optimizer: Optimizer, config: Config, extra: Mapping[str, Any]
+    model: DistributedDataParallel,
+    optimizer: Optimizer,
+    config: Config,
+    extra: Mapping[str, Any],
+    measurements: Measurements | None = None,
 ) -> Compression:
-    """Compression as the configuration says, in DDP's all-reduce. extra: facts that must agree on all ranks."""
+    """Compression as the configuration says, in DDP's all-reduce. extra: facts that must agree on all ranks.
+
+    measurements: what "auto" is planned with.
+    """
     settings = config.compression
     return compress_ddp(
         model,
@@ -225,7 +271,7 @@ def compressed(
         bytes_per_step=settings.bytes_per_step or None,
         error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
         scale=_SCALES[settings.scale],
-        hierarchy=None if settings.hierarchy == "none" else settings.hierarchy,
+        hierarchy=hierarchy_wish(config),
         transport="mpi" if settings.transport == "mpi" else None,
         shadow=settings.shadow,
         check_every=settings.check_every,
@@ -233,6 +279,9 @@ def compressed(
         on_alarm="disable" if settings.on_alarm == "disable" else "warn",
         timeout=config.run.timeout_seconds,
         extra=extra,
+        floor_bits=settings.floor_bits,
+        replan=settings.replan,
+        measurements=measurements,
     )
 
 
@@ -244,5 +293,6 @@ def sync_buffers_argument(wanted: bool) -> dict[str, bool]:
 # torch 2.13 renamed the argument.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
+PLAN_EVENT = "plan"  # of rows of metrics.jsonl: bits = "auto" goes over to another plan after their step
 _SCALES: dict[str, Scale | Literal["auto"]] = {"auto": "auto", **{scale: scale for scale in get_args(Scale)}}
 _ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from efficient_dl.comm import ProcessGroupTransport
+from efficient_dl.comm import ProcessGroupTransport, Topology
 from efficient_dl.comm.measurements import Measurements
-from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, plan_for
+from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, codec_bits, plan_for
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
+from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import AutoOptions, decide
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
-from efficient_dl.training.end_to_end import Trainer
+from efficient_dl.training.end_to_end import Trainer, hierarchy_wish
+from efficient_dl.training.run_folder import recorded_plan
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ class Planned:
 
 
 def measured_plan(
-    config: Config, data: Dataset, device: torch.device, progress: Progress, hierarchy: bool = False
+    config: Config, data: Dataset, device: torch.device, progress: Progress, hierarchy: int | str | None
 ) -> Planned:
     """Measures for some seconds and plans; every rank calls it with the same configuration, and all get the same.
 
     The times are of the whole model's backward pass, also where a run trains its partitions by local losses.
-    hierarchy: whether a reduction between nodes is among the choices, where nodes have several ranks each.
+    hierarchy: whether a reduction between nodes is among the choices, where nodes have several ranks each: None, "auto"
+    or the number of workers on each.
     """
     trainer = Trainer(config, data, device, progress)
     seconds = trainer.measured_compute()
@@ -59,18 +64,16 @@ def measured_plan(
         config.compression.floor_bits,
         seconds,
         family="grid" if is_sgd and device.type == "cpu" else "bits",
-        planner=PlannerOptions(hierarchy=hierarchy),
+        planner=PlannerOptions(hierarchy=hierarchy is not None),
     )
     world = dist.group.WORLD
     assert world is not None
-    control = ProcessGroupTransport(world, device, config.run.timeout_seconds).sibling()
-    try:
-        with measure.untouched(trainer.model, device):
-            trainer.backward(trainer.model)  # codecs are measured on a real gradient
-            measurements, decision = decide(parameters, control, control, None, options)
-        dist.barrier()  # no rank gives up the group while another one still hears from it
-    finally:
-        control.close()
+    # Not a sibling, to be destroyed: torch would give its name, and those of groups made after it, again (`subgroup`).
+    control = ProcessGroupTransport(world, device, config.run.timeout_seconds)
+    with measure.untouched(trainer.model, device):
+        trainer.backward(trainer.model)  # codecs are measured on a real gradient
+        nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
+        measurements, decision = decide(parameters, control, control, nodes, options)
     model = Shapes(
         tuple(p.numel() for p in parameters.values()), next(iter(parameters.values())).element_size()
     )
@@ -83,31 +86,62 @@ def is_planned(config: Config) -> bool:
     return compression.bits == "auto" and not (compression.max_error or compression.bytes_per_step)
 
 
-def decided(
-    config: Config, data: Dataset, device: torch.device, progress: Progress
-) -> tuple[Config, str, Planned | None]:
-    """The configuration with what "auto" stands for in this run, why, and what was measured for it.
+@dataclass(frozen=True)
+class Decided:
+    """What "auto" stands for in a run.
 
-    The configuration is what a run folder records, so a resumed run measures nothing and goes on bit for bit.
+    config: with the bits, or still "auto" where the run may change them. note: why. measurements: to plan with.
+    planned: what was measured now; None if nothing was.
+    """
+
+    config: Config
+    note: str
+    measurements: Measurements | None = None
+    planned: Planned | None = None
+
+
+def decided(
+    config: Config, data: Dataset, device: torch.device, progress: Progress, resumed: bool
+) -> Decided:
+    """What "auto" means here; every rank calls it with the same configuration, and all get the same.
+
+    A resumed run takes what was measured at its start, if it was for as many workers, and its checkpoint's plan.
     """
     floor = config.compression.floor_bits
     if config.compression.shadow:
-        return _with_bits(config, floor), f"bits auto: {floor:g} bits, the floor, in the shadow", None
+        return Decided(_with_bits(config, floor), f"bits auto: {floor:g} bits, the floor, in the shadow")
     if dist.get_world_size() == 1:
-        return (
-            _with_bits(config, floor),
-            f"bits auto: {floor:g} bits, the floor; one worker sends nothing",
-            None,
-        )
-    planned = measured_plan(config, data, device, progress)
+        note = f"bits auto: {floor:g} bits, the floor; one worker sends nothing"
+        return Decided(_with_bits(config, floor), note)
+    changes = config.local.mode == "end-to-end"
+    if resumed and changes and (known := _recorded(config)) is not None:
+        note = "bits auto: planned as before; a resumed run measures nothing at its start"
+        return Decided(config, note, known)
+    planned = measured_plan(config, data, device, progress, hierarchy_wish(config) if changes else None)
     bits = planned.decision.bits
     note = f"bits auto: {planned.decision.reason}"
+    if changes:
+        return Decided(config, note, planned.measurements, planned)
     chosen = _with_bits(config, float(bits) if bits not in ("none", "lossless") else bits)
     if bits == "none" and (config.compression.overrides or config.compression.error_feedback == "on"):
         compression = dataclasses.replace(chosen.compression, overrides="", error_feedback="auto")
         chosen = dataclasses.replace(chosen, compression=compression)
         note += "; overrides and error feedback are off: the native all-reduce has none"
-    return chosen, note, planned
+    return Decided(chosen, note, planned.measurements, planned)
+
+
+def _recorded(config: Config) -> Measurements | None:
+    """Of the run's folder, if they are of as many workers and of the codecs that may be chosen now."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
+            known = Measurements.from_json(recorded_plan(Path(config.run.out))["measurements"])
+            rates = {codec_bits(one.codec) for one in known.codecs}
+            wanted = {codec_bits(one) for one in AutoOptions(config.compression.floor_bits).codecs()}
+            if known.world_size == dist.get_world_size() and rates == wanted:
+                found = [known.to_json()]
+    dist.broadcast_object_list(found, src=0)
+    return Measurements.from_json(found[0]) if found[0] is not None else None
 
 
 def _with_bits(config: Config, bits: float | str) -> Config:

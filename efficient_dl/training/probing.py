@@ -84,7 +84,7 @@ def run_probe(worker: Worker, config: Config, out: Path | None, what_if: WhatIf 
     worker.together("fetch", load if worker.local_rank == 0 else lambda: None, _FETCH_SECONDS)
     data = worker.together("data", load)
     worker.together("model", lambda: check_model(config.model, data.spec, config.data.batch_size))
-    planned = measured_plan(config, data, device, progress_for(worker.rank), hierarchy=True)
+    planned = measured_plan(config, data, device, progress_for(worker.rank), hierarchy="auto")
     if what_if is not None:
         planned = planned.what_if(what_if.network(planned.measurements), config.compression.floor_bits)
     worker.together("write", lambda: _report(planned, out) if worker.rank == 0 else None)

@@ -103,7 +103,8 @@ def _settled(config: Config, resumed: bool, restarted: bool = False) -> tuple[Co
     config = _with(_with_shared_folder(config, resumed), "run", workers=dist.get_world_size())
     if resumed:
         before = recorded_config(Path(config.run.out))
-        if is_planned(config) and before.run.workers == config.run.workers:
+        taken = before.compression.bits
+        if is_planned(config) and taken != "auto" and before.run.workers == config.run.workers:
             config = _with(config, "compression", bits=before.compression.bits)
             notes.append(
                 f"bits auto: {before.compression.bits} as before; a resumed run measures nothing again"
@@ -141,16 +142,18 @@ def _train(
     for note in prepared.notes:
         shown.note(note)
     shown.note(f"run folder: {prepared.config.run.out}")
-    config = prepared.config
+    config, measurements = prepared.config, None
     try:
         if is_planned(config):
-            config, note, planned = decided(config, prepared.data, device, shown)
-            shown.note(note)
-            if planned is not None and dist.get_rank() == 0:
-                write_plan(Path(config.run.out), planned.to_json())
+            auto = decided(config, prepared.data, device, shown, resumed)
+            config, measurements = auto.config, auto.measurements
+            shown.note(auto.note)
+            if auto.planned is not None and dist.get_rank() == 0:
+                write_plan(Path(config.run.out), auto.planned.to_json())
         kind = Trainer if config.local.mode == "end-to-end" else LocalTrainer
         loop = kind(config, prepared.data, device, shown)
         loop.watch = watch or Unwatched()
+        loop.measurements = measurements
         summary = loop.train(resumed)
     finally:
         shown.stop()

@@ -114,6 +114,14 @@ class RunFolder:
                 if key != "step":
                     self._tensorboard.add_scalar(_tag(key), value, row["step"])
 
+    def log_event(self, event: str, row: Mapping[str, Any]) -> None:
+        """Append a row with its "step", and the event's name as "event", to metrics.jsonl; to TensorBoard as text."""
+        if self._metrics is None:
+            return
+        with disk_full(self.path, "the last checkpoint is intact"):
+            self._metrics.write(json.dumps({**row, "event": event}) + "\n")
+            self._tensorboard.add_text(event, json.dumps(row), row["step"])
+
     def log_parameters(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
         """Append a row {"step", "parameters": {name: numbers}} to parameters.jsonl, and the numbers to TensorBoard."""
         if self._parameters is None or not rows:
@@ -231,6 +239,11 @@ def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
     with _writable(path):
         path.mkdir(parents=True, exist_ok=True)
         (path / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def recorded_plan(path: Path) -> dict[str, Any]:
+    """What `write_plan` wrote. Raises OSError or ValueError if it cannot be read."""
+    return json.loads((path / PLAN).read_text())
 
 
 def default_name(config: Config) -> str:

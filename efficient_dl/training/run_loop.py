@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from efficient_dl.comm.measurements import Measurements
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.training import measure, resume
@@ -21,6 +22,8 @@ from efficient_dl.training.run_folder import RunFolder, Summary
 from efficient_dl.training.signals import Stopped
 from efficient_dl.training.task import task_for
 from efficient_dl.training.watch import Unwatched, Watch
+
+_NO_PLAN = ("compression.check_every", "compression.replan")  # what does not decide how gradients are sent
 
 
 class RunLoop(ABC):
@@ -44,6 +47,7 @@ class RunLoop(ABC):
         self.val_loss = float("nan")
         self.saved_step = -1
         self.watch: Watch = Unwatched()
+        self.measurements: Measurements | None = None  # what bits = "auto" is planned with
 
     def train(self, resumed: bool) -> Summary:
         """Train from the start, or from the latest checkpoint, to the last step.
@@ -135,6 +139,10 @@ class RunLoop(ABC):
     def _traffic(self) -> dict[str, Any]:
         """The summary's fields about bytes and the codec, since the run's start."""
 
+    def _bits(self) -> float | str:
+        """What gradients were sent with at last."""
+        return self.config.compression.bits
+
     @abstractmethod
     def _close(self) -> None:
         """Give up what only training needs."""
@@ -173,7 +181,7 @@ class RunLoop(ABC):
         same = all(
             before.get(key) == now[key]
             for key in now
-            if key.startswith("compression.") and key != "compression.check_every"
+            if key.startswith("compression.") and key not in _NO_PLAN
         )
         if not same:
             self.progress.note("Gradients are sent otherwise than before: bytes are counted from here on.")
@@ -201,7 +209,7 @@ class RunLoop(ABC):
             step_seconds_median=self._mean_over_ranks(self.clock.median()),
             compute_seconds_median=self._mean_over_ranks(self.compute_seconds),
             peak_memory_bytes=max(self._over_ranks(measure.peak_memory_bytes(self.device))),
-            bits=config.compression.bits,
+            bits=self._bits(),
             seed=config.train.seed,
             world_size=self.world_size,
             **self._traffic(),

@@ -142,15 +142,59 @@ def test_auto_is_decided_once_recorded_with_its_reason_and_not_measured_again(tm
     assert all(text in shown for text in ("bits auto: ", "is predicted", "the floor is 2 bits"))
     plan = json.loads((out / "plan.json").read_text())
     bits = plan["decision"]["bits"]
-    assert f"{load_config(out / 'config.toml').compression.bits}" == bits
+    assert load_config(out / "config.toml").compression.bits == "auto"
+    assert f"{json.loads((out / 'summary.json').read_text())['bits']}" == bits
     assert plan["measurements"]["backward_seconds"] > 0
     assert [one["bits"] for one in plan["decision"]["predictions"]] == ["none", "lossless", "4.0", "2.0"]
 
-    (out / "plan.json").unlink()
+    written = (out / "plan.json").stat().st_mtime_ns
     second = edl(tmp_path / "b", *words, "--steps", "4", "--resume")
     assert [one.code for one in second] == [0, 0], second
-    assert f"bits auto: {bits} as before" in " ".join(second[0].out.split())
-    assert not (out / "plan.json").exists()
+    assert "bits auto: planned as before; a resumed run measures nothing" in " ".join(second[0].out.split())
+    assert (out / "plan.json").stat().st_mtime_ns == written
+
+
+def automatic(rank: int, out: Path, replan: bool, resumed: bool = False) -> None:
+    settings = [
+        "train.steps=40",
+        "train.checkpoint_every=10",
+        "train.keep_checkpoints=9",
+        "optimizer.name=sgd",
+    ]
+    more = ["compression.check_every=5", f"compression.replan={str(replan).lower()}"]
+    run(tiny(out, *settings, *more), resumed=resumed)
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return dict(CheckpointFolder(out / "checkpoints").load(step).tensors)
+
+
+def without(out: Path, after: int, copy: Path) -> Path:
+    shutil.copytree(out, copy)
+    for step in CheckpointFolder(out / "checkpoints").steps():
+        if step > after:
+            shutil.rmtree(CheckpointFolder(copy / "checkpoints").path / f"step-{step:06d}")
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def test_a_resumed_run_changes_its_plan_where_the_run_before_did(tmp_path: Path) -> None:
+    """The first run changes nothing; a change is written into its record, and so has happened."""
+    run_ranks(automatic, 2, tmp_path / "first", False)
+    other = "lossless" if json.loads((tmp_path / "first/summary.json").read_text())["bits"] == 2.0 else "2.0"
+    changed = without(tmp_path / "first", 10, tmp_path / "changed")
+    event = {"step": 20, "bits": other, "hierarchy": False, "reason": "a test", "event": "plan"}
+    with (changed / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    run_ranks(automatic, 2, changed, True, True)
+    assert f"{json.loads((changed / 'summary.json').read_text())['bits']}" == other
+    after = [row for row in RunFolder(changed, writes=False).rows() if row.get("event") == "plan"]
+    assert [(row["step"], row["bits"]) for row in after] == [(20, other)]
+    for begin in (10, 20, 30):
+        again = without(changed, begin, tmp_path / f"from-{begin}")
+        run_ranks(automatic, 2, again, True, True)
+        expected, found = weights(changed, 40), weights(again, 40)
+        assert all(torch.equal(one, found[name]) for name, one in expected.items()), begin
 
 
 def test_probe_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from efficient_dl.comm.measurements import (
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
 from efficient_dl.comm.probe import codecs_for, link_turns
-from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
 from efficient_dl.errors import ConfigError
 
 MEGABIT = 1e6 / 8
@@ -246,35 +245,6 @@ def test_measurements_survive_json_and_refuse_what_they_are_not() -> None:
             Measurements.from_json(broken)
     decision = plan_for(network(100), MODEL)
     assert json.loads(json.dumps(decision.to_json(), allow_nan=False))["bits"] == "2.0"
-
-
-def test_a_plan_changes_after_two_clear_wins_in_a_row_and_not_for_noise() -> None:
-    state = PlanState("none", False)
-    slow, fast = network(100), network(100_000)
-    first = reconsider(state, slow, MODEL, 2.0)
-    assert first.decision is None and first.state.wins == 1 and "1 of 2" in first.reason
-    interrupted = reconsider(first.state, fast, MODEL, 2.0)
-    assert interrupted.decision is None and interrupted.state == state
-    again = reconsider(interrupted.state, slow, MODEL, 2.0)
-    assert again.decision is None
-    second = reconsider(again.state, slow, MODEL, 2.0)
-    assert second.decision is not None and second.state == PlanState("2.0", False)
-    assert PlanState.from_json(json.loads(json.dumps(first.state.to_json()))) == first.state
-    back = reconsider(second.state, fast, MODEL, 2.0, hysteresis=Hysteresis(patience=1))
-    assert back.decision is not None and back.state.bits == "none"
-
-
-def test_a_small_gain_switches_nothing() -> None:
-    near = network(2.0)  # where 2 bits beat 4 bits by far
-    wins = reconsider(PlanState("4.0", False), near, MODEL, 2.0, hysteresis=Hysteresis(gain=0.1, patience=1))
-    assert wins.decision is not None
-    keeps = reconsider(PlanState("4.0", False), near, MODEL, 2.0, hysteresis=Hysteresis(gain=0.9, patience=1))
-    assert keeps.decision is None and "too small" in keeps.reason
-
-
-def test_a_plan_under_a_raised_floor_is_left_at_once() -> None:
-    left = reconsider(PlanState("2.0", False), network(100), MODEL, 4.0)
-    assert left.decision is not None and left.state == PlanState("4.0", False)
 
 
 @pytest.mark.parametrize("nodes", range(2, 12))
