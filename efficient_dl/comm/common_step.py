@@ -39,7 +39,8 @@ class _Direction:
 
     position: log2 of the step, in units of 2^-16; None as long as packets search for their own. values, bits: of the
     packets since the last agreement. placed, places: the values of those that found a step of their own, and the sum of
-    values × the indices of these steps. peak: the largest escaped integer.
+    values × the indices of these steps. peak: the largest escaped integer. before: the position that the last agreement
+    left because integers were clamped at it.
     """
 
     position: int | None = None
@@ -48,6 +49,7 @@ class _Direction:
     placed: int = 0
     places: int = 0
     peak: int = 0
+    before: int | None = None
 
 
 class CommonStep:
@@ -128,8 +130,12 @@ class CommonStep:
                 continue
             if direction.position is None:
                 position = places * _PLACE // placed
+            elif direction.before is not None and peak < _CLAMPED >> _UNCLAMP // _OCTAVE:
+                position, direction.before = direction.before, None  # it was a spike, which is over
             else:
-                finest = _UNCLAMP if peak >= _CLAMPED else (peak.bit_length() - _FINE_ENOUGH) * _OCTAVE
+                is_clamped = peak >= _CLAMPED
+                direction.before = direction.position if is_clamped else None
+                finest = _UNCLAMP if is_clamped else (peak.bit_length() - _FINE_ENOUGH) * _OCTAVE
                 position = direction.position + max(self._change(bits * _OCTAVE // values), finest)
             direction.position = min(max(position, FINEST_GRID_STEP * _PLACE), COARSEST_GRID_STEP * _PLACE)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +31,7 @@ from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
-from efficient_dl.integrations.ddp_replanning import Replanner, ReplanOptions
+from efficient_dl.integrations.ddp_replanning import Replanner, ReplanOptions, flat
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     check_hierarchy,
@@ -190,7 +192,8 @@ def compress_ddp(
     facts["transport"] = transport_name(transport)
     facts["hierarchy"] = wish.fact()
     is_auto = plan.bits == "auto" and not plan.varies_rates and not shadow and control.world_size > 1
-    facts["auto"] = {**auto.facts(), "replan": str(replan)} if is_auto else None
+    told = {**auto.facts(), "replan": str(replan), "measurements": _digest(measurements)}
+    facts["auto"] = told if is_auto else None
     handshake(facts, control)
     topology = wish.topology()
     carrier = make_transport(transport, control)
@@ -207,12 +210,13 @@ def compress_ddp(
             feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
             return dataclasses.replace(found, error_feedback=feeds)
 
-        measured, decision = decide(parameters, control, carrier, topology, auto, measurements)
+        several = topology is not None and topology.flat_reason() is None and len(topology.nodes) > 1
+        known = flat(measurements) if measurements is not None and not several else measurements
+        measured, decision = decide(parameters, control, carrier, topology, auto, known)
         if decision.bits == "none":
             ignored = note_ignored(overrides=overrides, transport=transport)
             decision = dataclasses.replace(decision, reason=decision.reason + ignored)
         compressor.follow(chosen(decision.bits))
-        several = topology is not None and topology.flat_reason() is None and len(topology.nodes) > 1
         options = replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan)
         replanner = Replanner(
             measured,
@@ -246,3 +250,10 @@ def compress_ddp(
             carrier.close()  # its siblings, which the compression has, stay open
     compression.start_watch(max_relative_error, on_alarm)
     return compression
+
+
+def _digest(measurements: Measurements | None) -> str:
+    """Tells whether ranks were given the same measurements."""
+    if measurements is None:
+        return "none"
+    return xxhash.xxh3_64_hexdigest(json.dumps(measurements.to_json(), sort_keys=True).encode())

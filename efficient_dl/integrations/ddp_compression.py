@@ -123,7 +123,7 @@ class Compression:
         if self._engine is not None:
             self._register_hook()
         if replanner is not None:
-            self._residuals_of = bool(self._topology) if compressor.plan.is_lossy else None
+            self._residuals_of = None if compressor.exact else bool(self._topology)
             self.plan = dataclasses.replace(self.plan, reason=replanner.now.reason)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
@@ -293,9 +293,10 @@ class Compression:
                 self._record.know([one for one in found if not self._left_to_torch.keys() & set(one)])
         residuals, left_by = self._compressor.residuals, self._residuals_of
         if residuals is not None:
-            if left_by is not None and not (plan.is_lossy and left_by == chosen.hierarchy):
+            lossy = not self._compressor.exact
+            if left_by is not None and not (lossy and left_by == chosen.hierarchy):
                 residuals.start_draining()
-            self._residuals_of = chosen.hierarchy if plan.is_lossy else None
+            self._residuals_of = chosen.hierarchy if lossy else None
         self.start_watch(*self._watch_options)
         self._replanner.restarted(self._compressor.meter)
 
@@ -372,6 +373,7 @@ class Compression:
             self._restore_guards({**own, "marks": {}})
             if planner is not None and before:
                 self._follow(planner.continued(before, self._optimizer_steps))
+                self._drain_natively()
             return
         fresh = self._compressor.meter.state_dict()
         self._compressor.load_state_dict(own["compressor"])
@@ -382,9 +384,7 @@ class Compression:
         elif planner is not None and before:
             planner.load_state_dict(before)
             planner.restarted(self._compressor.meter)
-            residuals = self._compressor.residuals
-            if residuals is not None and residuals.draining and not self._hooked:
-                self._register_hook()  # they go out with the next step, by torch's all-reduce as that may be
+            self._drain_natively()
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
         if own.get("nodes") != (self._topology.reduced_by if self._topology else None):
             _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
@@ -399,6 +399,18 @@ class Compression:
                 if own["shadow"]
                 else "a real run, restored in a shadow",
             )
+
+    def begin_at(self, step: int) -> None:
+        """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks."""
+        self._optimizer_steps = step
+        if self._replanner is not None:
+            self._replanner.begin_at(step)
+
+    def _drain_natively(self) -> None:
+        """Residuals that a state brings along go out with the next step, by torch's all-reduce as that may be."""
+        residuals = self._compressor.residuals
+        if residuals is not None and residuals.draining and not self._hooked:
+            self._register_hook()
 
     def _restore_guards(self, own: Mapping[str, Any]) -> None:
         self._switch.load_state_dict(own["switch"])
@@ -508,8 +520,9 @@ class Compression:
         native = not compresses or any(name in self._left_to_torch for name in names)
         if not native:
             self._record.add(names)
-            if self._replanner is not None and self._is_due(self._optimizer_steps + 1):
-                self._replanner.keep_sample(bucket.buffer(), [p.numel() for p in parameters])
+            replanner = self._replanner
+            if replanner is not None and replanner.active and self._is_due(self._optimizer_steps + 1):
+                replanner.keep_sample(bucket.buffer(), [p.numel() for p in parameters])
         if self._control.world_size == 1:
             result: torch.futures.Future[Tensor] = torch.futures.Future()
             result.set_result(bucket.buffer())
@@ -587,6 +600,8 @@ class Compression:
                 )
 
     def _begin_step(self) -> None:
+        if self._replanner is not None:
+            self._replanner.forget_sample()  # of a step that a GradScaler has skipped
         scaler = self._scaler
         follows = self._compressor.residuals is not None and scaler is not None and scaler.is_enabled()
         scale = scaler.get_scale() if follows and scaler is not None else 1.0

@@ -81,7 +81,7 @@ class Replanner:
         self.levels = levels
         self.chosen = [ChosenPlan(0, decision.bits, decision.hierarchy, decision.reason)]
         self.looks = 0
-        self._measurements, self._model = measurements, model
+        self._measurements, self._model = self._possible(measurements), model
         self._auto, self._options = auto, options or ReplanOptions()
         self._control, self._carrier = control, carrier
         self._state = PlanState(decision.bits, decision.hierarchy)
@@ -200,7 +200,7 @@ class Replanner:
         self._state = replace(PlanState.from_json(state["state"]), hierarchy=now.hierarchy)
         if now != self.now:
             self.chosen.append(now)
-        self._measurements = Measurements.from_json(state["measurements"])
+        self._measurements = self._possible(Measurements.from_json(state["measurements"]))
         left = Allowance(**state["allowance"])
         self._allowance = replace(self._allowance, looks=left.looks, cost=left.cost)
         self.looks = state["looks"]
@@ -212,6 +212,15 @@ class Replanner:
         self._state = PlanState(own.bits, own.hierarchy, since_step=step)
         return self._choose(replace(own, step=step))
 
+    def begin_at(self, step: int) -> None:
+        """The plan of this start came into force after this step."""
+        self.chosen = [replace(self.now, step=step)]
+        self._state = replace(self._state, since_step=step)
+
+    def _possible(self, measurements: Measurements) -> Measurements:
+        """Without a hierarchy that these nodes do not have."""
+        return measurements if self.levels is not None else flat(measurements)
+
     def restarted(self, meter: Meter) -> None:
         """Counts begin anew: the meter, or the plan, is another one now."""
         self._reference, self._warm, self._stepped_at = None, False, None
@@ -220,6 +229,8 @@ class Replanner:
     def _look(self, step: int, why: str) -> ChosenPlan | None:
         start = time.perf_counter()
         sample = torch.cat(self._sample) if self._sample else None
+        if sample is not None and not bool(torch.isfinite(sample).all()):
+            sample = None  # codecs make flags of such blocks
         self._measurements = look(
             self._measurements,
             self._carrier,
@@ -264,6 +275,11 @@ class Replanner:
         """The sample was of a step that is over."""
         self._sample.clear()
         self._segments.clear()
+
+
+def flat(measurements: Measurements) -> Measurements:
+    """The same, as of ranks that all reduce as equals."""
+    return replace(measurements, between=None, inside=None)
 
 
 def _window(notes: Sequence[Sequence[int]]) -> Window:

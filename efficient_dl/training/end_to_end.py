@@ -201,6 +201,8 @@ class Trainer(RunLoop):
         resume.restore_tensors(checkpoint.tensors, self.model, self.optimizer)
         self.entropy.load_state_dict(checkpoint.rank_states[0].get("entropy"), checkpoint.step)
         compression = self.compression if self._same_plan(checkpoint) else None
+        if compression is None:
+            self.compression.begin_at(checkpoint.step)
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
             self._plans_logged = len(self.compression.plans)

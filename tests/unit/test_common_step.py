@@ -128,6 +128,15 @@ def test_bits_that_zeros_leave_over_do_not_make_steps_ever_finer() -> None:
     assert after(common, counted(0.1, peak=32_767)) == 32.0  # clamped: nobody knows how large it was
 
 
+def test_a_spike_that_clamps_integers_leaves_no_coarse_steps_behind() -> None:
+    common = CommonStep(2.0)
+    assert after(common, counted(2.0, step_size=1.0)) == 1.0
+    assert after(common, counted(2.0, peak=32_767)) == 64.0
+    assert after(common, counted(0.0)) == 1.0
+    assert after(common, counted(2.0, peak=32_767)) == 64.0
+    assert after(common, counted(2.0, peak=600)) == 64.0  # still as large: no spike
+
+
 def relative_error_of_a_large_tensor_beside_zeros(transport: Transport) -> float:
     """Of a network whose residual branches begin at zero, and which start to train after six steps."""
     compressor = Compressor(Plan.of(2.0, scale="global"), ["early", "late"])
