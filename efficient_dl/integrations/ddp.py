@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ from efficient_dl.integrations.ddp_transport import check_transport, make_transp
 from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish
 from efficient_dl.integrations.second_moment import SecondMoment
+
+_log = logging.getLogger(__name__)
 
 
 def compress_ddp(
@@ -172,6 +175,14 @@ def compress_ddp(
         )
         check_hierarchy(hierarchy, plan, shadow, transport)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
+        can_replan = optimizer is not None and check_every > 0
+        if isinstance(replan, ReplanOptions) and replan.active and not can_replan:
+            raise ConfigError(
+                "plans change where parameters are compared",
+                expected="an optimizer and check_every above 0",
+                found=f"check_every={check_every}, {'an' if optimizer else 'no'} optimizer",
+                fix="compress(model, optimizer), or replan=False",
+            )
         second_moment = SecondMoment(optimizer, parameters, plan) if scale == "second_moment" else None
         compressor = Compressor(plan, list(parameters), kernel, make_residuals(plan, parameters, device))
         check_transport(transport, control, native=shadow or plan.codec == "none")
@@ -217,7 +228,9 @@ def compress_ddp(
             ignored = note_ignored(overrides=overrides, transport=transport)
             decision = dataclasses.replace(decision, reason=decision.reason + ignored)
         compressor.follow(chosen(decision.bits))
-        options = replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan)
+        options = replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan and can_replan)
+        if replan and not can_replan and control.rank == 0:
+            _log.warning("bits auto: planned once, for want of an optimizer or of check_every")
         replanner = Replanner(
             measured,
             decision,

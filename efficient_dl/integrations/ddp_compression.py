@@ -136,7 +136,7 @@ class Compression:
 
         reason: for the logs.
         """
-        if self._engine is None and self._replanner is None:
+        if self._engine is None and (self._replanner is None or not self._replanner.active):
             _log.warning('there is nothing to disable: bits="none"')
         elif self._switch.off is None:
             self._switch.wish = self._switch.wish or reason

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from efficient_dl.comm.look import LOOK_NUMEL, Allowance, Window, look
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
+from efficient_dl.errors import TransportError
 from efficient_dl.integrations.auto import AutoOptions
 
 _log = logging.getLogger(__name__)
@@ -234,7 +236,7 @@ class Replanner:
         self._measurements = look(
             self._measurements,
             self._carrier,
-            lambda x: dist.all_reduce(x, group=self._control.group),
+            self._native,
             self.levels,
             self._model.itemsize,
             sample,
@@ -261,6 +263,20 @@ class Replanner:
             return None
         to = verdict.decision
         return self._choose(ChosenPlan(step, to.bits, to.hierarchy, verdict.reason))
+
+    def _native(self, x: Tensor) -> None:
+        """Torch's own all-reduce, with our time-out."""
+        work = dist.all_reduce(x, group=self._control.group, async_op=True)
+        assert work is not None  # this rank is in the group
+        try:
+            work.wait(timedelta(seconds=self._control.timeout))
+        except RuntimeError as error:
+            raise TransportError(
+                "torch's all-reduce failed in a look at the links",
+                found=str(error).strip().splitlines()[0],
+                where=f"{self._control.world_size} ranks, limited to {self._control.timeout:g} s",
+                fix="read the ends of the other ranks' logs: one has stopped, is stuck or cannot be reached",
+            ) from error
 
     def _choose(self, plan: ChosenPlan) -> ChosenPlan:
         self.chosen.append(plan)
