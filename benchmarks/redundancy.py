@@ -227,7 +227,7 @@ def _conditions(rows: Rows, harmless: dict[str, bool]) -> list[str] | None:
     least = {by: _least_kept(harmless, by) for by in ("loss", "random")}
     by = (
         "loss"
-        if least["loss"] <= MUCH or least["random"] > MUCH and least["loss"] <= least["random"]
+        if least["loss"] <= MUCH or (least["random"] > MUCH and least["loss"] <= least["random"])
         else "random"
     )
     if least[by] == 1.0:

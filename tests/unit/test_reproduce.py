@@ -58,7 +58,7 @@ def test_objectives_hold_where_every_paired_difference_is_surely_below() -> None
     )
 
 
-def exchange_rows(ratio_8: float, end: float, accuracy: float) -> list[dict[str, Any]]:
+def exchange_rows(ratio_8: float, end: float, accuracy: float, scatter: float = 0.01) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for cell in ("normal initialization, sgd", "uniform initialization, adamw"):
         case = f"mlp, {cell}"
@@ -70,7 +70,7 @@ def exchange_rows(ratio_8: float, end: float, accuracy: float) -> list[dict[str,
         for system in weight_exchange.FIRST_BITS:
             factor = 2.0 if "5 bits" in system else 1.0
             rows += seeds(case, system, "ratio", [ratio_8 * factor] * 3)
-            rows += seeds(case, system, "accuracy", [accuracy] * 3)
+            rows += seeds(case, system, "accuracy", [accuracy - scatter, accuracy, accuracy + scatter])
     return rows
 
 
@@ -81,7 +81,7 @@ def test_entropy_holds_under_the_rule_that_lets_it_fall_and_the_exchange_that_is
     assert "differences begin with 5 bits" in split(coarse)[0]
     assert form_of(weight_exchange.verdict(exchange_rows(9.0, 7.5, 0.91))) == FAILS, "entropy rose everywhere"
     assert form_of(weight_exchange.verdict(exchange_rows(9.0, 6.0, 0.80))) == FAILS, "accuracy was lost"
-    assert form_of(weight_exchange.verdict(exchange_rows(9.0, 6.0, 0.905))) == FAILS, (
+    assert form_of(weight_exchange.verdict(exchange_rows(9.0, 6.0, 0.91, 0.0))) == FAILS, (
         "three seeds leave it open"
     )
 
