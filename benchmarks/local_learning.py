@@ -256,6 +256,7 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
 def verdict(rows: Rows) -> str:
     """Whether local losses come within 1 % of backprop's held-out loss, sure to 95 %, at half of what backprop saves.
 
+    Without conditions only where one and the same way does so in all cases.
     Saved are the bytes that autograd holds at once for the backward pass.
     """
     reference = by_seed(rows, REFERENCE, "val_loss")
@@ -286,7 +287,8 @@ def verdict(rows: Rows) -> str:
     some = [f"{_short(case)} by {' or '.join(names)}" for case, names in passing.items() if names]
     if not some:
         return says(None, texts)
-    return says([] if all(passing.values()) else [f"the task is {' or '.join(some)}"], texts)
+    everywhere = [name for name in LOCAL if all(name in passing.get(case, []) for case in reference)]
+    return says([] if everywhere else [f"the task is {' or '.join(some)}"], texts)
 
 
 def _short(case: str) -> str:

@@ -107,7 +107,6 @@ def _run(claim: Claim, rows_file: Path, quick: bool) -> None:
     try:
         code = process.wait(LIMIT_SECONDS[quick])
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
         raise RuntimeError(f"the study took more than {LIMIT_SECONDS[quick]:.0f} s and was ended") from None
     finally:
         _end(process)
@@ -120,14 +119,18 @@ def _run(claim: Claim, rows_file: Path, quick: bool) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Nothing, if it has ended. Else time to answer the interrupt that a terminal sent it, too; then one from here.
 
-    Killed it is only when that does not help: a study takes its emulated networks down when it is interrupted.
+    Then SIGTERM; killed it is only when that does not help: a study takes its emulated networks down when it is told.
     """
-    for patience in (_HEARD_SECONDS, _ENDING_SECONDS):
+    steps = (
+        (signal.SIGINT, _HEARD_SECONDS),
+        (signal.SIGTERM, _ENDING_SECONDS),
+        (signal.SIGKILL, _ENDING_SECONDS),
+    )
+    for number, patience in steps:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
             return
-        process.send_signal(signal.SIGINT)
-    process.kill()
+        process.send_signal(number)
     process.wait()
 
 
@@ -157,6 +160,10 @@ def main(
 ) -> None:
     """The same as `edl reproduce`; --study and --rows are for the processes that it starts."""
     if study and rows is not None:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # ignored where a shell began it in the background
+        signal.signal(signal.SIGTERM, _leave)
         found = CLAIMS[study].study().run_study(quick=quick)
         partial = rows.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in found))

@@ -10,7 +10,7 @@ from torch import Tensor
 from efficient_dl.closed_form.network import Features, make_activation
 from efficient_dl.closed_form.ranks import Ranks
 from efficient_dl.config import suggestion
-from efficient_dl.errors import ConfigError
+from efficient_dl.errors import ConfigError, DataError
 
 KINDS = ("random", "swim")
 SWIM_CONSTANT = (
@@ -36,12 +36,20 @@ class Sampler:
         make_activation(self.activation)
 
     def features(self, x: Tensor, targets: Tensor, width: int) -> Features:
-        """x: (rows, d) of this rank; targets: (rows, c). SWIM looks at rank 0's rows only."""
+        """x: (rows, d) of this rank; targets: (rows, c). SWIM looks at rank 0's rows only.
+
+        Raises on all ranks where rank 0 has no pairs: its own error there, PlanMismatch elsewhere.
+        """
         if self.kind == "random":
             weight, bias = self._random(x.shape[1], width)
         else:
-            mine = self.ranks.rank == 0
-            drawn = self._swim(x, targets, width) if mine else torch.zeros(width, x.shape[1] + 1).double()
+            drawn, failure = torch.zeros(width, x.shape[1] + 1).double(), None
+            if self.ranks.rank == 0:
+                try:
+                    drawn = self._swim(x, targets, width)
+                except Exception as error:  # the others wait: they must hear of it
+                    failure = error
+            self.ranks.agree({}, failure)
             drawn = self.ranks.first(drawn)
             weight, bias = drawn[:, :-1].contiguous(), drawn[:, -1].contiguous()
         return Features(weight, bias, self.activation)
@@ -54,7 +62,8 @@ class Sampler:
     def _swim(self, x: Tensor, targets: Tensor, width: int) -> Tensor:
         """Pairs (x₁, x₂) drawn ∝ ‖Δy‖/‖Δx‖; w = 2c Δx/‖Δx‖², b = −w·x₁ − c: (width, d + 1), b last.
 
-        Source: Bolager et al. 2023 (arXiv 2306.16830).
+        Where targets do not differ, all pairs of one process's rows tell as much; of several ranks' that is an error,
+        as others' rows may tell more. Source: Bolager et al. 2023 (arXiv 2306.16830).
         """
         rows = len(x)
         number = min(CANDIDATES_PER_ROW * max(rows, width), MAX_CANDIDATES)
@@ -64,7 +73,14 @@ class Sampler:
         apart = squared > 0
         slopes = (targets[other] - targets[one]).norm(dim=1) / squared.clamp(min=1e-300).sqrt()
         chances = torch.where(apart, slopes, 0.0)
-        if not bool(chances.any()):  # the targets are all alike: any pair tells as much
+        if not bool(chances.any()) and self.ranks.world_size > 1 and bool(apart.any()):
+            raise DataError(
+                "SWIM draws pairs of rank 0's rows, and their targets are all alike",
+                expected="targets that differ on rank 0",
+                found=f"{rows} rows with equal ones",
+                fix="shuffle rows over ranks, or features='random'",
+            )
+        if not bool(chances.any()):
             chances = apart.double()
         if not bool(chances.any()):
             raise ConfigError(

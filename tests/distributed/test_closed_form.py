@@ -15,7 +15,7 @@ from efficient_dl import closed_form as cf
 from efficient_dl.closed_form.base import ClosedForm
 from efficient_dl.closed_form.ranks import Sharded
 from efficient_dl.comm import LoopbackHub
-from efficient_dl.errors import ConfigError, DataError, PlanMismatch
+from efficient_dl.errors import ConfigError, DataError, EdlError, PlanMismatch
 from tests.distributed.launch import run_ranks
 
 SIZES = (70, 31, 99)  # rows of the ranks
@@ -95,6 +95,20 @@ def test_swim_takes_rank_0s_pairs_everywhere() -> None:
     swim = cf.SampledFeaturesRegressor(width=20, features="swim", random_state=1)
     everyone = _in_threads(_fit_rank, 3, swim, SIZES)
     assert all(torch.equal(weights, everyone[0]) for weights in everyone)
+
+
+@pytest.mark.parametrize(("same", "words"), [("targets", "all alike"), ("rows", "rows that differ")])
+def test_swim_without_pairs_on_rank_0_stops_all(same: str, words: str) -> None:
+    def fit(rank: int, transport: Any) -> Any:
+        x, y = _rows(ESTIMATORS[1])
+        if rank == 0:
+            x, y = (x[:20], np.full(20, 0.5)) if same == "targets" else (np.tile(x[:1], (20, 1)), y[:20])
+        swim = cf.SampledFeaturesRegressor(width=20, features="swim", random_state=1)
+        return cf.fit_sharded(swim, x, y, transport)
+
+    first, second = _in_threads(fit, 2)
+    assert isinstance(first, EdlError) and words in str(first) and "features='random'" in str(first)
+    assert isinstance(second, PlanMismatch) and "rank 0 cannot start" in str(second)
 
 
 def test_without_a_seed_all_ranks_take_rank_0s() -> None:

@@ -57,6 +57,15 @@ def test_the_verdict_on_depth_is_decided_by_half_of_the_gap(factors: float, word
     assert "one factor's with 2 factors" in sentence and sentence.startswith(words)
 
 
+def test_depth_holds_without_conditions_only_if_every_gap_is_closed_by_the_claims_means() -> None:
+    more = {BACKPROP: 95.0, LOCAL: 91.0, f"{LOCAL} + factors, n = 2": 91.2, f"{LOCAL} + dropout": 94.5}
+    partly = depth.verdict(_depth_rows(94.0) + _rows("digits, 400 rows", "test_accuracy", more))
+    assert partly.startswith("holds if the task is low-rank recovery or digits, 100 rows: ")
+    renamed = {"2 factors": "2 factors, Adam"}
+    others = [{**row, "system": renamed.get(row["system"], row["system"])} for row in _depth_rows(94.0)]
+    assert depth.verdict(others).startswith("holds if the task is digits, 100 rows: ")
+
+
 def test_without_a_gap_depth_has_nothing_to_close() -> None:
     rows = [row for row in _depth_rows(94.0) if row["system"] != BACKPROP]
     rows += _rows("digits, 100 rows", "test_accuracy", {BACKPROP: 91.0})
@@ -76,6 +85,10 @@ def test_the_verdict_on_closed_forms_is_decided_by_pairs(sgd: float, words: str)
         rows += _rows(case, "train_accuracy", {"no ridge": 99.0, "gcv": 99.0, "sgd mlp": 99.0})
     sentence = closed_form.verdict(rows)
     assert words in sentence
+    if sgd < 95:
+        assert sentence.startswith(
+            "holds if SGD has no more than equal CPU seconds, and overfitting is said of"
+        )
     assert (
         "98.65 %" in sentence and "from 16 to 64" in sentence and "90 % at width 256, SGD at 16" in sentence
     )
