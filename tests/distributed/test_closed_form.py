@@ -120,7 +120,8 @@ def test_classes_that_only_some_ranks_have_are_everyones() -> None:
     def fit(rank: int, transport: Any) -> cf.SampledFeaturesClassifier:
         x = np.arange(10.0)[:, None] + 10 * rank
         y = ["long label", "short"][rank : rank + 1] * 10
-        return cf.fit_sharded(cf.SampledFeaturesClassifier(width=20, random_state=0), x, y, transport)
+        drawn = cf.SampledFeaturesClassifier(width=20, features="random", random_state=0)
+        return cf.fit_sharded(drawn, x, y, transport)
 
     for estimator in _in_threads(fit, 2):
         assert estimator.classes_.tolist() == ["long label", "short"]
