@@ -25,9 +25,7 @@ _OCTAVE = 1 << 16  # of positions; also one bit of rates
 _STEPS_AN_OCTAVE = 32
 _PLACE = _OCTAVE // _STEPS_AN_OCTAVE
 _COARSER, _FINER = 8 * _OCTAVE, _OCTAVE  # the largest corrections
-_FINE_ENOUGH = (
-    13  # bits of the largest integer: where most values are zeros, bits left over buy nothing beyond that
-)
+_FINE_ENOUGH = 13  # bits of the largest integer: where most values are zeros, more buy nothing
 _CLAMPED = 32767  # the largest integer that a packet can hold: what was larger has lost its size
 _UNCLAMP = 6 * _OCTAVE
 _SMALLEST_STEP, _LARGEST_STEP = 2.0**-120, 2.0**98
@@ -92,9 +90,8 @@ class CommonStep:
             direction.bits += round(8 * stats.packet_bytes - stats.header_bits)
             self._nonfinite += stats.nonfinite_blocks
             direction.peak = max(direction.peak, stats.largest_escape)
-            if (
-                direction.position is None and stats.step_size > 0 and stats.order0_bits > 0
-            ):  # not of zeros alone
+            is_of_zeros = stats.order0_bits == 0
+            if direction.position is None and stats.step_size > 0 and not is_of_zeros:
                 place = round(_STEPS_AN_OCTAVE * math.log2(stats.step_size / self._scale))
                 direction.placed += stats.numel
                 direction.places += stats.numel * place

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -336,3 +338,66 @@ def tiny(rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         model(torch.randn(5, 6) + rank).square().mean().backward()
         optimizer.step()
     return full(model), compression.stats()
+
+
+class Layers(nn.Module):
+    """Of the shape of the tutorial's model: an embedding, layers that are sharded one by one, an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(61, 36)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(36), nn.Linear(36, 101), nn.GELU(), nn.Linear(101, 36))
+            for _ in range(3)
+        )
+        self.output = nn.Linear(36, 61)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.output(x)
+
+
+def tutorial(rank: int) -> tuple[bool, int, list[str]]:
+    """PyTorch's tutorial "Getting Started with Fully Sharded Data Parallel (FSDP2)", and one line of ours.
+
+    A meta device, mixed precision, explicit prefetching, clipping, Adam, and a full state dict at the end.
+    """
+    with torch.device("meta"):
+        model = Layers()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for this, following in itertools.pairwise(model.layers):
+        this.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([this])
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding):
+            module.reset_parameters()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    compression = edl.compress(model, optimizer, bits=2.0)
+    finite = True
+    for step_number in range(3):
+        model.unshard()
+        seed = torch.Generator().manual_seed(10 * step_number + rank)
+        loss = model(torch.randint(61, (4, 8), generator=seed)).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        finite = finite and bool(loss.isfinite())
+    compression.check()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_model_state_dict(model, options=options)
+    finite = finite and all(bool(one.isfinite().all()) for one in saved.values())
+    return finite, compression.stats()["steps"], sorted(saved)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_tutorial_of_fsdp2_runs_with_one_more_line(world_size: int) -> None:
+    found = run_ranks(tutorial, world_size)
+    assert [(finite, steps) for finite, steps, _ in found] == [(True, 3)] * world_size
+    assert found[0][2] == sorted(Layers().state_dict())

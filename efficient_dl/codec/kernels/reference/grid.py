@@ -21,11 +21,8 @@ _ROUNDING = 0.375  # less than one half: a dead zone of 1.25 steps
 _FIRST_HUGE_BITS = 253 << 23
 SMALLEST_HUGE = 2.0**126  # blocks with such values, or with NaN, are not quantized
 _OCTAVE = 32  # steps
-_FINEST, _COARSEST = (
-    -12
-    * _OCTAVE,  # finer says nothing that training hears, and four times as much as was sampled still has an integer
-    2 * _OCTAVE,
-)  # of the searched range, from the largest value's power of two
+# Of the searched range, from the largest sampled value's power of two; four times that value still has an integer.
+_FINEST, _COARSEST = -12 * _OCTAVE, 2 * _OCTAVE
 
 
 def encode(
