@@ -365,7 +365,7 @@ def tutorial(rank: int) -> tuple[bool, int, list[str]]:
     A meta device, mixed precision, explicit prefetching, clipping, Adam, and a full state dict at the end.
     """
     with torch.device("meta"):
-        model = Layers()
+        model: Any = Layers()  # sharding changes its class
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
         fully_shard(layer, mp_policy=policy)
@@ -391,7 +391,7 @@ def tutorial(rank: int) -> tuple[bool, int, list[str]]:
         finite = finite and bool(loss.isfinite())
     compression.check()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    saved = get_model_state_dict(model, options=options)
+    saved: dict[str, Any] = get_model_state_dict(model, options=options)
     finite = finite and all(bool(one.isfinite().all()) for one in saved.values())
     return finite, compression.stats()["steps"], sorted(saved)
 
