@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -66,7 +67,7 @@ class Reduction:
         """Step 2: sends them, sums up the own shard and encodes the sum."""
         incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
         self._give_back()
-        reduced = self._sum(incoming).to(self.x.dtype)
+        reduced = self._sum(incoming, transport.ranks).to(self.x.dtype)
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
@@ -77,8 +78,9 @@ class Reduction:
         packets = self._tally.receive(
             transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1)
         )
-        for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
-            self._compressor.decode(packet, part, shard, self._tally, result=True)
+        parts = zip(packets, self._shards, self.layout.shards, transport.ranks, strict=True)
+        for packet, part, shard, sender in parts:
+            self._compressor.decode(packet, part, shard, self._tally, result=True, sender=sender)
         if self._divisors is not None:
             self.x.mul_(self._divisors)
         self._give_back()
@@ -98,10 +100,10 @@ class Reduction:
         self._compressor.buffers.give(self._buffers)
         self._buffers = []
 
-    def _sum(self, incoming: list[Tensor]) -> Tensor:
+    def _sum(self, incoming: list[Tensor], senders: Sequence[int]) -> Tensor:
         own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
-        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, senders)
         return total.div_(len(incoming)) if self.op == "avg" else total
 
 

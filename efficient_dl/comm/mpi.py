@@ -94,6 +94,11 @@ class MpiTransport:
         """See `Transport.world_size`."""
         return self.link.world_size
 
+    @property
+    def ranks(self) -> range:
+        """See `Transport.ranks`; of the communicator."""
+        return range(self.link.world_size)
+
     def exchange(self, outgoing: list[Tensor]) -> MpiWork:
         """See `Transport.exchange`."""
         return MpiWork(self, outgoing)
