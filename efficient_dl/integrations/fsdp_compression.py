@@ -16,7 +16,7 @@ from efficient_dl.comm import (
     combined,
     summary,
 )
-from efficient_dl.errors import CheckpointError, EdlError
+from efficient_dl.errors import CheckpointError, EdlError, RanksDiverged
 from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_transport import PROCESS_GROUP
 from efficient_dl.integrations.fsdp_auto import Automatic, Chosen
@@ -167,14 +167,19 @@ class FsdpCompression:
         compares a hash of every gathered parameter; not where torch gathers. Between replicas (HSDP) it compares the
         shards themselves. Then the ranks agree on what was wished with `disable`, and on alarms about times.
         """
+        failure: RanksDiverged | None = None
         for unit, gather, lane in zip(self._units, self._collectives.gathers, self._lanes, strict=True):
-            gathered = gather.gathered()
-            if gathered is not None:
-                check_equal(gathered, lane.control, self._optimizer_steps)
+            compared = [(gather.gathered(), lane.control)]
             if lane.replica_control is not None:
-                check_equal(unit.shards(), lane.replica_control, self._optimizer_steps)
+                compared.append((unit.shards(), lane.replica_control))
+            for parameters, control in compared:
+                try:
+                    if parameters is not None:
+                        check_equal(parameters, control, self._optimizer_steps)
+                except RanksDiverged as error:  # told to all below: others are about to compare the next unit
+                    failure = failure or error
         self._checks += 1
-        if self._guards.agree(self._optimizer_steps):
+        if self._guards.agree(self._optimizer_steps, failure):
             self._collectives.turn_off()
 
     def state_dict(self) -> dict[str, Any]:
