@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.integrations.deepspeed import compress_engine
-from tests.distributed.deepspeed_ranks import BF16, FP16, Net, engine_of
-from tests.distributed.rules import verdicts
+from tests.distributed.deepspeed_ranks import BF16, FP16, Net, engine_of, start_deepspeed
+from tests.distributed.rules import RULES, Observed, verdicts
 
 STAGES = (0, 1, 2)
 
@@ -97,13 +97,14 @@ class StageRig:
 
     def __init__(self, rank: int, stage: int, folder: Path) -> None:
         self.rank, self.size = rank, dist.get_world_size()
+        self.seen: dict[Any, Observed] = {}
         self.folder = folder / f"rules of stage {stage} on {self.size}"
-        self._zero = {"zero": {"stage": stage}}
+        self.stage = stage
 
     def job(
         self, bits: Any, half: bool = False, scaled: bool = False, fed_back: bool = False, **options: Any
     ) -> EngineJob:
-        case: dict[str, Any] = {**self._zero, "sgd": True}
+        case: dict[str, Any] = {"zero": {"stage": self.stage}, "sgd": True}
         if half:
             case["bf16"] = BF16
         if scaled:
@@ -112,6 +113,7 @@ class StageRig:
         return EngineJob(self, case, bits, **own, **options)
 
     def local_gradients(self, number: int) -> dict[str, Tensor]:
+        """As DeepSpeed averages: it multiplies sums in stage 0, and divides what is summed up in 1 and 2."""
         total: dict[str, Tensor] = {}
         for rank in range(self.size):
             torch.manual_seed(7)
@@ -119,8 +121,9 @@ class StageRig:
             loss_of(net, batch(number, rank)).backward()
             for name, p in net.named_parameters():
                 if p.grad is not None:
-                    total[name] = total[name] + p.grad if name in total else p.grad.clone()
-        return {name: values / self.size for name, values in total.items()}
+                    part = p.grad / self.size if self.stage else p.grad
+                    total[name] = total[name] + part if rank else part.clone()
+        return {name: values if self.stage else values * (1.0 / self.size) for name, values in total.items()}
 
 
 def rules_of_stages(rank: int, folder: Path) -> dict[int, dict[str, str]]:
@@ -129,6 +132,16 @@ def rules_of_stages(rank: int, folder: Path) -> dict[int, dict[str, str]]:
 
     found: dict[int, dict[str, str]] = {}
     for stage in STAGES:
-        groups._WORLD_GROUP = None
         found[stage] = verdicts(StageRig(rank, stage, folder))
+        assert found[stage].keys() == RULES.keys()
+        groups._WORLD_GROUP = None
     return found
+
+
+def with_rules(
+    rank: int, function: Callable[..., dict[str, Any]], folder: Path, *arguments: Any
+) -> dict[str, Any]:
+    """The function's results and the stages' verdicts, by the same processes: DeepSpeed takes seconds to import."""
+    start_deepspeed(rank)
+    verdicts_of_stages = rules_of_stages(rank, folder)
+    return {**function(rank, folder, *arguments), "rules": verdicts_of_stages}

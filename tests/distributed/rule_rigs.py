@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
-from tests.distributed.rules import RULES, verdicts
+from tests.distributed.rules import RULES, Observed, verdicts
 
 WIDTHS = (20, 61, 50, 7)
 
@@ -143,6 +143,7 @@ class TorchRig:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.size = rank, dist.get_world_size()
+        self.seen: dict[Any, Observed] = {}
 
     def job(
         self, bits: Any, half: bool = False, scaled: bool = False, fed_back: bool = False, **options: Any
