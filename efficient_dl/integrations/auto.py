@@ -160,7 +160,7 @@ def bucket_bytes(model: DistributedDataParallel) -> int:
 def log_saved_plan(saved: str, chosen: str) -> None:
     """A resumed run keeps the plan it was saved with, where this start's measurement has chosen another one."""
     _log.warning(
-        "bits auto: the run goes on with %s, the plan it was saved with; measured now, it would be %s",
+        "bits auto: the run goes on with %s, the plan it was saved with; this start alone would have chosen %s",
         saved,
         chosen,
     )

@@ -386,7 +386,7 @@ class Compression:
             measured = planner.chosen[0].bits  # this start's own
             planner.load_state_dict(before)
             if planner.now.bits != measured and self._control.rank == 0:
-                log_saved_plan(f"{planner.now.bits} bits", measured)
+                log_saved_plan(planner.now.bits, measured)
             planner.restarted(self._compressor.meter)
             self._drain_natively()
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])
