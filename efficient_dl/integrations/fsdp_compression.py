@@ -267,8 +267,9 @@ class FsdpCompression:
             self._check_place(state)
         except EdlError as error:
             failure = error
-        agree({"checkpoint": {"auto": str(state.get("auto"))}}, self._controls, failure)
-        saved = state.get("auto")
+        saved, replica = state.get("auto"), state.get("replica")
+        ranks = [state.get("world_size"), replica and replica[1]]
+        agree({"checkpoint": {"auto": str(saved), "ranks": str(ranks)}}, self._controls, failure)
         if saved is None or self._is_resized(state) or self._chosen is None:
             return
         chosen = automatic.resumed(Chosen.from_json(saved))

@@ -116,8 +116,8 @@ def test_a_run_goes_on_with_the_plan_that_auto_chose_before_it_was_saved(two: An
         assert (seen["planned"], seen["planned again"]) == ("2.0", "none")
         assert seen["plugged"] == ("2.0", "grid:2.0")
         assert seen["parted"] == seen["whole"]
-        said = "bits auto: the run goes on with 2.0, the plan it was saved with; this start alone would have chosen none"
-        assert (said in seen["messages"]) == (rank == 0)
+        said = "the run goes on with 2.0, the plan it was saved with; this start alone would have chosen none"
+        assert any(said in message for message in seen["messages"]) == (rank == 0)
         for refused in ("fixed", "floor"):
             assert isinstance(seen[refused], PlanMismatch)
             assert "codec = grid:2.0 (checkpoint)" in str(seen[refused])
