@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Final, Protocol, TypeVar
 
 import torch
@@ -85,3 +86,14 @@ class Transport(Protocol):
     def close(self) -> None:
         """Gives up what the transport holds; at any time, also twice."""
         ...
+
+
+@contextmanager
+def telling_peers(*transports: Transport) -> Generator[None]:
+    """Breaks these connections if the body raises: peers get a TransportError that names this rank, not a time-out."""
+    try:
+        yield
+    except BaseException:
+        for transport in transports:
+            transport.abort()
+        raise
