@@ -80,3 +80,11 @@ class Transport(Protocol):
     def close(self) -> None:
         """Gives up what the transport holds; at any time, also twice."""
         ...
+
+
+class Divisible(Transport, Protocol):
+    """A transport that can make others among a part of its ranks."""
+
+    def subgroup(self, members: Sequence[int]) -> Transport:
+        """A transport among some of these ranks, ascending. All ranks call it, each for the part that it is in."""
+        ...

@@ -143,7 +143,9 @@ def test_output_is_marked_with_its_host_and_stays_on_its_stream() -> None:
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0
     assert sorted(out.splitlines()) == ["[h0] to out 0", "[h1] to out 1"]
-    own = [line for line in err.splitlines() if not line.startswith("cluster.emulate: ")]  # another test's leftovers
+    own = [
+        line for line in err.splitlines() if not line.startswith("cluster.emulate: ")
+    ]  # another test's leftovers
     assert sorted(own) == ["[h0] to err 0", "[h1] to err 1"]
 
 
