@@ -26,15 +26,15 @@ class GroupedReduction:
     are reduced by a `Reduction` among the ranks at position p. The packets of its results are then passed on inside of
     the group as they are: every rank decodes the same bytes, and all end bitwise equal.
 
-    A rank sends 2 (g + N / g − 2) messages instead of 2 (N − 1), and as many bytes but for headers: on its way up a
-    value is in g + N / g − 2 packets instead of N − 1; on its way down in N − 1 as before. A value is rounded three
-    times, whatever the number of ranks: as a contribution, in its group's sum, and in the result; a flat reduction
-    rounds twice. With packets of relative error e the average errs by at most
+    A rank sends 2 (g + N / g − 2) messages instead of the 2 (N − 1) of a flat reduction, and as many values: in
+    g + N / g − 2 packets instead of N − 1 on their way up, in N − 1 as before on their way down. A value is rounded
+    three times, whatever the number of ranks: as a contribution, in its group's sum, and in the result; flat it is
+    twice. With packets of relative error e the average errs by at most
 
         e · mean of the contributions' norms + e · mean of the groups' sums' norms + e · the norm of what they give
 
-    A lossless codec gives the identity codec's bits; a non-finite value reaches all ranks. Every rank encodes each value
-    once, as in a flat reduction, so that residuals of the one can go on in the other.
+    A lossless codec gives the identity codec's bits; a non-finite value reaches all ranks. Every rank encodes each
+    value once, as in a flat reduction, so that residuals of the one can go on in the other.
     """
 
     def __init__(

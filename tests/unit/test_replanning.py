@@ -90,11 +90,11 @@ def test_however_a_link_behaves_switches_keep_their_distance_and_each_has_won_tw
         assert verdict == reconsider(before, network(speed), MODEL, 2.0, step, hysteresis=hysteresis)
         state = verdict.state
         if verdict.decision is not None:
-            assert before.rival == (verdict.decision.bits, verdict.decision.hierarchy)
+            assert before.rival == verdict.decision.plan
             assert step - switches[-1] >= 100
             switches.append(step)
         else:
-            assert (state.bits, state.hierarchy) == (before.bits, before.hierarchy)
+            assert state.plan == before.plan
 
 
 @settings(max_examples=40, deadline=None)
