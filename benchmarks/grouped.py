@@ -1,10 +1,11 @@
 """Does the cost model hold at 2, 4 and 8 hosts, and what do groups of ranks save there?
 
 python -m benchmarks.grouped --out benchmarks/results/grouped.jsonl
-Emulates hosts of one rank each behind shaped links (see cluster/); all ranks all-reduce one bucket of gradients natively,
-flat at 2 bits, and in groups at 2 bits, in turn. Links, codecs and packets are measured on two hosts, and how long
-processors take because ranks share this machine's cores on as many hosts as are predicted; no exchange of the kinds that
-are predicted goes into the prediction, but that of plain bytes between two hosts.
+Emulates hosts of one rank each behind shaped links (see cluster/); all ranks all-reduce one bucket of gradients
+natively, flat at 2 bits, and in groups at 2 bits, in turn. The predictions are made from bandwidths, and processor
+seconds and bytes of packets, as measured on two hosts. Ranks share this machine's cores: how much longer codecs take for
+that is measured with as many ranks as are predicted, all encoding at once, and the latencies of 1 KiB by torch's
+all-reduce and by our exchange in turn with what is predicted from them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,15 +41,20 @@ from efficient_dl.comm import (
     gather_json,
     grouped_all_reduce,
 )
-from efficient_dl.comm.measurements import Line, Measurements, extrapolated, merged
+from efficient_dl.comm.layout import BLOCK_NUMEL
+from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, PacketCost, extrapolated
+from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.planner import PlannerOptions, Shapes, predict
-from efficient_dl.comm.probe import codec_speed, exchange_line, native_line, packet_cost
+from efficient_dl.comm.probe import exchange_line, native_line
 from efficient_dl.comm.topology import group_sizes
+from efficient_dl.comm.transport import SIZE_BYTES
 
 BENCH = "grouped"
 CODEC = "bits:2.0"
 _NAMES = ["weight", "bias"]
-_CONTENTION_SECONDS = 0.4
+_CONTENTION_SECONDS, _CODEC_TRIES = 0.5, 25
+_SMALL_BYTES, _IN_A_ROW = 1024, 4
+_LATENCIES = {"native": "1 KiB natively", "exchange": "1 KiB by our exchange"}
 _TIMEOUT_SECONDS = 120.0
 
 
@@ -58,7 +65,8 @@ def worker(numels: list[int], repeats: int) -> None:
     group = dist.group.WORLD
     assert group is not None
     control = ProcessGroupTransport(group, timeout=_TIMEOUT_SECONDS)
-    found: dict[str, Any] = {"contention": _contention(gradient(1 << 17, control.rank), control)}
+    contention = [_contention(gradient(1 << 17, control.rank), control)]
+    found: dict[str, Any] = {}
     if control.world_size == 2:
         found["measurements"] = _measured(gradient(max(numels), control.rank), control).to_json()
     levels = {
@@ -68,6 +76,8 @@ def worker(numels: list[int], repeats: int) -> None:
     found["seconds"] = {
         numel: _timed(gradient(numel, control.rank), control, levels, repeats) for numel in numels
     }
+    contention.append(_contention(gradient(1 << 17, control.rank), control))
+    found["contention"] = statistics.mean(contention)
     if control.rank == 0:
         print(json.dumps(found), flush=True)
     dist.barrier()
@@ -95,8 +105,16 @@ def _contention(x: Tensor, control: ProcessGroupTransport) -> float:
 
 
 def _measured(x: Tensor, control: ProcessGroupTransport) -> Measurements:
-    packet = packet_cost(CODEC, x)
-    speed = codec_speed(CODEC, x, _segments(x.numel()), control.world_size, packet)
+    packet = _cost(x[:BLOCK_NUMEL].clone())
+    whole = _cost(x)
+    speed = CodecSpeed(
+        CODEC,
+        (whole.encode_seconds - packet.encode_seconds) / x.numel(),
+        (whole.decode_seconds - packet.decode_seconds) / x.numel(),
+        (whole.num_bytes - packet.num_bytes) / (x.numel() - BLOCK_NUMEL),
+    )
+    values_bytes = BLOCK_NUMEL * speed.bytes_per_value
+    packet = replace(packet, num_bytes=packet.num_bytes - values_bytes + SIZE_BYTES)
     return Measurements(
         (1,) * control.world_size,
         native=native_line(lambda tensor: dist.all_reduce(tensor), control, x.dtype),
@@ -104,11 +122,30 @@ def _measured(x: Tensor, control: ProcessGroupTransport) -> Measurements:
         between=None,
         inside=None,
         links=(),
-        codecs=merged([[speed]]),
+        codecs=(speed,),
         backward_seconds=0.0,
         contended=True,
         packet=packet,
     )
+
+
+def _cost(x: Tensor) -> PacketCost:
+    """Processor seconds of one packet of these values through a `Compressor`, and its bytes; medians."""
+    layout = BucketLayout.of(["values"], [x.numel()], 1)
+    compressor, tally, (shard,) = Compressor(Plan.of(2.0), layout.names), Tally(layout), layout.shards
+    compressor.meter.stepped(0.0)  # in the first step errors and entropies would be sampled
+    room, total = torch.empty(compressor.max_bytes(shard, x.dtype), dtype=torch.uint8), torch.zeros_like(x)
+    message = room
+    encoding: list[float] = []
+    decoding: list[float] = []
+    for _ in range(_CODEC_TRIES):
+        start = time.thread_time()
+        message = compressor.encode(x, room, shard, tally, copies=1)
+        middle = time.thread_time()
+        compressor.decode(message, total, shard, tally, accumulate=True)
+        encoding.append(middle - start)
+        decoding.append(time.thread_time() - middle)
+    return PacketCost(statistics.median(encoding), statistics.median(decoding), len(message))
 
 
 def _segments(numel: int) -> list[int]:
@@ -118,9 +155,9 @@ def _segments(numel: int) -> list[int]:
 def _timed(
     x: Tensor, control: ProcessGroupTransport, levels: dict[int, Levels], repeats: int
 ) -> dict[str, list[float]]:
-    """Of every system the seconds of each repetition, on the slowest rank."""
+    """Of every system, and of 1 KiB, the seconds of each repetition, on the slowest rank."""
     layout = BucketLayout.of(_NAMES, _segments(x.numel()), control.world_size)
-    systems: dict[str, Callable[[], None]] = {"native": lambda: dist.all_reduce(x.clone())}
+    systems: dict[str, Callable[[], object]] = {"native": lambda: dist.all_reduce(x.clone())}
 
     def ours(name: str, reduce: Callable[[Compressor], None]) -> None:
         compressor = Compressor(Plan.of(2.0), _NAMES)
@@ -133,14 +170,20 @@ def _timed(
             f"groups of {size}",
             lambda compressor, found=found: grouped_all_reduce(x.clone(), layout, compressor, found),
         )
+    small = torch.zeros(_SMALL_BYTES // 4)
+    message = torch.zeros(_SMALL_BYTES // (control.world_size - 1), dtype=torch.uint8)
+    systems[_LATENCIES["native"]] = lambda: dist.all_reduce(small)
+    systems[_LATENCIES["exchange"]] = lambda: control.exchange([message] * control.world_size).wait()
     own: dict[str, list[float]] = {name: [] for name in systems}
     for repetition in range(repeats + 1):
         for name, run in systems.items():
             dist.barrier()
+            times = _IN_A_ROW if name in _LATENCIES.values() else 1
             start = time.perf_counter()
-            run()
-            if repetition:
-                own[name].append(time.perf_counter() - start)
+            for _ in range(times):
+                run()
+            if repetition:  # the first one opens connections
+                own[name].append((time.perf_counter() - start) / times)
     everyone = gather_json(own, control)
     return {
         name: [max(column) for column in zip(*(theirs[name] for theirs in everyone), strict=True)]
@@ -148,9 +191,24 @@ def _timed(
     }
 
 
-def predicted(two: Measurements, hosts: int, contention: float, numel: int) -> dict[str, float]:
-    """Seconds of an exchange by every system, on paper. contention: as a multiple of that of the two hosts."""
+def on_paper(
+    two: Measurements, hosts: int, contention: float, seconds: dict[str, list[float]]
+) -> Measurements:
+    """So many hosts, by what was measured on two.
+
+    contention: wall-clock seconds of a processor's second. seconds: of 1 KiB, as measured.
+    """
     found = extrapolated(two, hosts, contention)
+    latency = {name: statistics.median(seconds[label]) for name, label in _LATENCIES.items()}
+    return replace(
+        found,
+        native=replace(found.native, latency_seconds=latency["native"]),
+        exchange=replace(found.exchange, latency_seconds=latency["exchange"]),
+    )
+
+
+def predicted(found: Measurements, hosts: int, numel: int) -> dict[str, float]:
+    """Seconds of an exchange by every system."""
     seconds = {one.bits: one.step_seconds for one in predict(found, Shapes((numel,)))}
     result = {"native": seconds["none"], "flat": seconds["2.0"]}
     for size in group_sizes(hosts):
@@ -165,7 +223,7 @@ def main(
     hosts: Annotated[str, typer.Option(help="numbers of hosts; the first must be 2")] = "2,4,8",
     rates: Annotated[str, typer.Option(help="link speeds")] = "30mbit,100mbit",
     sizes: Annotated[str, typer.Option(help="values in the bucket")] = "65536,1048576",
-    repeats: Annotated[int, typer.Option(help="timed exchanges of each kind", min=1)] = 9,
+    repeats: Annotated[int, typer.Option(help="timed exchanges of each kind", min=1)] = 15,
     quick: Annotated[bool, typer.Option(help="2 and 4 hosts, 100 Mbit/s, 3 repetitions")] = False,
     as_worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
@@ -177,17 +235,18 @@ def main(
         hosts, rates, repeats = "2,4", "100mbit", 3
     rows = RowFile(out)
     for rate in rates.split(","):
-        two, alone = None, 1.0
+        two = None
         for count in map(int, hosts.split(",")):
             measured = _emulated(count, rate, sizes, repeats)
             if two is None:
-                two, alone = Measurements.from_json(measured["measurements"]), measured["contention"]
+                two = Measurements.from_json(measured["measurements"])
                 _inputs(rows, rate, two)
             case = f"{count} hosts, {rate}"
             rows.add(Row(BENCH, case, "machine", "contention", measured["contention"], "x", False))
             for numel in numels:
-                paper = predicted(two, count, measured["contention"] / alone, numel)
-                _report(rows, f"{case}, {numel} values", measured["seconds"][str(numel)], paper)
+                seconds = measured["seconds"][str(numel)]
+                found = on_paper(two, count, measured["contention"], seconds)
+                _report(rows, f"{case}, {numel} values", seconds, predicted(found, count, numel))
 
 
 def _emulated(hosts: int, rate: str, sizes: str, repeats: int) -> dict[str, Any]:
@@ -207,7 +266,7 @@ def _emulated(hosts: int, rate: str, sizes: str, repeats: int) -> dict[str, Any]
         print("\n".join(result.output), file=sys.stderr)
         raise typer.Exit(result.exit_code)
     lines = [line for output in result.output for line in output.splitlines()]
-    (found,) = [json.loads(line[line.index("{") :]) for line in lines if '{"contention"' in line]
+    (found,) = [json.loads(line[line.index("{") :]) for line in lines if '"contention": ' in line]
     return found
 
 
@@ -216,7 +275,6 @@ def _inputs(rows: RowFile, rate: str, two: Measurements) -> None:
     (codec,), case = two.codecs, f"2 hosts, {rate}"
     lines: dict[str, Line] = {"native": two.native, "exchange": two.exchange}
     for name, line in lines.items():
-        rows.add(Row(BENCH, case, name, "latency", 1e6 * line.latency_seconds, "us", False))
         rows.add(Row(BENCH, case, name, "bandwidth", 8e-6 * line.bytes_per_second, "Mbit/s", True))
     rows.add(Row(BENCH, case, CODEC, "encode", 4e-9 / codec.encode_seconds, "GB/s of fp32", True))
     rows.add(Row(BENCH, case, CODEC, "decode, add", 4e-9 / codec.decode_seconds, "GB/s of fp32", True))
@@ -228,9 +286,12 @@ def _inputs(rows: RowFile, rate: str, two: Measurements) -> None:
 
 def _report(rows: RowFile, case: str, seconds: dict[str, list[float]], paper: dict[str, float]) -> None:
     table = Table("all-reduce", "ms", "predicted", "predicted / measured", "least and most ms", title=case)
-    for system, tries in seconds.items():
+    for label in _LATENCIES.values():
+        rows.add(Row(BENCH, case, label, "latency", 1e3 * statistics.median(seconds[label]), "ms", False))
+    for system, guess in paper.items():
+        tries = seconds[system]
         name = "gloo, fp32" if system == "native" else f"{system}, 2.0 bits"
-        median, guess = statistics.median(tries), paper[system]
+        median = statistics.median(tries)
         rows.add(Row(BENCH, case, name, "time of an exchange", 1e3 * median, "ms", False))
         rows.add(Row(BENCH, case, name, "predicted", 1e3 * guess, "ms", False))
         rows.add(Row(BENCH, case, name, "predicted / measured", guess / median, "x", False))
