@@ -3,8 +3,8 @@
 python -m benchmarks.grouped --out benchmarks/results/grouped.jsonl
 Emulates hosts of one rank each behind shaped links (see cluster/); all ranks all-reduce one bucket of gradients
 natively, flat at 2 bits, and in groups at 2 bits, in turn. The predictions are made from bandwidths, and processor
-seconds and bytes of packets, as measured on two hosts. Ranks share this machine's cores: how much longer codecs take for
-that is measured with as many ranks as are predicted, all encoding at once, and the latencies of 1 KiB by torch's
+seconds and bytes of packets, as measured on two hosts. Ranks share this machine's cores: how much longer codecs take
+for that is measured with as many ranks as are predicted, all encoding at once, and the latencies of 1 KiB by torch's
 all-reduce and by our exchange in turn with what is predicted from them.
 """
 
