@@ -117,8 +117,8 @@ def _measured(x: Tensor, control: ProcessGroupTransport) -> Measurements:
     packet = replace(packet, num_bytes=packet.num_bytes - values_bytes + SIZE_BYTES)
     return Measurements(
         (1,) * control.world_size,
-        native=native_line(lambda tensor: dist.all_reduce(tensor), control, x.dtype),
-        exchange=exchange_line(control, control),
+        native=_faster(lambda: native_line(lambda tensor: dist.all_reduce(tensor), control, x.dtype)),
+        exchange=_faster(lambda: exchange_line(control, control)),
         between=None,
         inside=None,
         links=(),
@@ -127,6 +127,11 @@ def _measured(x: Tensor, control: ProcessGroupTransport) -> Measurements:
         contended=True,
         packet=packet,
     )
+
+
+def _faster(measure: Callable[[], Line]) -> Line:
+    """The better one of two: other work on the machine only makes a link look slower."""
+    return max(measure(), measure(), key=lambda line: line.bytes_per_second)
 
 
 def _cost(x: Tensor) -> PacketCost:

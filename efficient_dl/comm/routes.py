@@ -151,6 +151,7 @@ def _route(
 
 
 def native_route(measurements: Measurements, model: Shapes, options: PlannerOptions) -> Route:
+    """Torch's own all-reduce, or the half of it that goes one way."""
     ranks, line = measurements.world_size, measurements.native
     ways = 1 if options.native_one_way else 2
     sent = ways * (ranks - 1) / ranks * model.numel * model.itemsize
