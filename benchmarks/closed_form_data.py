@@ -15,8 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from efficient_dl.closed_form.fits import deviation
-from efficient_dl.closed_form.network import Scale
+from efficient_dl.closed_form.network import Scale, deviation
 from efficient_dl.config import DataConfig
 from efficient_dl.data.fashion_mnist import DEBIAN_FOLDER, load_fashion_mnist
 

@@ -30,7 +30,27 @@ from efficient_dl.comm import ProcessGroupTransport, Transport
 from efficient_dl.errors import ConfigError
 
 
-class _Sampled(ClosedForm):
+class _Drawn(ClosedForm):
+    """What draws features."""
+
+    features: str
+    image_shape: tuple[int, ...] | None
+
+    def _sampler(self, generator: torch.Generator, ranks: Ranks) -> Sampler:
+        return Sampler(self.features, self.activation, generator, ranks, self.image_shape)
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        self._sampler(torch.Generator(), Alone())
+        if self.agop_rounds and self.image_shape is not None:
+            raise ConfigError(
+                "AGOP rounds mix all pixels, so fields of an image would be none",
+                found=f"agop_rounds={self.agop_rounds}, features={self.features!r}",
+                fix="agop_rounds=0, or other features",
+            )
+
+
+class _Sampled(_Drawn):
     def __init__(
         self,
         width: int = 512,
@@ -39,6 +59,7 @@ class _Sampled(ClosedForm):
         activation: str = "relu",
         ridge: Strength = "gcv",
         agop_rounds: int = 0,
+        image_shape: tuple[int, ...] | None = None,
         random_state: Any = None,
     ) -> None:
         self.width = width
@@ -47,18 +68,12 @@ class _Sampled(ClosedForm):
         self.activation = activation
         self.ridge = ridge
         self.agop_rounds = agop_rounds
+        self.image_shape = image_shape
         self.random_state = random_state
 
     def fit_on(self, X: Any, y: Any, ranks: Ranks) -> Self:
         self.__dict__.pop("_stream_", None)  # a batch after this one begins anew
         return super().fit_on(X, y, ranks)
-
-    def _sampler(self, generator: torch.Generator, ranks: Ranks) -> Sampler:
-        return Sampler(self.features, self.activation, generator, ranks)
-
-    def _check_settings(self) -> None:
-        super()._check_settings()
-        self._sampler(torch.Generator(), Alone())
 
     def _build(
         self, data: Prepared, x: Tensor, generator: torch.Generator, ranks: Ranks
@@ -95,7 +110,9 @@ class SampledFeaturesClassifier(Classifier, _Sampled):
     """Ridge regression on features that are drawn, not trained: one Gram matrix in all.
 
     width, num_layers: of the layers of features. features: "swim", differences of pairs of rows, drawn where targets
-    change fast (Bolager et al. 2023); or "random", normal weights. activation: "relu" or "tanh".
+    change fast (Bolager et al. 2023); "random", normal weights; or "fields", normal weights on small rectangles of an
+    image, of the first layer (later ones: "random"), which need image_shape: (height, width) or (channels, height,
+    width) of a row. activation: "relu" or "tanh".
     ridge: λ of mean ‖y − fW‖² + λ‖W‖², or "gcv": generalized cross-validation chooses it, from the training rows alone.
     agop_rounds: how often to learn a metric of the inputs from the network's gradients, and to fit anew.
     """
@@ -142,7 +159,7 @@ class SampledFeaturesRegressor(Regressor, _Sampled):
         return self
 
 
-class _Boosted(ClosedForm):
+class _Boosted(_Drawn):
     def __init__(
         self,
         width: int = 256,
@@ -155,6 +172,7 @@ class _Boosted(ClosedForm):
         layer_ridge: float = 1e-3,
         sweeps: int = 0,
         agop_rounds: int = 0,
+        image_shape: tuple[int, ...] | None = None,
         random_state: Any = None,
     ) -> None:
         self.width = width
@@ -167,6 +185,7 @@ class _Boosted(ClosedForm):
         self.layer_ridge = layer_ridge
         self.sweeps = sweeps
         self.agop_rounds = agop_rounds
+        self.image_shape = image_shape
         self.random_state = random_state
 
     def _check_settings(self) -> None:
@@ -178,7 +197,6 @@ class _Boosted(ClosedForm):
         check_strength("layer_ridge", self.layer_ridge)
         if not 0 < self.rate <= 2:
             raise ConfigError(f"rate cannot be {self.rate!r}", expected="above 0 and at most 2")
-        Sampler(self.features, self.activation, torch.Generator(), Alone())
 
     def _build(
         self, data: Prepared, x: Tensor, generator: torch.Generator, ranks: Ranks
@@ -186,8 +204,7 @@ class _Boosted(ClosedForm):
         how = Boosting(
             self.width, self.num_layers, self.new_features, self.rate, self.ridge, self.layer_ridge
         )
-        sampler = Sampler(self.features, self.activation, generator, ranks)
-        network = boosted(x, data.y, sampler, how, ranks)
+        network = boosted(x, data.y, self._sampler(generator, ranks), how, ranks)
         self.sweeps_taken_ = [sweep(network, x, data.y, how, ranks) for _ in range(self.sweeps)]
         return network
 
@@ -198,7 +215,8 @@ class BoostedFeaturesClassifier(Classifier, _Boosted):
     Each Δ minimizes what the best head before it leaves over (gradient boosting of the representation, for squared
     error). width: of Φ. new_features: columns of [f(ΦA), f(XA')], half each. layer_ridge: of Δ. sweeps: how often
     every Δ is solved again given the others; `sweeps_taken_` has (layers changed, objective) of each.
-    features, activation, ridge, agop_rounds: as in SampledFeaturesClassifier. Source: RFRBoost (arXiv 2501.18283).
+    features, activation, ridge, agop_rounds, image_shape: as in SampledFeaturesClassifier.
+    Source: RFRBoost (arXiv 2501.18283).
     """
 
 

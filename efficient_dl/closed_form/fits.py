@@ -24,6 +24,7 @@ from efficient_dl.closed_form.network import (
     Features,
     Scale,
     StackedLayer,
+    deviation,
     linear,
 )
 from efficient_dl.closed_form.ranks import Ranks
@@ -62,7 +63,7 @@ def sampled(x: Tensor, y: Tensor, sampler: Sampler, width: int, num_layers: int)
     hidden, layers = x, list[nn.Module]()
     for _ in range(num_layers):
         layers.append(StackedLayer(sampler.features(hidden, y, width)))
-        hidden = by_rows(layers[-1], hidden, x)
+        sampler, hidden = sampler.of_hidden(), by_rows(layers[-1], hidden, x)
     head = linear(torch.zeros(y.shape[1], width).double(), torch.zeros(y.shape[1]).double())
     return ClosedFormNetwork(nn.Identity(), layers, head)
 
@@ -87,7 +88,7 @@ def boosted(x: Tensor, y: Tensor, sampler: Sampler, how: Boosting, ranks: Ranks)
     stem = sampler.features(x, y, how.width)
     hidden, layers = by_rows(stem, x), list[nn.Module]()
     for _ in range(how.num_layers):
-        of_hidden = sampler.features(hidden, y, how.new_features - how.new_features // 2)
+        of_hidden = sampler.of_hidden().features(hidden, y, how.new_features - how.new_features // 2)
         of_inputs = sampler.features(x, y, max(how.new_features // 2, 1))
 
         def both(
@@ -114,12 +115,6 @@ def _boosted_layer(stats: Centred, of_hidden: Features, of_inputs: Features, how
     rounding = 1e-13 * mean.square()  # of a difference of sums: such a column is constant
     scale = Scale(mean, deviation(torch.where(variance > rounding, variance, 0.0)))
     return BoostedLayer(of_hidden, of_inputs, linear(step.T.contiguous(), None), scale)
-
-
-def deviation(variance: Tensor) -> Tensor:
-    """Standard deviations, 1 for columns that do not vary."""
-    std = variance.clamp(min=0).sqrt()
-    return torch.where(std > 1e-12, std, 1.0)
 
 
 def projected(

@@ -32,6 +32,12 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
+def deviation(variance: Tensor) -> Tensor:
+    """Standard deviations, 1 for columns that do not vary."""
+    std = variance.clamp(min=0).sqrt()
+    return torch.where(std > 1e-12, std, 1.0)
+
+
 class Scale(nn.Module):
     """(x − mean) / std, column by column; both are buffers, which training leaves alone."""
 

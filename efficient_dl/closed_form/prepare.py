@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficient_dl.closed_form.fits import deviation
-from efficient_dl.closed_form.network import Scale
+from efficient_dl.closed_form.network import Scale, deviation
 from efficient_dl.closed_form.ranks import Ranks
 
 Array = NDArray[Any]

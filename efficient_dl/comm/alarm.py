@@ -1,4 +1,4 @@
-"""Says, once, that compression costs more time than it saves, or errs more than it should."""
+"""Says, once under each plan, that compression costs more time than it saves, or errs more than it should."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ _NOTICEABLE_SHARE = 0.05  # of a step's time
 
 @dataclass(frozen=True)
 class Alarm:
-    """One thing that is not as it should be. kind: "cost", "error", "escapes", "nonfinite" or "dropped"."""
+    """One thing that is not as it should be. kind: "cost", "error", "escapes", "nonfinite" or "dropped".
+
+    plan: the one in force, where a run has several, else "".
+    """
 
     kind: str
     step: int
     text: str
+    plan: str = ""
 
 
 class Watch:
@@ -38,7 +42,7 @@ class Watch:
     times: whether the meter's seconds are those of real transfers (not in the shadow, not of the yardstick).
     exact: whether the codec is; then only times are watched.
     escapes_are_usual: for "grid:RATE", whose one step for all values leaves many outside of its alphabet at high rates.
-    what: is encoded, for the texts.
+    what: is encoded, for the texts. plan: in force, where a run has several; a kind is raised once under each.
 
     Errors are watched by each rank alone, in windows of `WINDOW_STEPS` steps (`stepped`). Times tell something only
     together: all ranks exchange theirs when they compare their parameters (`notes`, `judge`), and come to the same
@@ -54,8 +58,10 @@ class Watch:
         exact: bool,
         escapes_are_usual: bool = False,
         what: str = "gradients",
+        plan: str = "",
     ) -> None:
         self.alarms: list[Alarm] = []
+        self._plan = plan
         self._meters = [meter] if isinstance(meter, Meter) else list(meter)
         self._what = what
         self._limit = ERROR_OF_SENDING_NOTHING if max_relative_error is None else max_relative_error
@@ -108,7 +114,7 @@ class Watch:
         return self._raise({"cost": Costs(mean[0], mean[1], *(one / 1e9 for one in mean[2:])).verdict()})
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """The alarms so far, which are not raised again."""
+        """The alarms so far, which are not raised again under the same plan."""
         return [asdict(alarm) for alarm in self.alarms]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
@@ -119,9 +125,9 @@ class Watch:
         self._warm = False
 
     def _raise(self, found: Mapping[str, str | None]) -> list[Alarm]:
-        known = {alarm.kind for alarm in self.alarms}
+        known = {alarm.kind for alarm in self.alarms if alarm.plan == self._plan}
         new = [
-            Alarm(kind, self._meters[0].steps, text)
+            Alarm(kind, self._meters[0].steps, text, self._plan)
             for kind, text in found.items()
             if text and kind not in known
         ]

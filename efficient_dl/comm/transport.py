@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Final, Protocol, TypeVar
 
 import torch
@@ -88,3 +89,14 @@ class Divisible(Transport, Protocol):
     def subgroup(self, members: Sequence[int]) -> Transport:
         """A transport among some of these ranks, ascending. All ranks call it, each for the part that it is in."""
         ...
+
+
+@contextmanager
+def telling_peers(*transports: Transport) -> Generator[None]:
+    """Breaks these connections if the body raises: peers get a TransportError that names this rank, not a time-out."""
+    try:
+        yield
+    except BaseException:
+        for transport in transports:
+            transport.abort()
+        raise

@@ -22,7 +22,7 @@ from efficient_dl.coordinator.scheduler import schedule
 from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import CheckpointError, PlanMismatch
 
-SCHEDULER_VERSION = 1  # another number for every change by which equal facts may give another decision
+SCHEDULER_VERSION = 2  # another number for every change by which equal facts may give another decision
 KEPT_LOSSES = 100  # stages of which a partition's losses are remembered
 
 
@@ -71,6 +71,7 @@ class Coordinator:
         self.states: tuple[PartitionState, ...] = ()
         self.costs: tuple[PartitionCosts, ...] = ()
         self._speeds: tuple[float, ...] = ()
+        self._links: tuple[float | None, ...] = ()
         self._planned_with: dict[str, Any] | None = None  # the options of the last decision
         self._facts = dict(facts or {})
         self._rounds = StoreRounds(own, rank, world_size, name, timeout)
@@ -114,6 +115,11 @@ class Coordinator:
         self._commit(step, inputs, states, decision)
         return decision
 
+    @property
+    def knows_links(self) -> bool:
+        """Whether the links of as many ranks were measured before; the same on all ranks."""
+        return len(self._links) == self._rounds.world_size and None not in self._links
+
     def close(self) -> None:
         """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""
         self._rounds.close()
@@ -132,18 +138,20 @@ class Coordinator:
             )
             costs = tuple(PartitionCosts(**cost) for cost in state["costs"])
             speeds, options = tuple(state["speeds"]), state["options"]
+            links = tuple(state.get("links", ()))  # not in older checkpoints
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 "this is not a coordinator's state", found=f"{type(error).__name__}: {error}"
             ) from error
         self.history, self.states, self.costs = history, states, costs
-        self._speeds, self._planned_with = speeds, options
+        self._speeds, self._links, self._planned_with = speeds, links, options
 
     def _progress(self) -> dict[str, Any]:
         return {
             "states": [asdict(state) for state in self.states],
             "costs": [asdict(cost) for cost in self.costs],
             "speeds": list(self._speeds),
+            "links": list(self._links),
             "options": self._planned_with,
         }
 
@@ -181,7 +189,7 @@ class Coordinator:
                 found=", ".join(names),
                 fix="cut it as before, or start the coordinator without its saved state",
             )
-        ranks = merged_ranks(reports, self._speeds)
+        ranks = merged_ranks(reports, self._speeds, self._links)
         before = self.costs or [PartitionCosts(name) for name in names]
         return _Inputs(merged_costs(reports, ranks, before), ranks, merged_losses(reports, len(names)))
 
@@ -253,6 +261,7 @@ class Coordinator:
         )
         self.costs = tuple(inputs.costs)
         self._speeds = tuple(facts.speed for facts in inputs.ranks)
+        self._links = tuple(facts.bytes_per_second for facts in inputs.ranks)
         self._planned_with = asdict(self.options)
         names = tuple(cost.name for cost in inputs.costs)
         self.history.append(Entry(step, self._rounds.world_size, self.options.kind, names, decision))

@@ -17,15 +17,24 @@ class RankFacts:
     """One rank. memory_bytes: what it may use for training; None: unknown, and not checked.
 
     speed: relative to the rank on which the costs hold; twice the speed takes half the seconds.
+    bytes_per_second: that its link carries each way, while all ranks use theirs; None: unknown, and taken to be enough.
     """
 
     memory_bytes: int | None = None
     speed: float = 1.0
+    bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.speed) and self.speed > 0):
             raise ConfigError(
                 "a rank's speed is not a positive number", expected="speed > 0", found=str(self.speed)
+            )
+        rate = self.bytes_per_second
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(
+                "a rank's link does not carry a positive number of bytes a second",
+                expected="bytes_per_second > 0, or None if unknown",
+                found=str(rate),
             )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ConfigError(
@@ -64,6 +73,7 @@ class ScheduleOptions:
     optimizer_bytes_per_parameter_byte: 2 for Adam, 1 for momentum, 0 for plain SGD; of fp32 parameters.
     reserved_bytes: of each rank's memory, for everything else (framework, codec, data).
     queue_micro_batches: outputs that wait in a forward queue between ranks, at most.
+    activation_share, gradient_share: of the bytes of outputs and of gradients, what is sent after compression.
     release_frozen: the outputs of a frozen beginning of the chain are read from a cache, hence no rank holds it.
     move_gain: by what share a step must become faster before partitions move to other ranks.
     """
@@ -77,6 +87,8 @@ class ScheduleOptions:
     optimizer_bytes_per_parameter_byte: float = 2.0
     reserved_bytes: int = 0
     queue_micro_batches: int = 2
+    activation_share: float = 1.0
+    gradient_share: float = 1.0
     release_frozen: bool = False
     move_gain: float = 0.05
 
@@ -98,6 +110,8 @@ class ScheduleOptions:
             "optimizer_bytes_per_parameter_byte",
             "reserved_bytes",
             "queue_micro_batches",
+            "activation_share",
+            "gradient_share",
             "move_gain",
         ):
             value = getattr(self, name)

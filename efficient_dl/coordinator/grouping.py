@@ -38,7 +38,7 @@ def rank_classes(ranks: Sequence[RankFacts], num_partitions: int, sizes: Sequenc
     """Equal ranks in one class, by first rank.
 
     Where there are so many kinds of ranks that the search would not end soon, the two most alike count as equal, with
-    the lesser speed and memory of both, until it does.
+    the lesser speed, memory and link of both, until it does.
     """
     members: dict[RankFacts, list[int]] = {}
     for rank, facts in enumerate(ranks):
@@ -53,7 +53,11 @@ def rank_classes(ranks: Sequence[RankFacts], num_partitions: int, sizes: Sequenc
         classes.append(
             RankClass(
                 tuple(sorted(one.ranks + other.ranks)),
-                RankFacts(least_memory([one.facts, other.facts]), min(one.facts.speed, other.facts.speed)),
+                RankFacts(
+                    least_memory([one.facts, other.facts]),
+                    min(one.facts.speed, other.facts.speed),
+                    slowest_link([one.facts, other.facts]),
+                ),
             )
         )
         classes.sort(key=lambda each: each.ranks)
@@ -63,6 +67,11 @@ def rank_classes(ranks: Sequence[RankFacts], num_partitions: int, sizes: Sequenc
 def least_memory(facts: Sequence[RankFacts]) -> int | None:
     """The least of the memories that are known."""
     return min((each.memory_bytes for each in facts if each.memory_bytes is not None), default=None)
+
+
+def slowest_link(facts: Sequence[RankFacts]) -> float | None:
+    """The fewest bytes a second of the links that are known."""
+    return min((each.bytes_per_second for each in facts if each.bytes_per_second is not None), default=None)
 
 
 def best_groups(
@@ -151,5 +160,7 @@ def _search_size(classes: Sequence[RankClass], num_partitions: int, sizes: Seque
 def _distance(one: RankClass, other: RankClass) -> tuple[bool, float, float]:
     memories = [each.facts.memory_bytes or math.inf for each in (one, other)]
     memory = 0.0 if memories[0] == memories[1] else abs(math.log(memories[0]) - math.log(memories[1]))
+    links = [each.facts.bytes_per_second or math.inf for each in (one, other)]
+    link = 0.0 if links[0] == links[1] else abs(math.log(links[0]) - math.log(links[1]))
     speed = abs(math.log(one.facts.speed / other.facts.speed))
-    return memory > 0.0, memory + speed, speed
+    return memory > 0.0, memory + link + speed, speed

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from efficient_dl.coordinator.assignment import Assignment
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import PartitionState, RankFacts, ScheduleOptions
-from efficient_dl.coordinator.grouping import Group, RankClass, best_groups, least_memory, rank_classes
+from efficient_dl.coordinator.grouping import (
+    Group,
+    RankClass,
+    best_groups,
+    least_memory,
+    rank_classes,
+    slowest_link,
+)
+from efficient_dl.coordinator.links import link_bytes
 from efficient_dl.coordinator.memory import held_bytes
 from efficient_dl.coordinator.wording import counted, indices_text, size_text, time_text
 from efficient_dl.errors import ConfigError
@@ -47,9 +55,14 @@ def laid_out(
         memory = least_memory(used)
         if memory is not None and need(group) > memory:
             return math.inf
-        work = sum(costs[index].seconds(training[index]) for index in held[group.first : group.last])
+        holds = held[group.first : group.last]
+        work = sum(costs[index].seconds(training[index]) for index in holds)
         share = options.micro_batches // group.num_ranks
-        return share * work / min(facts.speed for facts in used)
+        computing = share * work / min(facts.speed for facts in used)
+        rate = slowest_link(used)
+        if rate is None:
+            return computing
+        return max(computing, link_bytes(costs, training, holds, group.num_ranks, options) / rate)
 
     groups = best_groups(len(held), available, sizes, seconds)
     if groups is None:
@@ -74,8 +87,8 @@ def laid_out(
         for each in merged
     )
     idle_because = (
-        f"with groups that share {options.micro_batches} micro-batches evenly, and by speed and memory, more ranks"
-        " would not help"
+        f"with groups that share {options.micro_batches} micro-batches evenly, and by speed, memory and links, more"
+        " ranks would not help"
     )
     return best, _described(best, costs, ranks, training, options, idle_because) + note
 
@@ -87,12 +100,46 @@ def rank_seconds(
     training: Sequence[bool],
     options: ScheduleOptions,
 ) -> list[float]:
-    """How long each rank computes in a step, by the measured costs; 0.0 where it is idle."""
+    """How long a step keeps each rank, by the measured costs: computing, or its link if that takes longer.
+
+    Both go on side by side: activations are streamed, gradients averaged while others are computed. 0.0: idle.
+    """
+    pairs = zip(
+        _computing_seconds(assignment, costs, ranks, training, options),
+        _link_seconds(assignment, costs, ranks, training, options),
+        strict=True,
+    )
+    return [max(pair) for pair in pairs]
+
+
+def _computing_seconds(
+    assignment: Assignment,
+    costs: Sequence[PartitionCosts],
+    ranks: Sequence[RankFacts],
+    training: Sequence[bool],
+    options: ScheduleOptions,
+) -> list[float]:
     seconds = [0.0] * len(ranks)
     for index, group in enumerate(assignment.ranks):
         for rank in group:
             share = options.micro_batches / len(group)
             seconds[rank] += share * costs[index].seconds(training[index]) / ranks[rank].speed
+    return seconds
+
+
+def _link_seconds(
+    assignment: Assignment,
+    costs: Sequence[PartitionCosts],
+    ranks: Sequence[RankFacts],
+    training: Sequence[bool],
+    options: ScheduleOptions,
+) -> list[float]:
+    seconds = [0.0] * len(ranks)
+    for rank, facts in enumerate(ranks):
+        holds = assignment.of_rank(rank)
+        if holds and facts.bytes_per_second is not None:
+            size = len(assignment.ranks[holds[0]])
+            seconds[rank] = link_bytes(costs, training, holds, size, options) / facts.bytes_per_second
     return seconds
 
 
@@ -103,7 +150,7 @@ def step_seconds(
     training: Sequence[bool],
     options: ScheduleOptions,
 ) -> float:
-    """How long a step takes when the forward queues are full: as long as the slowest rank computes."""
+    """How long a step takes when the forward queues are full: as long as it keeps the slowest rank."""
     return max(rank_seconds(assignment, costs, ranks, training, options))
 
 
@@ -157,15 +204,18 @@ def _described(
 ) -> str:
     """In words: a step's time, each group with its own time, who is idle, what was not checked."""
     seconds = rank_seconds(assignment, costs, ranks, training, options)
+    computing = _computing_seconds(assignment, costs, ranks, training, options)
     partitions: dict[tuple[int, ...], list[int]] = {}
     for index, group in enumerate(assignment.ranks):
         if group:
             partitions.setdefault(group, []).append(index)
     slowest = max(seconds)
-    parts = [
-        f"{counted('partition', held)} on {counted('rank', group)} ({time_text(max(seconds[rank] for rank in group))})"
-        for group, held in partitions.items()
-    ]
+    parts: list[str] = []
+    for group, held in partitions.items():
+        time = max(seconds[rank] for rank in group)
+        by_link = time > max(computing[rank] for rank in group)
+        time_and_why = time_text(time) + (" for its link" if by_link else "")
+        parts.append(f"{counted('partition', held)} on {counted('rank', group)} ({time_and_why})")
     text = f"A step takes {time_text(slowest)}, as long as its slowest rank: {', '.join(parts)}."
     idle = [rank for rank in range(len(ranks)) if not assignment.of_rank(rank)]
     if idle:

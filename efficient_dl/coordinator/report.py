@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
@@ -11,6 +12,7 @@ from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import RankFacts
 
 SPEED_GRAIN = 0.05  # measured speeds are rounded to it: two runs of one machine differ by about as much
+LINK_GRAIN = 0.25  # and bytes a second in proportion
 
 _STATIC = (
     "name",
@@ -29,6 +31,7 @@ class Report:
     losses: by partition, the smoothed local loss (a float) of the stage that ends, of those that this rank trained.
     memory_bytes: what this rank may use; None: unknown.
     speed: relative to the other ranks; None: found from the partitions that all ranks measured, else as it was before.
+    bytes_per_second: of this rank's link, measured while all ranks used theirs; None: as it was before.
     """
 
     names: tuple[str, ...]
@@ -36,6 +39,7 @@ class Report:
     losses: Mapping[int, float] = field(default_factory=dict[int, float])
     memory_bytes: int | None = None
     speed: float | None = None
+    bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         for index in [*self.costs, *self.losses]:
@@ -53,6 +57,7 @@ class Report:
             "losses": {str(index): loss for index, loss in self.losses.items()},
             "memory_bytes": self.memory_bytes,
             "speed": self.speed,
+            "bytes_per_second": self.bytes_per_second,
         }
 
     @staticmethod
@@ -63,6 +68,7 @@ class Report:
             {int(index): loss for index, loss in value["losses"].items()},
             value["memory_bytes"],
             value["speed"],
+            value["bytes_per_second"],
         )
 
 
@@ -75,8 +81,10 @@ def static_facts(report: Report) -> dict[str, Any]:
     }
 
 
-def merged_ranks(reports: Sequence[Report], before: Sequence[float]) -> list[RankFacts]:
-    """The ranks. before: their speeds as last known; empty, or of another number of ranks, if there are none."""
+def merged_ranks(
+    reports: Sequence[Report], before: Sequence[float], links: Sequence[float | None] = ()
+) -> list[RankFacts]:
+    """The ranks. before, links: their speeds and links as last known; those of another number of ranks do not count."""
     common = set(reports[0].costs).intersection(*(report.costs for report in reports))
     totals = [sum(report.costs[index].seconds(True) for index in common) for report in reports]
     measured = len(reports) > 1 and min(totals) > 0.0
@@ -84,10 +92,20 @@ def merged_ranks(reports: Sequence[Report], before: Sequence[float]) -> list[Ran
     if measured:
         typical = median(totals)
         known = [max(1, round(typical / total / SPEED_GRAIN)) * SPEED_GRAIN for total in totals]
+    lines = list(links) if len(links) == len(reports) else [None] * len(reports)
     return [
-        RankFacts(report.memory_bytes, report.speed if report.speed is not None else speed)
-        for report, speed in zip(reports, known, strict=True)
+        RankFacts(
+            report.memory_bytes,
+            report.speed if report.speed is not None else speed,
+            _rounded(report.bytes_per_second) if report.bytes_per_second is not None else line,
+        )
+        for report, speed, line in zip(reports, known, lines, strict=True)
     ]
+
+
+def _rounded(rate: float) -> float:
+    """To powers of 1 + LINK_GRAIN, so that links that are alike count as equal."""
+    return float(f"{(1 + LINK_GRAIN) ** round(math.log(rate, 1 + LINK_GRAIN)):.3g}")
 
 
 def merged_costs(

@@ -18,6 +18,7 @@ from efficient_dl.comm import ProcessGroupTransport, Topology, Transport
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, Decision, PlannerOptions, Shapes, plan_for
 from efficient_dl.comm.probe import codecs_for, probe, sample_gradient
+from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -90,19 +91,19 @@ def decide(
             found=str(known.world_size),
             fix="leave measurements out, and they are taken now",
         )
-    measurements = (
-        _permitted(known, options)
-        if known is not None
-        else measured(
-            sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
-            options.codecs(),
-            control,
-            carrier,
-            topology,
-            options,
-            lambda x: dist.all_reduce(x, group=control.group),
-        )
-    )
+    if known is not None:
+        measurements = _permitted(known, options)
+    else:
+        with telling_peers(control, carrier):
+            measurements = measured(
+                sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
+                options.codecs(),
+                control,
+                carrier,
+                topology,
+                options,
+                lambda x: dist.all_reduce(x, group=control.group),
+            )
     decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
     if control.rank == 0:
         _log.info("auto: %s", decision.reason)

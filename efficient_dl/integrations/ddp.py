@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -213,43 +214,47 @@ def compress_ddp(
     handshake(facts, control)
     topology = wish.topology()
     carrier = make_transport(transport, control)
-    replanner = None
-    if is_auto:
+    with contextlib.ExitStack() as closing:
+        if isinstance(transport, str):
+            closing.callback(carrier.close)
+        replanner = None
+        if is_auto:
 
-        def chosen(name: str) -> Plan:
-            """The user's wishes with the bits that were chosen; the native all-reduce takes none of them."""
-            if name == "none":
-                return Plan.of(name)
-            found = Plan.of(
-                name, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
+            def chosen(name: str) -> Plan:
+                """The user's wishes with the bits that were chosen; the native all-reduce takes none of them."""
+                if name == "none":
+                    return Plan.of(name)
+                found = Plan.of(
+                    name, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
+                )
+                feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
+                return dataclasses.replace(found, error_feedback=feeds)
+
+            nodes = topology if topology is not None and not topology.groups else None
+            several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1
+            known = flat(measurements) if measurements is not None and not several else measurements
+            measured, decision = decide(parameters, control, carrier, nodes, auto, known)
+            if decision.bits == "none":
+                ignored = note_ignored(overrides=overrides, transport=transport)
+                decision = dataclasses.replace(decision, reason=decision.reason + ignored)
+            compressor.follow(chosen(decision.bits))
+            options = (
+                replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan and can_replan)
             )
-            feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
-            return dataclasses.replace(found, error_feedback=feeds)
-
-        nodes = topology if topology is not None and not topology.groups else None
-        several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1
-        known = flat(measurements) if measurements is not None and not several else measurements
-        measured, decision = decide(parameters, control, carrier, nodes, auto, known)
-        if decision.bits == "none":
-            ignored = note_ignored(overrides=overrides, transport=transport)
-            decision = dataclasses.replace(decision, reason=decision.reason + ignored)
-        compressor.follow(chosen(decision.bits))
-        options = replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan and can_replan)
-        if replan and not can_replan and control.rank == 0:
-            _log.warning("bits auto: planned once, for want of an optimizer or of check_every")
-        replanner = Replanner(
-            measured,
-            decision,
-            shapes_of(parameters),
-            auto,
-            chosen,
-            control,
-            carrier,
-            Levels.of(nodes, control) if nodes is not None and several else None,
-            options,
-        )
-        handshake(dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True)), control)
-    try:
+            if replan and not can_replan and control.rank == 0:
+                _log.warning("bits auto: planned once, for want of an optimizer or of check_every")
+            replanner = Replanner(
+                measured,
+                decision,
+                shapes_of(parameters),
+                auto,
+                chosen,
+                control,
+                carrier,
+                Levels.of(nodes, control) if nodes is not None and several else None,
+                options,
+            )
+            handshake(dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True)), control)
         compression = Compression(
             model,
             optimizer,
@@ -264,9 +269,8 @@ def compress_ddp(
             replanner,
             owns_carrier=is_auto and isinstance(transport, str),
         )
-    finally:
-        if isinstance(transport, str) and not is_auto:
-            carrier.close()  # its siblings, which the compression has, stay open
+        if is_auto:
+            closing.pop_all()  # it measures by the carrier, and closes it; else by siblings of it alone
     compression.start_watch(max_relative_error, on_alarm)
     return compression
 

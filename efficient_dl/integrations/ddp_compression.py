@@ -490,6 +490,7 @@ class Compression:
                 times=times,
                 exact=exact,
                 escapes_are_usual=self.plan.codec.startswith("grid:"),
+                plan=self._replanner.now.label if self._replanner else "",
             )
             self._watch.load_state_dict(self._alarms)
         self._disables_on_alarm = on_alarm == "disable" and not self.shadow

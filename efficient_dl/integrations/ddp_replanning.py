@@ -21,6 +21,7 @@ from efficient_dl.comm.look import LOOK_NUMEL, Allowance, Window, look
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
+from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import TransportError
 from efficient_dl.integrations.auto import AutoOptions
 
@@ -38,6 +39,11 @@ class ChosenPlan:
     hierarchy: bool
     reason: str
     group_size: int = 0
+
+    @property
+    def label(self) -> str:
+        """A short name; the same plan has the same one at other steps."""
+        return f"{self.bits}, between nodes" if self.hierarchy else self.bits
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -240,16 +246,17 @@ class Replanner:
         sample = torch.cat(self._sample) if self._sample else None
         if sample is not None and not bool(torch.isfinite(sample).all()):
             sample = None  # codecs make flags of such blocks
-        self._measurements = look(
-            self._measurements,
-            self._carrier,
-            self._native,
-            self.levels,
-            self._model.itemsize,
-            sample,
-            self._segments,
-            self._auto.kernel,
-        )
+        with telling_peers(self._control, self._carrier, *(self.levels.transports if self.levels else [])):
+            self._measurements = look(
+                self._measurements,
+                self._carrier,
+                self._native,
+                self.levels,
+                self._model.itemsize,
+                sample,
+                self._segments,
+                self._auto.kernel,
+            )
         verdict = reconsider(
             self._state,
             self._measurements,

@@ -208,16 +208,17 @@ class Trainer(RunLoop):
             self._plans_logged = len(self.compression.plans)
             if compression is not None and compression.plans:
                 self._replay(compression, checkpoint.step)
+                return
         elif compression is not None:
             compression.load_state_dict([state["compression"] for state in checkpoint.rank_states])
             self._plans_logged = len([one for one in compression.plans if one.step < checkpoint.step])
+        self.folder.forget_ahead()
 
     def _replay(self, compression: Compression, step: int) -> None:
         """Change plans where the run did that went on from this checkpoint before, as far as it came."""
-        rows = [row for row in self.folder.rows() if row["step"] > step] if self.rank == 0 else []
-        rows = self._over_ranks(rows)[0]
-        plans = [ChosenPlan.from_json(row) for row in rows if row.get("event") == PLAN_EVENT]
-        compression.replay(plans, max((row["step"] for row in rows), default=step))
+        found = self.folder.ahead(step, PLAN_EVENT) if self.rank == 0 else None
+        rows, until = self._over_ranks(found)[0]
+        compression.replay([ChosenPlan.from_json(row) for row in rows], until)
 
     def _close(self) -> None:
         self.compression.close()

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm import ProcessGroupTransport
+from efficient_dl.comm.probe import exchange_line
+from efficient_dl.comm.transport import telling_peers
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Assignment, Decision
 from efficient_dl.coordinator.coordinator import Coordinator
@@ -36,6 +38,7 @@ from efficient_dl.training.task import evaluate_batch, predictions
 
 _KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequential"}
 _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a parameter
+_SENT_SHARES = {"lossless": 0.85}  # of fp32 bytes, as gradients of small GPTs measured
 _runs: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
 
@@ -61,6 +64,8 @@ class LocalTrainer(RunLoop):
             plateau=PlateauRule(local.freeze_below) if local.freeze_below > 0 else None,
             optimizer_bytes_per_parameter_byte=_OPTIMIZER_BYTES[config.optimizer.name],
             queue_micro_batches=local.queue,
+            activation_share=_sent_share(local.activations),
+            gradient_share=_sent_share(config.compression.bits),
         )
         self.stage: Stage | None = None
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
@@ -190,6 +195,7 @@ class LocalTrainer(RunLoop):
             dict(enumerate(self.costs)) if first else {},
             losses,
             self.config.local.memory_bytes or None,
+            bytes_per_second=self._link(),
         )
         num_decisions = len(self.coordinator.history)
         decision = self.coordinator.decide(self.step, report)
@@ -198,6 +204,13 @@ class LocalTrainer(RunLoop):
                 self.progress.note(f"step {entry.step}: {entry.decision.reason}")
             self.folder.log_decision(entry.to_row())
         return decision
+
+    def _link(self) -> float | None:
+        """Bytes a second of this rank's link, measured on all ranks at once where a decision wants to know them."""
+        if self.options.kind != "pipelined" or self.world_size == 1 or self.coordinator.knows_links:
+            return None
+        with telling_peers(self.transport):
+            return exchange_line(self.transport, self.transport, glance=True).bytes_per_second
 
     def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
         self.stage = Stage(
@@ -417,6 +430,11 @@ def _mean_row(rows: tuple[dict[str, float], ...]) -> dict[str, float]:
     keys = dict.fromkeys(key for row in rows for key in row)
     known = {key: [row[key] for row in rows if key in row] for key in keys}
     return {key: sum(values) / len(values) for key, values in known.items()}
+
+
+def _sent_share(bits: float | str) -> float:
+    """Of fp32 bytes, what is sent at so many bits a value."""
+    return _SENT_SHARES.get(bits, 1.0) if isinstance(bits, str) else bits / 32
 
 
 def _number_of_run() -> int:

@@ -30,7 +30,7 @@ CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOI
     "tensorboard",
     "checkpoints",
 )
-PLAN = "plan.json"
+PLAN, REPLAY = "plan.json", "replay.json"
 ENTROPY, ENTROPY_PICTURE = "entropy.jsonl", "entropy.svg"
 LOCK = ".lock"
 
@@ -95,6 +95,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
+            if step == 0:
+                self.forget_ahead()
             observed = (ENTROPY,) if (self.path / ENTROPY).exists() else ()
             for name in (METRICS, PARAMETERS, DECISIONS, *observed):
                 kept = [row for row in self.rows(name) if row["step"] <= step]
@@ -121,6 +123,28 @@ class RunFolder:
         with disk_full(self.path, "the last checkpoint is intact"):
             self._metrics.write(json.dumps({**row, "event": event}) + "\n")
             self._tensorboard.add_text(event, json.dumps(row), row["step"])
+
+    def ahead(self, step: int, event: str) -> tuple[list[dict[str, Any]], int]:
+        """The event's rows after a step, and the last step that was reached; kept until that step is reached again.
+
+        For a run that goes on from before them: `open` cuts them off metrics.jsonl, and the run may crash once more.
+        """
+        known: dict[str, Any] = {"rows": [], "until_step": 0}
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            known = json.loads((self.path / REPLAY).read_text())
+        written = self.rows()
+        until = max([step, known["until_step"], *(row["step"] for row in written)])
+        rows = {row["step"]: row for row in [*known["rows"], *written] if row.get("event") == event}
+        after = [rows[one] for one in sorted(rows) if one > step]
+        if self.writes and until > step:
+            with _writable(self.path):
+                self._replace(REPLAY, json.dumps({"rows": after, "until_step": until}) + "\n")
+        return after, until
+
+    def forget_ahead(self) -> None:
+        """What `ahead` keeps does not hold for a run on other ranks, or with other settings."""
+        if self.writes:
+            (self.path / REPLAY).unlink(missing_ok=True)
 
     def log_parameters(self, step: int, rows: Mapping[str, Mapping[str, float]]) -> None:
         """Append a row {"step", "parameters": {name: numbers}} to parameters.jsonl, and the numbers to TensorBoard."""

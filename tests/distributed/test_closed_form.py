@@ -91,9 +91,12 @@ def test_two_processes_over_gloo_get_the_weights_of_one() -> None:
         torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_swim_takes_rank_0s_pairs_everywhere() -> None:
-    swim = cf.SampledFeaturesRegressor(width=20, features="swim", random_state=1)
-    everyone = _in_threads(_fit_rank, 3, swim, SIZES)
+@pytest.mark.parametrize(
+    "settings", [{"features": "swim"}, {"features": "fields", "image_shape": (2, 3)}], ids=["swim", "fields"]
+)
+def test_what_is_drawn_from_rank_0s_rows_is_the_same_everywhere(settings: dict[str, Any]) -> None:
+    drawn = cf.SampledFeaturesRegressor(width=20, random_state=1, **settings)
+    everyone = _in_threads(_fit_rank, 3, drawn, SIZES)
     assert all(torch.equal(weights, everyone[0]) for weights in everyone)
 
 

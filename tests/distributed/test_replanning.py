@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
+from efficient_dl.comm import look
 from efficient_dl.comm.look import Allowance
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements
 from efficient_dl.comm.replanning import Hysteresis
+from efficient_dl.errors import TransportError
 from efficient_dl.integrations.ddp_replanning import ChosenPlan, ReplanOptions
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import run_failing_ranks, run_ranks
 
 EAGER = ReplanOptions(hysteresis=Hysteresis(distance_steps=0), allowance=Allowance(share=1000.0))
 NEVER = ReplanOptions(allowance=Allowance(share=0.0, looks=0.0))
@@ -85,6 +87,30 @@ def sparing(rank: int) -> tuple[list[dict[str, Any]], int]:
 def test_nothing_is_looked_at_without_an_allowance() -> None:
     for plans, looks in run_ranks(sparing, 2):
         assert [one["bits"] for one in plans] == ["2.0"] and looks == 0
+
+
+def broken_look(rank: int, nodes: tuple[int, ...]) -> None:
+    model, optimizer, _ = made(
+        network(nodes, 0.5, backward=0.5), EAGER, hierarchy=nodes[0] if nodes[0] > 1 else None, timeout=300.0
+    )
+    if rank == 1:
+        look.codec_speed = no_memory
+    train(rank, model, optimizer, 0, 80)
+
+
+def no_memory(*arguments: object) -> CodecSpeed:
+    raise MemoryError("a test")
+
+
+@pytest.mark.parametrize("nodes", [(1, 1, 1), (2, 2)], ids=str)
+def test_a_rank_that_fails_in_a_look_is_named_by_the_others_long_before_the_time_out(
+    nodes: tuple[int, ...],
+) -> None:
+    failed = run_failing_ranks(broken_look, sum(nodes), nodes, timeout=150.0)
+    assert isinstance(failed[1].error, MemoryError), failed[1]
+    for rank in set(range(sum(nodes))) - {1}:
+        error = failed[rank].error
+        assert isinstance(error, TransportError) and "rank 1" in str(error), failed[rank]
 
 
 # -------------------------------------------------------------------- residuals

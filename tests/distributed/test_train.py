@@ -195,6 +195,13 @@ def test_a_resumed_run_changes_its_plan_where_the_run_before_did(tmp_path: Path)
         run_ranks(automatic, 2, again, True, True)
         expected, found = weights(changed, 40), weights(again, 40)
         assert all(torch.equal(one, found[name]) for name, one in expected.items()), begin
+    twice = without(changed, 10, tmp_path / "twice")
+    kept = twice / "metrics.jsonl"
+    RunFolder(twice, writes=True).ahead(10, "plan")  # a resume began, and crashed before it came to step 20
+    kept.write_text("".join(line for line in kept.open() if json.loads(line)["step"] <= 10))
+    run_ranks(automatic, 2, twice, True, True)
+    expected, found = weights(changed, 40), weights(twice, 40)
+    assert all(torch.equal(one, found[name]) for name, one in expected.items())
 
 
 def test_probe_prints_tables_and_writes_what_it_measured(tmp_path: Path) -> None:

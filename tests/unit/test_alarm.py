@@ -181,6 +181,18 @@ def test_alarms_are_not_repeated_after_a_resume() -> None:
     assert [alarm.kind for alarm in resumed.alarms] == ["error"]
 
 
+def test_another_plan_is_watched_afresh_and_a_plan_that_comes_back_is_not() -> None:
+    meter, rows, raised = Meter(["a", "b"]), [], []
+    for plan in ("2.0", "3.0", "2.0"):
+        watch = Watch(meter, 0.05, times=False, exact=False, plan=plan)
+        watch.load_state_dict(rows)
+        for _ in range(WINDOW_STEPS):
+            step(meter)
+            raised += [(alarm.plan, alarm.kind) for alarm in watch.stepped()]
+        rows = watch.state_dict()
+    assert raised == [("2.0", "error"), ("3.0", "error")]
+
+
 @pytest.mark.parametrize(
     ("limit", "on_alarm"), [(0.0, "warn"), (-1.0, "warn"), (float("nan"), "warn"), (None, "stop")]
 )

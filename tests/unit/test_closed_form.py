@@ -212,6 +212,39 @@ def test_swim_prefers_pairs_where_targets_change_fast() -> None:
     assert float((middles - 0.5).abs().median()) > 0.5
 
 
+@pytest.mark.parametrize("shape", [(12, 9), (2, 6, 9), (1, 2, 2)], ids=str)
+def test_fields_see_a_rectangle_of_all_channels_and_have_variance_1(shape: tuple[int, ...]) -> None:
+    high, wide = shape[-2:]
+    x = torch.randn(500, int(np.prod(shape)), dtype=torch.float64)
+    sampler = Sampler("fields", "relu", torch.Generator().manual_seed(0), Alone(), shape)
+    linear = sampler.features(x, x[:, :1], 40).linear
+    seen = (linear.weight != 0).view(40, -1, high, wide)
+    assert (seen == seen[:, :1]).all()
+    rows, columns = seen[:, 0].any(2), seen[:, 0].any(1)
+    assert (seen[:, 0] == rows[:, :, None] & columns[:, None, :]).all()
+    for lines, side in ((rows, high), (columns, wide)):
+        edges = (lines[:, 1:] != lines[:, :-1]).sum(1)
+        assert (edges <= 2).all() and (edges - (lines[:, 0] ^ lines[:, -1]).long() != 1).all()
+        lengths = lines.sum(1)
+        assert lengths.min() >= min(3, side) and lengths.max() <= min(8, side)
+    torch.testing.assert_close(linear(x).std(0, correction=0), torch.ones(40, dtype=torch.float64))
+
+
+def test_fields_that_cannot_be_drawn_say_why() -> None:
+    x, y = load_digits(return_X_y=True)
+    boosted = cf.BoostedFeaturesClassifier(20, 1, 20, features="fields", image_shape=(8, 8), random_state=0)
+    assert boosted.fit(x, y).score(x, y) > 0.8
+    for settings, words in (
+        ({"image_shape": (8, 9)}, "72 columns"),
+        ({}, "image_shape"),
+        ({"image_shape": (64,)}, "(channels, height, width)"),
+        ({"image_shape": (8, 8), "agop_rounds": 1}, "AGOP"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            cf.SampledFeaturesClassifier(20, features="fields", **settings).fit(x, y)
+        assert words in str(caught.value)
+
+
 def test_sweeps_never_raise_the_objective() -> None:
     x, y = (torch.tensor(one) for one in _waves())
     sampler = Sampler("random", "tanh", torch.Generator().manual_seed(0), Alone())

@@ -69,13 +69,21 @@ def cases(draw: st.DrawFn, most: int = 4) -> tuple[Any, ...]:
     ]
     memory = st.sampled_from([None, 60, 120, 400])
     kinds = draw(
-        st.lists(st.builds(RankFacts, memory, st.sampled_from([0.5, 1.0, 2.0])), min_size=1, max_size=2)
+        st.lists(
+            st.builds(
+                RankFacts, memory, st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([None, 0.5, 2.0, 20.0])
+            ),
+            min_size=1,
+            max_size=2,
+        )
     )
     ranks = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=most))
     states = [PartitionState(1, (), draw(st.booleans())) for _ in parts]
     chosen = options(
         micro_batches=draw(st.sampled_from([1, 2, 3, 4, 6])),
         optimizer_bytes_per_parameter_byte=draw(st.sampled_from([0.0, 2.0])),
+        activation_share=draw(st.sampled_from([1.0, 0.25])),
+        gradient_share=draw(st.sampled_from([1.0, 1 / 16])),
         release_frozen=draw(st.booleans()),
         plateau=None,
     )
@@ -211,6 +219,27 @@ def test_a_rank_that_cannot_help_is_said_to_be_idle() -> None:
     decision = schedule(costs(1), [RankFacts()] * 3, fresh(1), options(), 0)
     assert where(decision) == ((0, 1),)
     assert "Rank 2 is idle" in decision.reason and "4 micro-batches" in decision.reason
+
+
+def test_a_group_does_not_grow_where_its_link_would_take_longer_than_it_saves() -> None:
+    parts = costs(4.0, 8.0, parameter_bytes=1_000_000)
+    fast, slow = [RankFacts(bytes_per_second=1e7)] * 3, [RankFacts(bytes_per_second=2e4)] * 3
+    assert where(schedule(parts, fast, fresh(2), options(), 0)) == ((0,), (1, 2))
+    found = schedule(parts, slow, fresh(2), options(), 0)  # 1 MB takes 50 s; alone it computes 32
+    assert [len(group) for group in where(found)] == [1, 1]
+    assert "Rank 2 is idle" in found.reason and "links" in found.reason
+    assert where(schedule(parts, slow, fresh(2), options(gradient_share=1 / 16), 0)) == ((0,), (1, 2))
+
+
+def test_neighbours_share_a_rank_where_streaming_between_two_is_slower_and_the_reason_names_the_link() -> (
+    None
+):
+    parts = costs(1.0, 1.0, output_bytes=1_000_000)
+    ranks = [RankFacts(bytes_per_second=4e5)] * 2  # 4 MB a step take 10 s; computing all takes 8
+    assert where(schedule(parts, ranks, fresh(2), options(), 0)) == ((0,), (0,))
+    apart = schedule(parts, ranks, fresh(2), options(activation_share=0.5), 0)
+    assert where(apart) == ((0,), (1,))
+    assert "partition 0 on rank 0 (5 s for its link)" in apart.reason.replace("5.00 s", "5 s")
 
 
 def test_a_slow_rank_that_would_hold_up_a_group_is_left_out() -> None:
