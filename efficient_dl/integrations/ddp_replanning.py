@@ -43,6 +43,8 @@ class ChosenPlan:
     @property
     def label(self) -> str:
         """A short name; the same plan has the same one at other steps."""
+        if self.group_size:
+            return f"{self.bits}, in groups of {self.group_size}"
         return f"{self.bits}, between nodes" if self.hierarchy else self.bits
 
     def to_json(self) -> dict[str, Any]:
