@@ -23,6 +23,8 @@ What each part promises:
   the same on all ranks. A failure ends all that is queued.
 - `Topology` says which ranks share a node. A `HierarchicalReduction` sums up inside the nodes in full precision and
   all-reduces compressed between them, one rank of each node for each of its shards; `HierarchicalReducer` pipelines it.
+- A `GroupedReduction` is compressed inside as well, among many ranks with links of their own: fewer messages, and
+  packets that are passed on as they are; `GroupedReducer` pipelines it.
 - `all_reduce_coalesced`, `broadcast`, `all_gather` and `all_to_all` do the same for lists and dicts of tensors.
 - `reduce_scatter_chunks` and `all_gather_chunks` do the same for parameters of which every rank keeps one part:
   `ChunkLayout` says how they lie in rank-chunked buffers, padding included; `ReplicaReduction` is the all-reduce of a
@@ -47,13 +49,14 @@ from efficient_dl.comm.gathers import (
     all_gather_chunks,
     shadow_round,
 )
+from efficient_dl.comm.grouped import GroupedReduction, grouped_all_reduce
 from efficient_dl.comm.guard import check_equal
 from efficient_dl.comm.handshake import gather_json, handshake
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels, hierarchical_all_reduce
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.loopback import LoopbackHub
 from efficient_dl.comm.meter import Meter, combined, native_tally, since, sparse_tally, summary
-from efficient_dl.comm.overlap import HierarchicalReducer, OverlappedReducer
+from efficient_dl.comm.overlap import GroupedReducer, HierarchicalReducer, OverlappedReducer
 from efficient_dl.comm.owner_sum import sum_at_owners
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.plan import Plan
@@ -67,7 +70,7 @@ from efficient_dl.comm.sharded_shadow import ShadowGather, ShadowReplicas, Shado
 from efficient_dl.comm.sharding import GradientReduction, OverlappedSharding, ReplicaTransports
 from efficient_dl.comm.switch import KillSwitch
 from efficient_dl.comm.topology import Topology
-from efficient_dl.comm.transport import Transport, Work
+from efficient_dl.comm.transport import Divisible, Transport, Work
 
 __all__ = [
     "DEFAULT_TIMEOUT_SECONDS",
@@ -76,8 +79,11 @@ __all__ = [
     "BucketLayout",
     "ChunkLayout",
     "Compressor",
+    "Divisible",
     "GatherSource",
     "GradientReduction",
+    "GroupedReducer",
+    "GroupedReduction",
     "HierarchicalReducer",
     "HierarchicalReduction",
     "KillSwitch",
@@ -117,6 +123,7 @@ __all__ = [
     "check_options",
     "combined",
     "gather_json",
+    "grouped_all_reduce",
     "handshake",
     "hierarchical_all_reduce",
     "native_tally",

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.common_step import Leg
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
@@ -24,6 +25,7 @@ class Reduction:
     divisors: float32, like x, equal on all ranks: values are divided by them before they are coded, and the result is
         multiplied by them.
     residual_units: of how many ranks x is the average already, as in a hierarchy; residuals are kept for one rank's.
+    leg: of what x holds (see `Leg`).
 
     The shard's owner decodes what the others sent and adds it up in float32 in rank order; its own contribution
     takes part unquantized, which costs nothing and errs less. Every rank, the owner too, then applies what it decodes
@@ -40,6 +42,7 @@ class Reduction:
         op: Op = "avg",
         divisors: Tensor | None = None,
         residual_units: float = 1.0,
+        leg: Leg = Leg.CONTRIBUTION,
     ) -> None:
         self.x = x
         self.layout = layout
@@ -48,6 +51,7 @@ class Reduction:
         self._compressor = compressor
         self._divisors = divisors
         self._units = residual_units
+        self._leg = leg
         self._tally = Tally(layout)
         self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
         self._outgoing: list[Tensor] = []
@@ -59,7 +63,9 @@ class Reduction:
         if self._divisors is not None:
             self.x.div_(self._divisors)
         self._outgoing = [
-            self._packet if owner == self.rank else self._encode(self._shards[owner], shard, 1, self._units)
+            self._packet
+            if owner == self.rank
+            else self._encode(self._shards[owner], shard, 1, self._units, self._leg)
             for owner, shard in enumerate(self.layout.shards)
         ]
 
@@ -71,26 +77,31 @@ class Reduction:
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
-        self._packet = self._encode(reduced, shard, world_size - 1, units, result=True)
+        self._packet = self._encode(reduced, shard, world_size - 1, units, Leg.RESULT)
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
-        packets = self._tally.receive(
-            transport.gather(self._packet), len(self._packet) * (len(self._shards) - 1)
-        )
-        parts = zip(packets, self._shards, self.layout.shards, transport.ranks, strict=True)
-        for packet, part, shard, sender in parts:
-            self._compressor.decode(packet, part, shard, self._tally, result=True, sender=sender)
+        self.decode(self.gather(transport), transport.ranks)
+
+    def gather(self, transport: Transport) -> list[Tensor]:
+        """The first half of step 3: returns the packets of all shards' results, valid until the next transfer."""
+        work = transport.gather(self._packet)
+        return self._tally.receive(work, len(self._packet) * (len(self._shards) - 1))
+
+    def decode(self, packets: list[Tensor], senders: Sequence[int]) -> None:
+        """The second half of step 3, of the packets that `gather` returned. senders: their encoders, for errors."""
+        for packet, part, shard, sender in zip(
+            packets, self._shards, self.layout.shards, senders, strict=True
+        ):
+            self._compressor.decode(packet, part, shard, self._tally, leg=Leg.RESULT, sender=sender)
         if self._divisors is not None:
             self.x.mul_(self._divisors)
         self._give_back()
         self._compressor.meter.add(self._tally)
 
-    def _encode(
-        self, x: Tensor, shard: Shard, copies: int, residual_units: float, result: bool = False
-    ) -> Tensor:
+    def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float, leg: Leg) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, result)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, leg)
 
     def _take(self, num_bytes: int) -> Tensor:
         self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))
@@ -103,7 +114,7 @@ class Reduction:
     def _sum(self, incoming: list[Tensor], senders: Sequence[int]) -> Tensor:
         own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
-        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, senders)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, senders, self._leg)
         return total.div_(len(incoming)) if self.op == "avg" else total
 
 

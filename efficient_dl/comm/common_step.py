@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -31,9 +32,20 @@ _UNCLAMP = 6 * _OCTAVE
 _SMALLEST_STEP, _LARGEST_STEP = 2.0**-120, 2.0**98
 
 
+class Leg(IntEnum):
+    """Which part of a reduction's way a packet makes; values of each have a spread, and so a step, of their own.
+
+    GROUP: what the ranks of a group came to, on its way to another group (see `GroupedReduction`).
+    """
+
+    CONTRIBUTION = 0
+    RESULT = 1
+    GROUP = 2
+
+
 @dataclass
 class _Direction:
-    """Contributions on their way to the owners, or results on their way back: averages have another spread.
+    """The packets of one leg.
 
     position: log2 of the step, in units of 2^-16; None as long as packets search for their own. values, bits: of the
     packets since the last agreement. placed, places: the values of those that found a step of their own, and the sum of
@@ -51,9 +63,10 @@ class _Direction:
 
 
 class CommonStep:
-    """The step of every "grid:RATE" packet of a model, the same on all ranks, for contributions and for results.
+    """The step of every "grid:RATE" packet of a model, the same on all ranks, one for each `Leg`.
 
     rate: bits a value, headers and tables not counted, as `make_codec("grid:RATE")` understands it.
+    legs: the first so many occur; the same on all ranks.
 
     In the first training step every packet searches for its own. Then all ranks add up what they encoded (`agree`),
     begin with the geometric mean, and from there correct log2 of the step by 3/4 of the bits that were missed (a bit is
@@ -63,9 +76,9 @@ class CommonStep:
     fewer than `FEWEST_VALUES` values between two agreements packets keep their own steps.
     """
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, legs: int = 2) -> None:
         self._target = round(rate * _OCTAVE)
-        self._directions = (_Direction(), _Direction())
+        self._directions = tuple(_Direction() for _ in range(legs))
         self._nonfinite = 0
         self._scale = 1.0
         self._lock = threading.Lock()
@@ -74,18 +87,23 @@ class CommonStep:
         """Starts a step whose gradients are scaled by loss_scale."""
         self._scale = loss_scale
 
-    def step(self, result: bool) -> float | None:
+    def has_legs(self, count: int) -> None:
+        """From now on the first so many legs occur; all ranks call it between the same two agreements."""
+        added = range(len(self._directions), count)
+        self._directions = (*self._directions, *(_Direction() for _ in added))
+
+    def step(self, leg: Leg) -> float | None:
         """The step of this training step's packets; None: each searches for its own."""
-        position = self._directions[result].position
+        position = self._directions[leg].position
         if position is None:
             return None
         step = grid_step((position + _PLACE // 2) // _PLACE) * self._scale
         return min(max(step, _SMALLEST_STEP), _LARGEST_STEP)
 
-    def count(self, stats: PacketStats, result: bool) -> None:
+    def count(self, stats: PacketStats, leg: Leg) -> None:
         """Notes a packet; from any thread."""
         with self._lock:
-            direction = self._directions[result]
+            direction = self._directions[leg]
             direction.values += stats.numel
             direction.bits += round(8 * stats.packet_bytes - stats.header_bits)
             self._nonfinite += stats.nonfinite_blocks
@@ -109,20 +127,21 @@ class CommonStep:
         packet = torch.tensor(counts, dtype=torch.int64).view(torch.uint8).to(transport.device)
         work = transport.gather(packet)
         ranks = torch.stack([message.cpu().view(torch.int64) for message in work.wait()])
-        sums, largest = ranks.sum(0)[:-2], ranks.amax(0)[-2:]
+        legs = len(self._directions)
+        sums, largest = ranks.sum(0)[:-legs], ranks.amax(0)[-legs:]
         self.agreed([int(count) for count in sums], [int(peak) for peak in largest])
         return work.sent_bytes
 
     def agreed(self, total: Sequence[int], peaks: Sequence[int]) -> None:
         """Sets the next steps.
 
-        total: the sums of all ranks' values, bits, placed and places, for contributions, then for results, and of their
-        blocks that are not finite. peaks: the largest integers of any rank, of both.
+        total: the sums of all ranks' values, bits, placed and places, for one leg after the other, and of their blocks
+        that are not finite. peaks: the largest integers of any rank, of each leg.
         """
         if total[-1] > 0:
             return
-        for direction, first, peak in zip(self._directions, (0, 4), peaks, strict=True):
-            values, bits, placed, places = total[first : first + 4]
+        for number, (direction, peak) in enumerate(zip(self._directions, peaks, strict=True)):
+            values, bits, placed, places = total[4 * number : 4 * number + 4]
             if values < FEWEST_VALUES or (direction.position is None and not placed):
                 continue
             if direction.position is None:
@@ -156,9 +175,10 @@ class CommonStep:
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict` at the same rate."""
+        """Continues from a `state_dict` at the same rate; a leg that did not occur there begins anew."""
+        saved = [_Direction(**one) for one in state["directions"]]
         with self._lock:
-            self._directions = tuple(_Direction(**one) for one in state["directions"])
+            self._directions = (*saved, *self._directions[len(saved) :])[: len(self._directions)]
             self._nonfinite = state["nonfinite"]
 
     def load_positions(self, state: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from efficient_dl.codec import Codec, PacketStats, make_codec, segment_bits
 from efficient_dl.comm import sections as messages
 from efficient_dl.comm.buffers import BufferPool
-from efficient_dl.comm.common_step import CommonStep
+from efficient_dl.comm.common_step import CommonStep, Leg
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
@@ -52,6 +52,7 @@ class Compressor:
         self.residuals = residuals
         self._kernel = kernel
         self._codecs: dict[str, Codec] = {}
+        self._legs = 2
         self._controlled_bytes = 0
         self._bytes_before = 0
         self._unscaled: frozenset[str] = frozenset()
@@ -69,10 +70,16 @@ class Compressor:
         self.plan = plan
         self.rates = Rates(plan)
         rate = float(plan.codec.partition(":")[2]) if plan.has_common_step else 0.0
-        self.common_step = CommonStep(rate) if plan.has_common_step else None
+        self.common_step = CommonStep(rate, self._legs) if plan.has_common_step else None
         # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
         self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
         self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
+
+    def expect_groups(self) -> None:
+        """Reductions in groups are to come: their sums get a common step of their own. All ranks call it together."""
+        self._legs = len(Leg)
+        if self.common_step is not None:
+            self.common_step.has_legs(self._legs)
 
     @property
     def samples(self) -> bool:
@@ -139,15 +146,15 @@ class Compressor:
         tally: Tally,
         copies: int,
         residual_units: float = 1.0,
-        result: bool = False,
+        leg: Leg = Leg.CONTRIBUTION,
     ) -> Tensor:
         """Returns the message of x, the values of a shard, and counts that it leaves in so many copies.
 
         room: uint8, at least `max_bytes`; the message is its front.
         residual_units: 1 for contributions, the number of ranks for their average (`Residuals.take`).
-        result: x is what all ranks' contributions came to, on its way back (see `CommonStep`).
+        leg: which part of its way x makes (see `CommonStep`).
         """
-        sections = self._sections(shard, result)
+        sections = self._sections(shard, leg)
         start = messages.directory_bytes(len(sections))
         lengths: list[int] = []
         stop = start
@@ -162,7 +169,7 @@ class Compressor:
                 turn = self.meter.steps // SAMPLE_EVERY_STEPS
                 tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
             if self.common_step is not None and section.is_default:
-                self.common_step.count(stats, result)
+                self.common_step.count(stats, leg)
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
             if self.samples and not (codec.exact or self._knows_error(codec, section)):
                 self._measure_error(codec, values, room[start : start + length], section, tally)
@@ -183,18 +190,18 @@ class Compressor:
         shard: Shard,
         tally: Tally,
         accumulate: bool = False,
-        result: bool = False,
+        leg: Leg = Leg.CONTRIBUTION,
         *,
         sender: int | None = None,
     ) -> None:
         """Decodes the message of a shard into out, or adds it to out.
 
-        result: as its encoder was told. sender: which rank of the job that is; None: this one, in the shadow.
+        leg: as its encoder was told. sender: which rank of the job that is; None: this one, in the shadow.
         Raises CorruptPacket, which names the sender.
         """
         start = time.perf_counter()
         try:
-            self._decode(message, out, shard, accumulate, result)
+            self._decode(message, out, shard, accumulate, leg)
         except CorruptPacket as error:
             if sender is None:
                 raise
@@ -205,8 +212,8 @@ class Compressor:
             ) from error
         tally.totals.decode_seconds += time.perf_counter() - start
 
-    def _decode(self, message: Tensor, out: Tensor, shard: Shard, accumulate: bool, result: bool) -> None:
-        sections = self._sections(shard, result)
+    def _decode(self, message: Tensor, out: Tensor, shard: Shard, accumulate: bool, leg: Leg) -> None:
+        sections = self._sections(shard, leg)
         packets = messages.split_message(message, len(sections))
         for section, packet in zip(sections, packets, strict=True):
             values = (
@@ -218,6 +225,18 @@ class Compressor:
             codec.decode(packet, values, accumulate=accumulate, side=section.side)
             section.scatter(values, out)
 
+    def forwarded(self, message: Tensor, shard: Shard, dtype: torch.dtype, tally: Tally, copies: int) -> None:
+        """Counts that a shard's message, received from its encoder, leaves here as it is in so many copies."""
+        sections = self._sections(shard, Leg.RESULT)
+        packets = messages.split_message(message, len(sections))
+        for section, packet in zip(sections, packets, strict=True):
+            raw_bytes = self._identity.max_bytes(section.numel, dtype)
+            tally.sent(section, len(packet), raw_bytes, copies)
+            if section.is_default:
+                with self._lock:
+                    self._controlled_bytes += len(packet) * copies
+        tally.totals.wire_bytes += (len(message) - sum(map(len, packets))) * copies
+
     def sum(
         self,
         own: Tensor,
@@ -227,15 +246,18 @@ class Compressor:
         tally: Tally,
         total: Tensor,
         senders: Sequence[int],
+        leg: Leg = Leg.CONTRIBUTION,
     ) -> Tensor:
         """Makes total the sum of all ranks' values of a shard, in float32 and in rank order, and returns it.
 
         own: this rank's values, which take part unquantized. incoming: by rank, the others' messages; the own one is
         not read. total: float32, 1-D, shard.numel values of any content. senders: `Transport.ranks`, for errors.
+        leg: of the messages.
         """
         for source, message in enumerate(incoming):
             if source != rank:
-                self.decode(message, total, shard, tally, accumulate=source > 0, sender=senders[source])
+                sender = senders[source]
+                self.decode(message, total, shard, tally, accumulate=source > 0, leg=leg, sender=sender)
             elif source == 0:
                 total.copy_(own)
             else:
@@ -386,9 +408,9 @@ class Compressor:
         wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
 
-    def _sections(self, shard: Shard, result: bool = False) -> tuple[Section, ...]:
+    def _sections(self, shard: Shard, leg: Leg = Leg.CONTRIBUTION) -> tuple[Section, ...]:
         sections = sections_of(shard, self.plan, self._unscaled)
-        step = self.common_step.step(result) if self.common_step is not None else None
+        step = self.common_step.step(leg) if self.common_step is not None else None
         return sections if step is None else tuple(section.with_step(step) for section in sections)
 
     def _knows_error(self, codec: Codec, section: Section) -> bool:

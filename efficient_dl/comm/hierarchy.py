@@ -13,18 +13,17 @@ from efficient_dl.comm.collectives import Op, Reduction
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology
-from efficient_dl.comm.transport import Transport, Work
+from efficient_dl.comm.transport import Divisible, Transport, Work
 from efficient_dl.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Levels:
-    """One transport for each phase of a `HierarchicalReduction`, in the order of the phases.
+    """One transport for each phase of a `HierarchicalReduction` or a `GroupedReduction`, in the order of the phases.
 
-    scatter, spread: among the ranks of a node. exchange, gather: among the ranks with the same position on their
-    nodes. Where phases overlap, as in `OverlappedReducer`, each has a transport of its own; else two may be one.
+    scatter, spread: among the ranks of a node or group. exchange, gather: among the ranks with the same position on
+    their nodes. Where phases overlap, as in `OverlappedReducer`, each has a transport of its own; else two may be one.
     """
 
     scatter: Transport
@@ -33,8 +32,8 @@ class Levels:
     spread: Transport
 
     @staticmethod
-    def of(topology: Topology, control: ProcessGroupTransport) -> Levels:
-        """Makes the groups; all ranks of control call it at the same time. On CUDA devices one a level, used twice.
+    def of(topology: Topology, control: Divisible) -> Levels:
+        """Makes the transports; all ranks of control call it at the same time. On CUDA devices one a level, used twice.
 
         Raises ConfigError if the nodes have different numbers of ranks: reduce flat then.
         """
@@ -94,7 +93,7 @@ class HierarchicalReduction:
         self._across: Reduction | None = None
         if across.world_size > 1 and self._own.numel():
             shard = self.layout.shards[inside.rank]
-            inner = _cut(shard, across.world_size)
+            inner = cut_again(shard, across.world_size)
             parts = None if divisors is None else divisors[shard.start : shard.stop]
             units = float(inside.world_size) if op == "avg" else 1.0
             self._across = Reduction(self._own, inner, compressor, across.rank, op, parts, units)
@@ -167,10 +166,10 @@ def hierarchical_all_reduce(
     reduction.spread(levels.spread)
 
 
-@lru_cache(maxsize=1024)
-def _cut(shard: Shard, num_nodes: int) -> BucketLayout:
-    """The shard as a bucket of its own, whose shards still tell where in their parameters they begin."""
-    layout = BucketLayout.of(shard.names, shard.segments, num_nodes)
+@lru_cache(maxsize=4096)
+def cut_again(shard: Shard, num_shards: int) -> BucketLayout:
+    """A shard as a bucket of its own, whose shards still tell where in their parameters they begin."""
+    layout = BucketLayout.of(shard.names, shard.segments, num_shards)
     begin = dict(zip(shard.names, shard.offsets, strict=True))
     shards = tuple(
         replace(

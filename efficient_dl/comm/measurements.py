@@ -168,6 +168,39 @@ def assumed_network(
     )
 
 
+def extrapolated(two: Measurements, nodes: int, contention: float = 1.0) -> Measurements:
+    """What was measured between two nodes of one rank each, on paper for so many of them, on links as fast.
+
+    A message takes as long as between two, and our exchange waits for n − 1 of them, native for the 2 (n − 1) rounds of
+    a ring, where two ranks have 2. contention: how many times as long all that processors do takes as it took there,
+    because ranks share cores: 1.0 where they do not. Bandwidths stay.
+    """
+    rounds = (nodes - 1) * contention
+    packet = two.packet
+    return replace(
+        two,
+        ranks_per_node=(1,) * nodes,
+        native=replace(two.native, latency_seconds=two.native.latency_seconds * rounds),
+        exchange=replace(two.exchange, latency_seconds=two.exchange.latency_seconds * rounds),
+        between=None,
+        inside=None,
+        codecs=tuple(
+            replace(
+                one,
+                encode_seconds=one.encode_seconds * contention,
+                decode_seconds=one.decode_seconds * contention,
+            )
+            for one in two.codecs
+        ),
+        packet=replace(
+            packet,
+            encode_seconds=packet.encode_seconds * contention,
+            decode_seconds=packet.decode_seconds * contention,
+        ),
+        assumed=f"{nodes} hosts, from what was measured between two",
+    )
+
+
 GLOO_EFFICIENCY = 0.94  # benchmarks/results/exchange.jsonl: pairwise rounds of 10 MiB, 92 to 94 % of the line
 MEMORY_BYTES_PER_SECOND = (
     1e9  # between two processes of a node over the loopback interface; a guess on the low side

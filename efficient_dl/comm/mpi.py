@@ -56,6 +56,7 @@ class MpiTransport:
     comm: whose ranks; a duplicate of it is used. By default MPI.COMM_WORLD.
     timeout: seconds that one transfer may take, and the construction.
     device: the CPU. MPI works on the memory of the tensors; nothing is copied. Messages beyond 1 GiB travel in parts.
+    members, names: see `Link`.
 
     A rank that leaves (`close`, `abort`, a failed transfer, its process's end) tells its peers, and they wait for it no
     longer. If a rank is killed, the launcher ends the others; if it was told not to, they wait until the time-out. A
@@ -71,6 +72,8 @@ class MpiTransport:
         comm: MPI.Intracomm | None = None,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         device: torch.device | None = None,
+        members: Sequence[int] | None = None,
+        names: Sequence[int] | None = None,
     ) -> None:
         self.device = device or torch.device("cpu")
         if self.device.type != "cpu":
@@ -80,7 +83,7 @@ class MpiTransport:
                 fix="leave transport out: NCCL moves the tensors of CUDA devices",
             )
         self.timeout = timeout
-        self.link = Link(comm or mpi_module().COMM_WORLD, timeout)
+        self.link = Link(comm or mpi_module().COMM_WORLD, timeout, members, names)
         self.receive_buffers = ReceiveBuffers()
         self._goodbye = weakref.finalize(self, self.link.leave, Leaving.CLOSED)
 
@@ -95,9 +98,9 @@ class MpiTransport:
         return self.link.world_size
 
     @property
-    def ranks(self) -> range:
-        """See `Transport.ranks`; of the communicator."""
-        return range(self.link.world_size)
+    def ranks(self) -> Sequence[int]:
+        """See `Transport.ranks`; of the first communicator."""
+        return self.link.names
 
     def exchange(self, outgoing: list[Tensor]) -> MpiWork:
         """See `Transport.exchange`."""
@@ -109,7 +112,11 @@ class MpiTransport:
 
     def sibling(self) -> MpiTransport:
         """See `Transport.sibling`."""
-        return MpiTransport(self.link.comm, self.timeout)
+        return MpiTransport(self.link.comm, self.timeout, names=self.link.names)
+
+    def subgroup(self, members: Sequence[int]) -> MpiTransport:
+        """See `Divisible.subgroup`."""
+        return MpiTransport(self.link.comm, self.timeout, members=members, names=self.link.names)
 
     def abort(self) -> None:
         """See `Transport.abort`."""
@@ -205,11 +212,12 @@ class MpiWork:
     def _fail(self, what: str, peer: int, found: str) -> NoReturn:
         keep_for_ever(self._requests)
         self._link.leave(Leaving.ABORTED)
+        lost = self._link.names[peer]
         raise TransportError(
-            f"rank {self._link.rank} lost rank {peer} while waiting for {what}",
+            f"rank {self._link.names[self._link.rank]} lost rank {lost} while waiting for {what}",
             found=found,
             where=f"a transfer among {self._link.world_size} ranks of MPI, limited to {self._transport.timeout:g} s",
-            fix=f"read the end of rank {peer}'s log: it has stopped, is stuck or cannot be reached",
+            fix=f"read the end of rank {lost}'s log: it has stopped, is stuck or cannot be reached",
         )
 
 

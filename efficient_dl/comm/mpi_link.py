@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from efficient_dl.errors import ConfigError, PackageMissing, TransportError
 
@@ -30,17 +31,32 @@ class Leaving(IntEnum):
 
 
 class Link:
-    """A duplicate of a communicator; all of its ranks construct it together.
+    """A duplicate of a communicator, or a part of one; all of its ranks construct it together, each for its own part.
 
+    members: the ranks of the part, ascending; None: all. names: what messages call the ranks: as in the parent.
     comm: the duplicate; left: which peers have left it, as far as their notices were read.
     Raises TransportError if not all ranks came within `timeout` seconds.
     """
 
-    def __init__(self, parent: MPI.Intracomm, timeout: float) -> None:
+    def __init__(
+        self,
+        parent: MPI.Intracomm,
+        timeout: float,
+        members: Sequence[int] | None = None,
+        names: Sequence[int] | None = None,
+    ) -> None:
         self.mpi = mpi_module()
         self.rank, self.world_size = parent.Get_rank(), parent.Get_size()
+        self.names = list(names or range(self.world_size))
+        self.comm: MPI.Intracomm = self._duplicate(parent, timeout)
+        if members is not None:
+            # All ranks have just met in the duplication, which has a time-out; the split, which has none, follows.
+            whole = self.comm
+            self.comm = cast("MPI.Intracomm", whole.Split(members[0], self.rank))
+            whole.Free()
+            self.names = [self.names[member] for member in members]
+            self.rank, self.world_size = self.comm.Get_rank(), self.comm.Get_size()
         self.peers = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
-        self.comm = self._duplicate(parent, timeout)
         self.left: dict[int, int] = {}
         self.has_left = False  # this rank
         self._leaving = threading.Lock()

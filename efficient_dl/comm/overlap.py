@@ -11,12 +11,13 @@ from torch import Tensor
 
 from efficient_dl.comm.collectives import Op, Reduction
 from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.grouped import GroupedReduction
 from efficient_dl.comm.hierarchy import HierarchicalReduction, Levels
 from efficient_dl.comm.layout import BucketLayout
 from efficient_dl.comm.pipeline import Pipeline
 from efficient_dl.comm.transport import Transport
 
-R = TypeVar("R", Reduction, HierarchicalReduction)
+R = TypeVar("R", Reduction, HierarchicalReduction, GroupedReduction)
 
 
 class _Reducer(Generic[R]):
@@ -115,6 +116,29 @@ class HierarchicalReducer(_Reducer[HierarchicalReduction]):
             [
                 lambda reduction: reduction.scatter_and_reduce(levels.scatter),
                 HierarchicalReduction.encode,
+                lambda reduction: reduction.exchange_and_reduce(levels.exchange),
+                lambda reduction: reduction.gather_and_decode(levels.gather),
+                lambda reduction: reduction.spread(levels.spread),
+            ],
+            transports,
+            one_thread=len(transports) < 4,
+        )
+
+
+class GroupedReducer(_Reducer[GroupedReduction]):
+    """The same with a `GroupedReduction` for each bucket.
+
+    levels: as for `HierarchicalReducer`, of groups.
+    """
+
+    def __init__(self, compressor: Compressor, levels: Levels) -> None:
+        compressor.expect_groups()
+        transports = levels.transports
+        super().__init__(
+            lambda x, layout, op, divisors: GroupedReduction(x, layout, compressor, levels, op, divisors),
+            [
+                GroupedReduction.encode,
+                lambda reduction: reduction.scatter_and_reduce(levels.scatter),
                 lambda reduction: reduction.exchange_and_reduce(levels.exchange),
                 lambda reduction: reduction.gather_and_decode(levels.gather),
                 lambda reduction: reduction.spread(levels.spread),

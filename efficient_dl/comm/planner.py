@@ -13,10 +13,13 @@ Bytes that a rank sends, of V values at b bytes on n ranks:
     native      2 (n − 1) / n · V · itemsize, by torch's all-reduce as measured
     flat        2 (n − 1) / n · V · b         (exchange and gather), by our transport as measured
     one way     half of either, where gradients travel to the ranks that keep their sums, and not back (FSDP2, ZeRO)
+    groups      as flat; the packets that every rank gets of the results are passed on inside of a group
     hierarchy   2 (N − 1) / N · V / l · b     between N nodes of l ranks; inside of them 2 (l − 1) / l · V · itemsize
 Codec seconds: all values are encoded once, and (2 n − 1) / n of them decoded (V / l values, N for n, in a hierarchy);
 one way (n − 1) / n of them are encoded and as many decoded. Every packet costs its header and calls beside: with many
-ranks shards become small, and that is what ends the one-shot exchange (benchmarks/scaling.py).
+ranks shards become small, and that is what ends the one-shot exchange (benchmarks/scaling.py). A flat reduction sends 2
+(n − 1) messages a rank and bucket, groups of g 2 (g + n / g − 2), and as many fewer packets on the way up; a message's
+latency is that of our exchange divided by its n − 1.
 
 The rule: of all choices within `tolerance` of the fastest one, the least compressing. So nothing is chosen that is
 predicted to be slower than the native all-reduce, and native wins ties.
@@ -30,52 +33,40 @@ that the hierarchy no longer pays, each rank sends more bytes, and more compress
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from efficient_dl.comm.measurements import CodecSpeed, Measurements
+from efficient_dl.comm.measurements import Measurements
+from efficient_dl.comm.routes import (
+    PlannerOptions,
+    Route,
+    Shapes,
+    all_routes,
+    bits_of,
+    bucket_numels,
+    codec_bits,
+    native_route,
+)
 from efficient_dl.errors import ConfigError
 
+__all__ = [
+    "DEFAULT_FLOOR_BITS",
+    "Decision",
+    "PlannerOptions",
+    "Prediction",
+    "Shapes",
+    "bits_of",
+    "bucket_numels",
+    "codec_bits",
+    "plan_for",
+    "predict",
+    "wording",
+]
+
 DEFAULT_FLOOR_BITS = 2.0  # docs/experiments.md: within 1.5 % of fp32's loss at 500 steps, 0.3 % at 2,000
-FIRST_BUCKET_BYTES = 1 << 20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
-BUCKET_BYTES = 25 << 20  # DistributedDataParallel's own bucket_cap_mb
 _BUCKET_CHOICES = (1 << 20, 4 << 20, 10 << 20, 25 << 20)
 _SLOWEST, _FASTEST = 1e3, 1e13  # bytes per second; no break-even is looked for beyond
-
-
-@dataclass(frozen=True)
-class PlannerOptions:
-    """What the user allows.
-
-    tolerance: how much slower than the fastest choice one with less compression may be; 0.02 is 2 %.
-    bucket_bytes: of DistributedDataParallel; 0: its own 25 MiB, the first one 1 MiB.
-    flat, hierarchy: which of our reductions can be had; a hierarchy only where nodes have several ranks each.
-    native: whether torch's own all-reduce can be had.
-    one_way, native_one_way: whether gradients travel to the ranks that keep their sums, and not back: ours, torch's.
-    """
-
-    tolerance: float = 0.02
-    bucket_bytes: int = 0
-    flat: bool = True
-    hierarchy: bool = False
-    native: bool = True
-    one_way: bool = False
-    native_one_way: bool = False
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What is reduced: the values of each parameter, in the model's order, and the bytes of one."""
-
-    numels: tuple[int, ...]
-    itemsize: int = 4
-
-    @property
-    def numel(self) -> int:
-        """All values."""
-        return sum(self.numels)
 
 
 @dataclass(frozen=True)
@@ -86,6 +77,7 @@ class Prediction:
     exposed_seconds: what a step takes longer than backward alone.
     break_even: bytes per second of the slowest link below which this beats the native all-reduce; 0.0: never,
         inf: on every link.
+    group_size: of how many ranks each group is, where they reduce in groups; else 0.
     """
 
     bits: str
@@ -96,6 +88,12 @@ class Prediction:
     transfer_seconds: float
     sent_bytes: float
     break_even: float
+    group_size: int = 0
+
+    @property
+    def plan(self) -> tuple[str, bool, int]:
+        """What tells choices apart: bits, hierarchy, group_size."""
+        return self.bits, self.hierarchy, self.group_size
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,7 @@ class Decision:
     bucket_bytes: int
     reason: str
     predictions: tuple[Prediction, ...]
+    group_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; a break-even that is infinite is None."""
@@ -120,11 +119,14 @@ class Decision:
         return values | {"predictions": list(values["predictions"])}
 
     @property
+    def plan(self) -> tuple[str, bool, int]:
+        """What tells choices apart: bits, hierarchy, group_size."""
+        return self.bits, self.hierarchy, self.group_size
+
+    @property
     def chosen(self) -> Prediction:
         """The prediction of the choice, with torch's own buckets."""
-        return next(
-            one for one in self.predictions if (one.bits, one.hierarchy) == (self.bits, self.hierarchy)
-        )
+        return next(one for one in self.predictions if one.plan == self.plan)
 
 
 def plan_for(
@@ -154,44 +156,8 @@ def plan_for(
     limit = best * (1 + options.tolerance)
     chosen = next(one for one in predictions if one.step_seconds <= limit)
     bucket_bytes = _buckets(measurements, model, floor_bits, options, chosen)
-    decision = Decision(chosen.bits, chosen.hierarchy, bucket_bytes, "", predictions)
+    decision = Decision(chosen.bits, chosen.hierarchy, bucket_bytes, "", predictions, chosen.group_size)
     return replace(decision, reason=_reason(decision, measurements, floor_bits))
-
-
-def bucket_numels(numels: Sequence[int], itemsize: int = 4, bucket_bytes: int = 0) -> list[int]:
-    """Values of each of DistributedDataParallel's buckets: filled from the last parameter to the first.
-
-    bucket_bytes: 0: DDP's own, the first one of 1 MiB and the others of 25 MiB.
-    """
-    return list(_buckets_of(tuple(numels), itemsize, bucket_bytes))
-
-
-@lru_cache(maxsize=256)
-def _buckets_of(numels: tuple[int, ...], itemsize: int, bucket_bytes: int) -> tuple[int, ...]:
-    buckets: list[int] = [0]
-    for numel in reversed(numels):
-        first = len(buckets) == 1 and not bucket_bytes
-        if buckets[-1] * itemsize >= (FIRST_BUCKET_BYTES if first else bucket_bytes or BUCKET_BYTES):
-            buckets.append(0)
-        buckets[-1] += numel
-    return tuple(buckets)
-
-
-def _routes(
-    measurements: Measurements, model: Shapes, floor_bits: float, options: PlannerOptions
-) -> list[_Route]:
-    """Every choice that is allowed, the least compressing first; for each codec the faster one of the reductions."""
-    allowed = [one for one in measurements.codecs if codec_bits(one.codec) >= floor_bits]
-    choices = [_native(measurements, model, options)] if options.native else []
-    for codec in sorted(allowed, key=lambda one: -one.bytes_per_value):
-        both: list[_Route] = []
-        if options.flat:
-            both.append(_flat(measurements, model, codec, options))
-        if options.hierarchy and measurements.between is not None:
-            both.append(_hierarchical(measurements, model, codec, options))
-        if both:
-            choices.append(min(both, key=lambda one: one.step_seconds()))
-    return choices
 
 
 def predict(
@@ -202,7 +168,7 @@ def predict(
 ) -> tuple[Prediction, ...]:
     """Every choice that the floor and the options allow, the least compressing first."""
     options = options or PlannerOptions()
-    native = _native(measurements, model, options)
+    native = native_route(measurements, model, options)
     return tuple(
         Prediction(
             one.bits,
@@ -213,134 +179,13 @@ def predict(
             one.transfer_seconds,
             one.sent_bytes,
             math.inf if one.bits == "none" else _break_even(one, native, measurements.slowest_link),
+            one.group_size,
         )
-        for one in _routes(measurements, model, floor_bits, options)
+        for one in all_routes(measurements, model, floor_bits, options)
     )
 
 
-def codec_bits(codec: str) -> float:
-    """The bits a value of a codec with a rate ("bits:2.0", "grid:0.5"); inf of an exact one."""
-    rate = codec.partition(":")[2]
-    return float(rate) if rate else math.inf
-
-
-def bits_of(codec: str) -> str:
-    """What `compress(bits=...)` takes for a codec: "2.0" of "bits:2.0", "lossless" of "lossless"."""
-    return codec.partition(":")[2] or codec
-
-
-@dataclass(frozen=True)
-class _Route:
-    """One choice's part in the formula of the file's first lines: K, x, α and β."""
-
-    bits: str
-    hierarchy: bool
-    codec_seconds: float
-    sent_bytes: float
-    processor_seconds: float
-    transfer_seconds: float
-    first: float
-    last: float
-
-    def step_seconds(self, factor: float = 1.0) -> float:
-        """The prediction if the links between nodes were so many times as fast."""
-        transfer = self.transfer_seconds / factor
-        return max(
-            self.processor_seconds + self.last * transfer, self.first * self.processor_seconds + transfer
-        )
-
-
-def _route(
-    measurements: Measurements,
-    model: Shapes,
-    options: PlannerOptions,
-    bits: str,
-    sent_bytes: float,
-    speed: float,
-    codec_seconds: float,
-    bucket_seconds: float,
-    hierarchy: bool = False,
-    packets: tuple[int, int, int] = (0, 0, 0),
-) -> _Route:
-    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size.
-
-    packets: how many a rank encodes, decodes and sends for each bucket.
-    """
-    buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
-    first, last = buckets[0] / model.numel, buckets[-1] / model.numel
-    backward = measurements.backward_seconds
-    encoded, decoded, sent = packets
-    cost = measurements.packet
-    sent_bytes += len(buckets) * sent * cost.num_bytes
-    codec_seconds += len(buckets) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
-    if measurements.contended:
-        processor = backward + codec_seconds
-    else:
-        processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
-    processor += bucket_seconds * len(buckets)
-    return _Route(bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, first, last)
-
-
-def _native(measurements: Measurements, model: Shapes, options: PlannerOptions) -> _Route:
-    ranks, line = measurements.world_size, measurements.native
-    ways = 1 if options.native_one_way else 2
-    sent = ways * (ranks - 1) / ranks * model.numel * model.itemsize
-    return _route(
-        measurements, model, options, "none", sent, line.bytes_per_second, 0.0, line.latency_seconds
-    )
-
-
-def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions) -> _Route:
-    ranks, line = measurements.world_size, measurements.exchange
-    ways, others = (1 if options.one_way else 2), (ranks - 1) / ranks
-    if options.one_way:
-        coded = others * model.numel * (codec.encode_seconds + codec.decode_seconds)
-    else:
-        coded = model.numel * (codec.encode_seconds + (1 + others) * codec.decode_seconds)
-    sent = ways * others * model.numel * codec.bytes_per_value
-    return _route(
-        measurements,
-        model,
-        options,
-        bits_of(codec.codec),
-        sent,
-        line.bytes_per_second,
-        coded,
-        ways * line.latency_seconds,
-        packets=_packets(ranks, ways),
-    )
-
-
-def _hierarchical(
-    measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions
-) -> _Route:
-    assert measurements.between is not None and measurements.inside is not None
-    nodes, local = len(measurements.ranks_per_node), measurements.ranks_per_node[0]
-    numel = model.numel / local
-    coded = numel * (codec.encode_seconds + (2 - 1 / nodes) * codec.decode_seconds)
-    # Inside of a node bytes are copied by the same processors: they count as the codec's time does.
-    inside = 2 * (local - 1) / local * model.numel * model.itemsize / measurements.inside.bytes_per_second
-    return _route(
-        measurements,
-        model,
-        options,
-        bits_of(codec.codec),
-        2 * (nodes - 1) / nodes * numel * codec.bytes_per_value,
-        measurements.between.bytes_per_second,
-        coded + inside,
-        2 * (measurements.between.latency_seconds + measurements.inside.latency_seconds),
-        hierarchy=True,
-        packets=_packets(nodes, 2),
-    )
-
-
-def _packets(ranks: int, ways: int) -> tuple[int, int, int]:
-    """Of a bucket, per rank: encoded, decoded, sent. On the way back one packet goes to all."""
-    others = ranks - 1
-    return (others + (ways == 2), ways * others + (ways == 2), ways * others)
-
-
-def _break_even(one: _Route, native: _Route, speed: float) -> float:
+def _break_even(one: Route, native: Route, speed: float) -> float:
     """Bisection; by the monotony of T1 / T2 there is one change of sign at most. 0.0 also if it pays above it."""
 
     def pays(logarithm: float) -> bool:
@@ -367,7 +212,7 @@ def _buckets(
     seconds: Mapping[int, float] = {
         size: next(
             one.step_seconds()
-            for one in _routes(measurements, model, floor_bits, replace(options, bucket_bytes=size))
+            for one in all_routes(measurements, model, floor_bits, replace(options, bucket_bytes=size))
             if one.bits == chosen.bits
         )
         for size in _BUCKET_CHOICES
@@ -402,6 +247,7 @@ def _reason(decision: Decision, measurements: Measurements, floor_bits: float) -
             if chosen.break_even == math.inf
             else f"it pays below {_mbits(chosen.break_even)}"
         )
+    why += _messages(chosen, measurements)
     assumed = f"; {measurements.assumed}" if measurements.assumed else ""
     return (
         f"{wording(chosen)}: a step of {_ms(chosen.step_seconds)} is predicted ({others}); the links have {speed}, "
@@ -409,9 +255,22 @@ def _reason(decision: Decision, measurements: Measurements, floor_bits: float) -
     )
 
 
+def _messages(chosen: Prediction, measurements: Measurements) -> str:
+    """Why groups, if they were chosen."""
+    if not chosen.group_size:
+        return ""
+    ranks, size = measurements.world_size, chosen.group_size
+    return (
+        f"; groups of {size} need {2 * (size + ranks // size - 2)} messages a rank and bucket instead of "
+        f"{2 * (ranks - 1)}, and round a value three times instead of twice"
+    )
+
+
 def wording(one: Prediction) -> str:
     """A choice in a few words."""
     name = {"none": "native", "lossless": "lossless"}.get(one.bits, f"{one.bits} bits")
+    if one.group_size:
+        return f"{name} in groups of {one.group_size}"
     return f"{name} between nodes" if one.hierarchy else name
 
 

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from efficient_dl.codec import Side, make_codec
+from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.layout import BLOCK_NUMEL, BucketLayout
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
+from efficient_dl.comm.meter import Tally
+from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology
 from efficient_dl.comm.transport import SIZE_BYTES, Transport
@@ -125,11 +128,34 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def packet_cost(codec: str, sample: Tensor, kernel: str = "auto") -> PacketCost:
-    """What a packet of one block takes; its values count for nothing. Medians of a few tries."""
+    """What a packet of one block takes; its values count for nothing. Medians of a few tries.
+
+    Through a `Compressor`, as in a reduction, whose own time is a part of it.
+    """
     values = sample[:BLOCK_NUMEL].contiguous()
-    timed = _Timed(codec, [None], [values], kernel)
-    encode, decode, num_bytes = timed.run(_PACKET_TRIES)
-    return PacketCost(encode, decode, max(num_bytes - values.numel() * _bits(codec) / 8, 0.0) + SIZE_BYTES)
+    _, _, num_bytes = _Timed(codec, [None], [values], kernel).run(tries=1)
+    compressor, layout = (
+        Compressor(Plan.of(codec), ["values"], kernel),
+        BucketLayout.of(["values"], [values.numel()], 1),
+    )
+    compressor.meter.stepped(0.0)  # in the first step errors and entropies would be sampled
+    tally, (shard,) = Tally(layout), layout.shards
+    room = values.new_empty(compressor.max_bytes(shard, values.dtype), dtype=torch.uint8)
+    total = torch.zeros_like(values, dtype=torch.float32)
+    encoding: list[float] = []
+    decoding: list[float] = []
+    for _ in range(_PACKET_TRIES):
+        start = _now(values.device)
+        message = compressor.encode(values, room, shard, tally, copies=1)
+        middle = _now(values.device)
+        compressor.decode(message, total, shard, tally, accumulate=True)
+        encoding.append(middle - start)
+        decoding.append(_now(values.device) - middle)
+    return PacketCost(
+        statistics.median(encoding),
+        statistics.median(decoding),
+        max(num_bytes - values.numel() * _bits(codec) / 8, 0.0) + SIZE_BYTES,
+    )
 
 
 def codec_speed(

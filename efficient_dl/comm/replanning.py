@@ -26,15 +26,21 @@ from efficient_dl.comm.planner import (
 class PlanState:
     """What a run follows, as checkpoints keep it.
 
-    bits, hierarchy: of the plan in force. rival: (bits, hierarchy) that won last time. wins: how often in a row.
+    bits, hierarchy, group_size: of the plan in force. rival: those that won last time. wins: how often in a row.
     since_step: the optimizer step after which the plan came into force.
     """
 
     bits: str
     hierarchy: bool
-    rival: tuple[str, bool] | None = None
+    rival: tuple[str, bool, int] | None = None
     wins: int = 0
     since_step: int = 0
+    group_size: int = 0
+
+    @property
+    def plan(self) -> tuple[str, bool, int]:
+        """What tells choices apart: bits, hierarchy, group_size."""
+        return self.bits, self.hierarchy, self.group_size
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -44,7 +50,9 @@ class PlanState:
     def from_json(values: dict[str, Any]) -> PlanState:
         """Undoes `to_json`."""
         state, rival = PlanState(**values), values["rival"]
-        return replace(state, rival=(rival[0], rival[1]) if rival else None)
+        return replace(
+            state, rival=(rival[0], rival[1], rival[2] if len(rival) > 2 else 0) if rival else None
+        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,10 @@ def reconsider(
     """
     hysteresis, options = hysteresis or Hysteresis(), options or PlannerOptions()
     decision = plan_for(measurements, model, floor_bits, options)
-    new = (decision.bits, decision.hierarchy)
+    new = decision.plan
     calm = replace(state, rival=None, wins=0)
-    switched = PlanState(*new, since_step=step)
-    if new == (state.bits, state.hierarchy):
+    switched = PlanState(new[0], new[1], since_step=step, group_size=new[2])
+    if new == state.plan:
         return Verdict(calm, None, f"kept: {decision.reason}")
     present = _present(state, measurements, model, floor_bits, options)
     if present is None:
@@ -115,8 +123,10 @@ def _present(
     """What is predicted for the plan in force, also where the other reduction is faster; None if it cannot be had."""
     only = replace(
         options,
-        flat=options.flat and not state.hierarchy,
+        flat=options.flat and not (state.hierarchy or state.group_size),
         hierarchy=options.hierarchy and state.hierarchy,
+        groups=options.groups and state.group_size > 0,
+        group_size=state.group_size,
     )
     found = predict(measurements, model, floor_bits, only)
-    return next((one for one in found if (one.bits, one.hierarchy) == (state.bits, state.hierarchy)), None)
+    return next((one for one in found if one.plan == state.plan), None)

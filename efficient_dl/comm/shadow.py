@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.comm.collectives import Op
+from efficient_dl.comm.common_step import Leg
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
 from efficient_dl.comm.meter import Tally
@@ -81,7 +82,7 @@ class ShadowReduction:
         for owner, shard in enumerate(self._layout.shards):
             if owner != self._rank:
                 part = self.contribution[shard.start : shard.stop]
-                self._decode(self._encode(part, shard, copies=1), shard, result=False)
+                self._decode(self._encode(part, shard, copies=1), shard, Leg.CONTRIBUTION)
 
     def encode_result(self) -> None:
         """Step 2: the packet of the own shard's result. Decoding it stands for decoding all shards' results."""
@@ -93,23 +94,23 @@ class ShadowReduction:
         if self._divisors is not None:
             result = (result / self._divisors[shard.start : shard.stop]).to(result.dtype)
         units = float(len(shards)) if self._op == "avg" else 1.0
-        packet = self._encode(result, shard, copies, units, result=True)
+        packet = self._encode(result, shard, copies, units, Leg.RESULT)
         for _ in shards:
-            self._decode(packet, shard, result=True)
+            self._decode(packet, shard, Leg.RESULT)
         self._compressor.buffers.give(self._buffers)
         self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
 
     def _encode(
-        self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0, result: bool = False
+        self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0, leg: Leg = Leg.CONTRIBUTION
     ) -> Tensor:
         room = self._take(self._compressor.max_bytes(shard, x.dtype))
-        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, result)
+        return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, leg)
 
-    def _decode(self, packet: Tensor, shard: Shard, result: bool) -> None:
+    def _decode(self, packet: Tensor, shard: Shard, leg: Leg) -> None:
         buffer = self._compressor.buffers.take(4 * shard.numel, packet.device)
         out = buffer[: 4 * shard.numel].view(torch.float32)
-        self._compressor.decode(packet, out, shard, self._tally, result=result)
+        self._compressor.decode(packet, out, shard, self._tally, leg=leg)
         self._compressor.buffers.give([buffer])
 
     def _take(self, num_bytes: int) -> Tensor:

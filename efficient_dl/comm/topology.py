@@ -21,10 +21,13 @@ class Topology:
 
     nodes: each node's ranks, ascending; a rank's position among them is its local rank here.
     source: one phrase for logs and statistics: where this is known from.
+    groups: these are no nodes but groups of ranks that have links of their own: what moves inside is compressed, too
+        (see `GroupedReduction`).
     """
 
     nodes: tuple[tuple[int, ...], ...]
     source: str
+    groups: bool = False
 
     @property
     def world_size(self) -> int:
@@ -56,18 +59,22 @@ class Topology:
             sizes = ", ".join(str(len(ranks)) for ranks in self.nodes)
             return f"the nodes have different numbers of ranks ({sizes})"
         if self.local_size == 1:
-            return "every node has one rank"
+            return "every group has one rank" if self.groups else "every node has one rank"
+        if self.groups and len(self.nodes) == 1:
+            return f"{self.world_size} ranks cannot be divided into groups"
         return None
 
     @property
-    def reduced_by(self) -> list[list[int]] | None:
-        """What a reduction over these nodes depends on: each node's ranks, or None where it is flat."""
-        return None if self.flat_reason() else [list(ranks) for ranks in self.nodes]
+    def reduced_by(self) -> list[list[int]] | dict[str, int] | None:
+        """What a reduction over these nodes depends on: each node's ranks, or the groups, or None where it is flat."""
+        if self.flat_reason():
+            return None
+        return {"group_size": self.local_size} if self.groups else [list(ranks) for ranks in self.nodes]
 
     def summary(self) -> dict[str, Any]:
-        """For statistics: each node's number of ranks, the source, and why ranks reduce flat, if they do."""
+        """For statistics: each node's or group's number of ranks, the source, and why ranks reduce flat, if they do."""
         return {
-            "ranks_per_node": [len(ranks) for ranks in self.nodes],
+            "ranks_per_group" if self.groups else "ranks_per_node": [len(ranks) for ranks in self.nodes],
             "source": self.source,
             "flat_because": self.flat_reason(),
         }
@@ -85,6 +92,24 @@ class Topology:
         starts = range(0, world_size, local_size)
         nodes = tuple(tuple(range(start, start + local_size)) for start in starts)
         return Topology(nodes, f"{local_size} ranks a node, as asked for")
+
+    @staticmethod
+    def in_groups(world_size: int, group_size: int = 0) -> Topology:
+        """Groups of group_size consecutive ranks; 0: as many as need the fewest messages (see `fewest_messages`).
+
+        Raises ConfigError unless group_size divides the ranks evenly.
+        """
+        size = group_size or fewest_messages(world_size)
+        if size < 1 or world_size % size:
+            raise ConfigError(
+                f"{world_size} ranks cannot be divided into groups of {size}",
+                expected=f"a divisor of {world_size}",
+                found=str(size),
+                fix='hierarchy="groups" chooses one',
+            )
+        groups = Topology.of_size(world_size, size).nodes
+        source = "as asked for" if group_size else "which need the fewest messages"
+        return Topology(groups, f"groups of {size} ranks, {source}", groups=True)
 
     @staticmethod
     def of_mesh(mesh: DeviceMesh, ranks: Sequence[int]) -> Topology:
@@ -125,6 +150,19 @@ class Topology:
                 passed.append(launcher.name)
         reason = f" (the variables of {', '.join(passed)} do not add up)" if passed else ""
         return Topology(_grouped([clue["host"] for clue in everyone]), f"host names{reason}")
+
+
+def group_sizes(world_size: int) -> list[int]:
+    """The sizes of groups that world_size ranks can be divided into, ascending: neither 1 nor all."""
+    return [size for size in range(2, world_size // 2 + 1) if world_size % size == 0]
+
+
+def fewest_messages(world_size: int) -> int:
+    """The group size g for which 2 (g + world_size / g − 2) messages a rank are fewest; the smaller one of two.
+
+    world_size itself if that is prime or below 4: then there are no groups.
+    """
+    return min(group_sizes(world_size), key=lambda size: size + world_size // size, default=world_size)
 
 
 def clues(environment: Environment, host: str) -> dict[str, Any]:

@@ -88,6 +88,14 @@ class Transport(Protocol):
         ...
 
 
+class Divisible(Transport, Protocol):
+    """A transport that can make others among a part of its ranks."""
+
+    def subgroup(self, members: Sequence[int]) -> Transport:
+        """A transport among some of these ranks, ascending. All ranks call it, each for the part that it is in."""
+        ...
+
+
 @contextmanager
 def telling_peers(*transports: Transport) -> Generator[None]:
     """Breaks these connections if the body raises: peers get a TransportError that names this rank, not a time-out."""

@@ -105,7 +105,7 @@ def train(
     hierarchy: Annotated[
         str | None,
         typer.Option(
-            help="Compress between nodes only: plan (where it pays), none, auto or the workers on each node."
+            help="Compress between nodes only: plan (where it pays), none, auto or the workers on each node; or groups."
         ),
     ] = None,
     transport: Annotated[

@@ -104,10 +104,13 @@ class CompressionConfig(Section):
     hierarchy: int | str = setting(
         "plan",
         "compress between nodes only; the number of workers on each, or auto: the launcher's variables, host names; "
-        "plan: where that pays, with bits auto",
+        "plan: where that or groups pay, with bits auto; groups: of workers with links of their own, fewer messages",
         low=1,
         high=_MANY,
-        words=("plan", "none", "auto"),
+        words=("plan", "none", "auto", "groups"),
+    )
+    group_size: int = setting(
+        0, "workers in each of the groups of hierarchy groups; 0: what needs least time", low=0, high=_MANY
     )
     transport: str = setting(
         "process_group",

@@ -27,7 +27,7 @@ from efficient_dl.comm import (
 )
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.plan import Scale
-from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, PlannerOptions
+from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
@@ -44,7 +44,7 @@ from efficient_dl.integrations.ddp_setup import (
 )
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.facts import common_facts
-from efficient_dl.integrations.nodes import Hierarchy, NodesWish
+from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -116,7 +116,10 @@ def compress_ddp(
     hierarchy: None: all ranks reduce as equals. The number of ranks on each node, a DeviceMesh of nodes × ranks, or
         "auto" (the launcher's variables, else host names): full precision inside a node, compressed between nodes; see
         `HierarchicalReduction`. Bytes and ratio are then of what leaves the node, local_bytes of what stays inside.
-        Nodes with different numbers of ranks, or with one each, reduce flat, which is logged.
+        Nodes with different numbers of ranks, or with one each, reduce flat, which is logged. "groups", or
+        "groups:SIZE": for many ranks with links of their own, fewer messages and a third rounding; see
+        `GroupedReduction`. With bits="auto" groups are also among the choices of "auto" where every node has one rank,
+        and of "groups" the size is chosen by what was measured.
     max_relative_error: an alarm is raised where the sampled error of a window of 20 steps, or of one parameter in it,
         is larger; None: 1.0, the error of sending nothing. Other alarms: compression costs more time than it saves,
         unusually many escapes or zeroed blocks, gradients that are never finite. Each kind is raised once. Times are
@@ -193,7 +196,9 @@ def compress_ddp(
             family="grid" if scale == "global" else "bits",
             exact=scale != "second_moment",
             kernel=kernel,
-            planner=PlannerOptions(bucket_bytes=bucket_bytes(model), hierarchy=hierarchy is not None),
+            planner=dataclasses.replace(
+                ways(hierarchy, control.world_size), bucket_bytes=bucket_bytes(model)
+            ),
         )
         auto.check()
     except EdlError as error:
@@ -225,9 +230,10 @@ def compress_ddp(
                 feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
                 return dataclasses.replace(found, error_feedback=feeds)
 
-            several = topology is not None and topology.flat_reason() is None and len(topology.nodes) > 1
+            nodes = topology if topology is not None and not topology.groups else None
+            several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1
             known = flat(measurements) if measurements is not None and not several else measurements
-            measured, decision = decide(parameters, control, carrier, topology, auto, known)
+            measured, decision = decide(parameters, control, carrier, nodes, auto, known)
             if decision.bits == "none":
                 ignored = note_ignored(overrides=overrides, transport=transport)
                 decision = dataclasses.replace(decision, reason=decision.reason + ignored)
@@ -245,10 +251,10 @@ def compress_ddp(
                 chosen,
                 control,
                 carrier,
-                Levels.of(topology, control) if topology is not None and several else None,
+                Levels.of(nodes, control) if nodes is not None and several else None,
                 options,
             )
-            handshake({"auto": decision.bits, "hierarchy": decision.hierarchy}, control)
+            handshake(dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True)), control)
         compression = Compression(
             model,
             optimizer,

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.comm import (
     BucketLayout,
     Compressor,
+    Divisible,
+    GroupedReducer,
     HierarchicalReducer,
     Levels,
     OverlappedReducer,
@@ -58,9 +60,9 @@ class BucketEngine(Protocol):
 
 
 class CompressedEngine:
-    """Our one-shot reduction, or with several ranks on each node the hierarchical one."""
+    """Our one-shot reduction, the one in groups, or with several ranks on each node the hierarchical one."""
 
-    def __init__(self, reducer: OverlappedReducer | HierarchicalReducer) -> None:
+    def __init__(self, reducer: OverlappedReducer | GroupedReducer | HierarchicalReducer) -> None:
         self._reducer = reducer
         self.abort = self._reducer.abort
         self.stop = self._reducer.stop
@@ -79,6 +81,11 @@ class CompressedEngine:
     ) -> CompressedEngine:
         """Two levels, on process groups of their own."""
         return CompressedEngine(HierarchicalReducer(compressor, Levels.of(topology, control)))
+
+    @staticmethod
+    def in_groups(compressor: Compressor, carrier: Divisible, topology: Topology) -> CompressedEngine:
+        """Two levels, both compressed, on transports of their own."""
+        return CompressedEngine(GroupedReducer(compressor, Levels.of(topology, carrier)))
 
     def start(
         self, x: Tensor, layout: BucketLayout, divisors: Tensor | None = None

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -52,10 +52,11 @@ from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     join_check,
 )
-from efficient_dl.integrations.ddp_transport import transport_kind
+from efficient_dl.integrations.ddp_transport import divisible, transport_kind
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
+Way: TypeAlias = tuple[bool, int]
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
@@ -87,7 +88,7 @@ class Compression:
         self._carrier, self._owns_carrier = carrier, owns_carrier
         self._replanner = replanner
         self._nodes = topology
-        self._topology = topology if replanner is None or replanner.now.hierarchy else None
+        self._topology = topology if replanner is None else self._topology_of(replanner.now)
         self._transport = transport_kind(carrier)
         self._check_every = check_every
         self._scaler = scaler
@@ -107,7 +108,7 @@ class Compression:
         self._alarms: list[dict[str, Any]] = []  # of earlier plans
         self._disables_on_alarm = False
         self._residuals_of: bool | None = (
-            None  # what left some behind: packets of a hierarchy, or not; None: nothing
+            None  # what left some behind: packets of a hierarchy, or others; None: nothing
         )
         self._marks: dict[str, dict[str, Any]] = {}
         self._optimizer_steps = 0
@@ -115,16 +116,18 @@ class Compression:
         self._pending: list[Future[Any]] = []
         self._record = BucketRecord()
         self._held: HeldStep | None = None
-        self._engines: dict[bool, BucketEngine] = {}  # by whether they reduce between nodes
+        self._engines: dict[
+            Way, BucketEngine
+        ] = {}  # whether they reduce between nodes, and the size of groups
         self._finalizer = weakref.finalize(self, _stop, self._engines, _EXIT_SECONDS)
         if replanner is not None and replanner.levels is not None:
-            self._engines[True] = CompressedEngine(HierarchicalReducer(compressor, replanner.levels))
+            self._engines[True, 0] = CompressedEngine(HierarchicalReducer(compressor, replanner.levels))
         self._hooked = False
         self._engine = self._engine_for_plan()
         if self._engine is not None:
             self._register_hook()
         if replanner is not None:
-            self._residuals_of = None if compressor.exact else bool(self._topology)
+            self._residuals_of = None if compressor.exact else replanner.now.hierarchy
             self.plan = dataclasses.replace(self.plan, reason=replanner.now.reason)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
 
@@ -170,7 +173,8 @@ class Compression:
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
         Returns bits, codec, kernel, exact, shadow, world_size, transport (what carries compressed bytes:
-        "process_group", "mpi" or a class), hierarchy (None, or the nodes in use), checks, and `summary` of the meter:
+        "process_group", "mpi" or a class), hierarchy (None, or the nodes or groups in use), checks, and `summary` of
+        the meter:
         wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
         the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
         bits_per_value, entropies, seconds, relative_error and a row for each parameter, with order0_bits and model_bits
@@ -284,7 +288,7 @@ class Compression:
         self._watch = None
         self._compressor.follow(plan)
         self.plan = plan
-        self._topology = self._nodes if chosen.hierarchy else None
+        self._topology = self._topology_of(chosen)
         first_engine = not self._hooked
         self._engine = self._engine_for_plan()
         if first_engine and self._engine is not None:
@@ -499,16 +503,25 @@ class Compression:
         """What carries the plan out, None for torch's own collective; made by all ranks together when it is needed."""
         if self.plan.codec == "none":
             return None
-        by_nodes = self._topology is not None and self._topology.flat_reason() is None
-        if by_nodes not in self._engines:
+        topology = self._topology if self._topology and not self._topology.flat_reason() else None
+        in_groups = topology is not None and topology.groups
+        way = (topology is not None and not in_groups, topology.local_size if topology and in_groups else 0)
+        if way not in self._engines:
             if self.shadow:
                 engine: BucketEngine = ShadowEngine(self._compressor, self._control)
-            elif by_nodes and self._topology is not None:
-                engine = CompressedEngine.by_nodes(self._compressor, self._control, self._topology)
-            else:
+            elif topology is None:
                 engine = CompressedEngine.flat(self._compressor, self._carrier)
-            self._engines[by_nodes] = engine
-        return self._engines[by_nodes]
+            elif in_groups:
+                engine = CompressedEngine.in_groups(self._compressor, divisible(self._carrier), topology)
+            else:
+                engine = CompressedEngine.by_nodes(self._compressor, self._control, topology)
+            self._engines[way] = engine
+        return self._engines[way]
+
+    def _topology_of(self, plan: ChosenPlan) -> Topology | None:
+        if plan.group_size:
+            return Topology.in_groups(self._control.world_size, plan.group_size)
+        return self._nodes if plan.hierarchy else None
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         if self._joins():
@@ -653,12 +666,12 @@ class Compression:
         return bool(self._check_every) and step % self._check_every == 0
 
 
-def _stop(engines: dict[bool, BucketEngine], timeout: float) -> None:
+def _stop(engines: dict[Way, BucketEngine], timeout: float) -> None:
     for engine in engines.values():
         engine.stop(timeout)
 
 
-def _close(engines: dict[bool, BucketEngine], timeout: float) -> None:
+def _close(engines: dict[Way, BucketEngine], timeout: float) -> None:
     for engine in engines.values():
         engine.close(timeout)
 

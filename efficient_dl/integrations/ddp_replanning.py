@@ -38,10 +38,13 @@ class ChosenPlan:
     bits: str
     hierarchy: bool
     reason: str
+    group_size: int = 0
 
     @property
     def label(self) -> str:
         """A short name; the same plan has the same one at other steps."""
+        if self.group_size:
+            return f"{self.bits}, in groups of {self.group_size}"
         return f"{self.bits}, between nodes" if self.hierarchy else self.bits
 
     def to_json(self) -> dict[str, Any]:
@@ -49,9 +52,15 @@ class ChosenPlan:
         return asdict(self)
 
     @staticmethod
+    def of(decision: Decision, step: int, reason: str) -> ChosenPlan:
+        """What was decided, to come into force after a step."""
+        return ChosenPlan(step, decision.bits, decision.hierarchy, reason, decision.group_size)
+
+    @staticmethod
     def from_json(values: Mapping[str, Any]) -> ChosenPlan:
         """Undoes `to_json`; further keys are ignored."""
-        return ChosenPlan(values["step"], values["bits"], values["hierarchy"], values["reason"])
+        size = values.get("group_size", 0)
+        return ChosenPlan(values["step"], values["bits"], values["hierarchy"], values["reason"], size)
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,12 @@ class Replanner:
     ) -> None:
         self.plan = plan
         self.levels = levels
-        self.chosen = [ChosenPlan(0, decision.bits, decision.hierarchy, decision.reason)]
+        self.chosen = [ChosenPlan.of(decision, 0, decision.reason)]
         self.looks = 0
         self._measurements, self._model = self._possible(measurements), model
         self._auto, self._options = auto, options or ReplanOptions()
         self._control, self._carrier = control, carrier
-        self._state = PlanState(decision.bits, decision.hierarchy)
+        self._state = _state_of(self.now, 0)
         self._allowance = self._options.allowance
         self._recorded: dict[int, ChosenPlan] = {}
         self._recorded_until = 0
@@ -156,7 +165,7 @@ class Replanner:
             self._begin(meter)
             found = self._recorded.get(step)
             if found is not None:
-                self._state = PlanState(found.bits, found.hierarchy, since_step=step)
+                self._state = _state_of(found, step)
                 return self._choose(replace(found, reason=_replayed(found.reason)))
             return None
         if len(self._durations) < _FEWEST_STEPS:
@@ -216,7 +225,7 @@ class Replanner:
         """Continues with this start's measurements and plan, on other ranks or floors; returns the plan."""
         own = self.now
         self.chosen = [ChosenPlan.from_json(one) for one in state["chosen"]]
-        self._state = PlanState(own.bits, own.hierarchy, since_step=step)
+        self._state = _state_of(own, step)
         return self._choose(replace(own, step=step))
 
     def begin_at(self, step: int) -> None:
@@ -268,7 +277,7 @@ class Replanner:
         if verdict.decision is None:
             return None
         to = verdict.decision
-        return self._choose(ChosenPlan(step, to.bits, to.hierarchy, verdict.reason))
+        return self._choose(ChosenPlan.of(to, step, verdict.reason))
 
     def _native(self, x: Tensor) -> None:
         """Torch's own all-reduce, with our time-out."""
@@ -302,6 +311,10 @@ class Replanner:
 def flat(measurements: Measurements) -> Measurements:
     """The same, as of ranks that all reduce as equals."""
     return replace(measurements, between=None, inside=None)
+
+
+def _state_of(plan: ChosenPlan, step: int) -> PlanState:
+    return PlanState(plan.bits, plan.hierarchy, since_step=step, group_size=plan.group_size)
 
 
 def _window(notes: Sequence[Sequence[int]]) -> Window:

@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from efficient_dl.comm import Plan, Residuals, Transport
 from efficient_dl.errors import ConfigError, UnsupportedTensor
-from efficient_dl.integrations.nodes import Hierarchy
+from efficient_dl.integrations.ddp_transport import divisible
+from efficient_dl.integrations.nodes import Hierarchy, in_groups
 
 
 def averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Parameter]:
@@ -67,7 +68,10 @@ def check_hierarchy(
     hierarchy: Hierarchy, plan: Plan, shadow: bool, transport: Transport | Literal["mpi"] | None
 ) -> None:
     """Raises ConfigError where a hierarchy does not go with the other options."""
-    if hierarchy is not None and transport is not None:
+    if in_groups(hierarchy):
+        if transport is not None and not isinstance(transport, str):
+            divisible(transport)
+    elif hierarchy is not None and transport is not None:
         raise ConfigError(
             "a hierarchy makes its own groups of ranks, out of the process group",
             found=f"transport={transport!r}",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import cast
 
-from efficient_dl.comm import ProcessGroupTransport, Transport, gather_json
+from efficient_dl.comm import Divisible, ProcessGroupTransport, Transport, gather_json
 from efficient_dl.comm.mpi import MpiTransport
 from efficient_dl.comm.mpi_link import mpi_module
 from efficient_dl.errors import ConfigError
@@ -24,6 +25,17 @@ def transport_kind(transport: Transport) -> str:
     """What `stats` call a transport in use: "process_group", "mpi", or its class."""
     kinds = {ProcessGroupTransport: PROCESS_GROUP, MpiTransport: MPI}
     return kinds.get(type(transport), type(transport).__name__)
+
+
+def divisible(transport: Transport) -> Divisible:
+    """The transport itself; raises ConfigError if it cannot make others among a part of its ranks."""
+    if not hasattr(transport, "subgroup"):
+        raise ConfigError(
+            f"groups cannot be made with the transport {transport_kind(transport)!r}",
+            expected="a transport with a method subgroup(members), as the process group's and MPI's have",
+            fix="leave one of transport and hierarchy out",
+        )
+    return cast(Divisible, transport)
 
 
 def check_transport(wish: Transport | str | None, control: ProcessGroupTransport, native: bool) -> None:

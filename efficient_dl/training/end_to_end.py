@@ -250,6 +250,8 @@ def hierarchy_wish(config: Config) -> int | str | None:
     if settings.hierarchy == "plan":
         plans = settings.bits == "auto" and not (settings.max_error or settings.bytes_per_step)
         return "auto" if plans and settings.transport == "process_group" and not settings.shadow else None
+    if settings.hierarchy == "groups" and settings.group_size:
+        return f"groups:{settings.group_size}"
     return None if settings.hierarchy == "none" else settings.hierarchy
 
 

@@ -18,6 +18,7 @@ from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import AutoOptions, decide
+from efficient_dl.integrations.nodes import ways
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
 from efficient_dl.training.end_to_end import Trainer, hierarchy_wish
@@ -43,7 +44,7 @@ class Planned:
 
     def what_if(self, measurements: Measurements, floor_bits: float) -> Planned:
         """The plan for the same model and codecs on another network."""
-        options = PlannerOptions(hierarchy=measurements.between is not None)
+        options = PlannerOptions(hierarchy=measurements.between is not None, groups=True)
         return Planned(measurements, self.model, plan_for(measurements, self.model, floor_bits, options))
 
 
@@ -53,8 +54,8 @@ def measured_plan(
     """Measures for some seconds and plans; every rank calls it with the same configuration, and all get the same.
 
     The times are of the whole model's backward pass, also where a run trains its partitions by local losses.
-    hierarchy: whether a reduction between nodes is among the choices, where nodes have several ranks each: None, "auto"
-    or the number of workers on each.
+    hierarchy: whether a reduction between nodes is among the choices, where nodes have several ranks each, or in groups
+    else: None, "auto", the number of workers on each node, "groups" or "groups:SIZE".
     """
     trainer = Trainer(config, data, device, progress)
     seconds = trainer.measured_compute()
@@ -64,7 +65,7 @@ def measured_plan(
         config.compression.floor_bits,
         seconds,
         family="grid" if is_sgd and device.type == "cpu" else "bits",
-        planner=PlannerOptions(hierarchy=hierarchy is not None),
+        planner=ways(hierarchy, dist.get_world_size()),
     )
     world = dist.group.WORLD
     assert world is not None

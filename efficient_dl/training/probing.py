@@ -111,6 +111,9 @@ def print_plan(planned: Planned, console: Console) -> None:
             f"Buckets of {planned.decision.bucket_bytes >> 20} MiB would make a step shorter still: "
             f"DistributedDataParallel(model, bucket_cap_mb={planned.decision.bucket_bytes >> 20})"
         )
+    if planned.decision.group_size:
+        size = planned.decision.group_size
+        console.print(f'"in groups of {size}" is compress(model, optimizer, bits, hierarchy="groups:{size}")')
     if planned.decision.hierarchy:
         console.print('"between nodes" is compress(model, optimizer, bits, hierarchy="auto")')
 

@@ -36,13 +36,17 @@ def mpi(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def train(transport: Any, rank: int, bits: str | float, steps: int = 4) -> tuple[dict[str, Tensor], float]:
+def train(
+    transport: Any, rank: int, bits: str | float, steps: int = 4, hierarchy: Any = None
+) -> tuple[dict[str, Tensor], float]:
     """Parameters after a few steps, and the ratio."""
     torch.manual_seed(7)
     net = nn.Sequential(nn.Linear(48, 300), nn.LayerNorm(300), nn.ReLU(), nn.Linear(300, 10))
     model = DistributedDataParallel(net, bucket_cap_mb=0.05)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    compression = edl.compress(model, optimizer, bits, check_every=2, timeout=20, transport=transport)
+    compression = edl.compress(
+        model, optimizer, bits, check_every=2, timeout=20, transport=transport, hierarchy=hierarchy
+    )
     generator = torch.Generator().manual_seed(100 + rank)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -80,6 +84,24 @@ def test_a_lossless_run_over_mpi_has_the_bits_of_uncompressed_runs_over_mpi_and_
         assert lossless[1] > 1.0 == identity[1]
         assert lossy[1] > 8.0
     assert all(same_bits(ranks[0][0][0], other[0][0]) for other in ranks[1:])
+
+
+def in_groups(transport: MpiTransport) -> list[tuple[dict[str, Tensor], float]]:
+    init_process_group(comm=transport.link.comm, timeout=20)
+    try:
+        runs = ((transport, "lossless"), (None, "identity"), (transport, 2.0))
+        return [train(carrier, transport.rank, bits, 3, "groups:2") for carrier, bits in runs]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_groups_over_mpi_come_to_the_bits_of_groups_over_gloo(mpi: str) -> None:
+    ranks = run_mpi_ranks(mpi, in_groups, 4)
+    for lossless, gloo, lossy in ranks:
+        assert same_bits(lossless[0], gloo[0])
+        assert same_bits(lossy[0], ranks[0][2][0])
+        assert lossy[1] > 8.0
 
 
 def in_parts(transport: MpiTransport) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efficient_dl.codec import PacketStats
 from efficient_dl.comm import BucketLayout, Compressor, Plan, Transport, all_reduce, since, summary
-from efficient_dl.comm.common_step import CommonStep
+from efficient_dl.comm.common_step import CommonStep, Leg
 from efficient_dl.comm.meter import Tally
 from efficient_dl.errors import SideMismatch
 from tests.unit.ranks import on_ranks
@@ -51,7 +51,7 @@ def trained(transport: Transport, bits: float, agrees: bool) -> dict[str, Any]:
         "mean": found["encoded_bits"] - found["header_bits"],
         "bytes": found["wire_bytes"],
         "squares": squares,
-        "steps": [compressor.common_step.step(result) for result in (False, True)],
+        "steps": [compressor.common_step.step(leg) for leg in (Leg.CONTRIBUTION, Leg.RESULT)],
         "x": x,
     }
 
@@ -90,14 +90,14 @@ def counted(packet_bits: float, step_size: float = 0.0, nonfinite: int = 0, peak
 
 
 def after(common: CommonStep, stats: PacketStats) -> float | None:
-    common.count(stats, result=False)
+    common.count(stats, Leg.CONTRIBUTION)
     with common._lock:
         total = [n for d in common._directions for n in (d.values, d.bits, d.placed, d.places)]
         total.append(common._nonfinite)
         peaks = [d.peak for d in common._directions]
         common._forget()
     common.agreed(total, peaks)
-    return common.step(False)
+    return common.step(Leg.CONTRIBUTION)
 
 
 def test_a_step_follows_the_missed_rate_and_no_step_that_is_not_finite() -> None:
@@ -109,12 +109,12 @@ def test_a_step_follows_the_missed_rate_and_no_step_that_is_not_finite() -> None
     assert after(common, counted(1.0)) == 0.5
     assert after(common, counted(6.0)) == 0.5 * 2**3
     assert after(common, counted(200.0)) == 0.5 * 2**11  # eight octaves coarser at most
-    assert common.step(True) is None
+    assert common.step(Leg.RESULT) is None
 
 
 def test_packets_of_zeros_have_no_say_in_the_first_step() -> None:
     common = CommonStep(2.0)
-    common.count(counted(0.0, step_size=1.0), result=False)
+    common.count(counted(0.0, step_size=1.0), Leg.CONTRIBUTION)
     assert after(common, counted(2.0, step_size=2.0**-20)) == 2.0**-20
 
 
@@ -169,7 +169,7 @@ def test_a_step_follows_the_loss_scale() -> None:
     common.begin(1024.0)
     assert after(common, counted(2.0, step_size=1024.0)) == 1024.0
     common.begin(512.0)
-    assert common.step(False) == 512.0
+    assert common.step(Leg.CONTRIBUTION) == 512.0
 
 
 def test_few_values_keep_their_own_steps() -> None:
@@ -180,7 +180,7 @@ def test_few_values_keep_their_own_steps() -> None:
 def test_a_restored_step_goes_on_exactly() -> None:
     common, again = CommonStep(2.0), CommonStep(2.0)
     after(common, counted(2.0, step_size=0.5))
-    common.count(counted(3.1), result=False)
+    common.count(counted(3.1), Leg.CONTRIBUTION)
     again.load_state_dict(common.state_dict())
     assert again.state_dict() == common.state_dict()
     assert after(again, counted(2.5)) == after(common, counted(2.5))

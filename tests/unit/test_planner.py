@@ -19,6 +19,7 @@ from efficient_dl.comm.measurements import (
     NodeLink,
     PacketCost,
     assumed_network,
+    extrapolated,
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
 from efficient_dl.comm.probe import codecs_for, link_turns
@@ -262,3 +263,54 @@ def test_the_floor_is_among_the_codecs_and_nothing_lies_under_it() -> None:
     assert codecs_for(1.0, "grid") == ("lossless", "grid:4.0", "grid:2.0", "grid:1.0")
     assert codecs_for(3.9) == ("lossless", "bits:3.9")
     assert codecs_for(6) == ("lossless", "bits:6.0")
+
+
+def many(hosts: int, latency: float = 5e-4, megabits: float = 1000.0) -> Measurements:
+    found = replace(network(megabits), packet=PacketCost(4e-5, 3e-5, 144.0))
+    return assumed_network(found, megabits * MEGABIT, hosts, 1, latency)
+
+
+@given(st.sampled_from([4, 6, 8, 12, 64, 1000, 10_000]), st.floats(1e-6, 0.05), models)
+@settings(max_examples=60, deadline=None)
+def test_groups_are_chosen_only_where_they_win_by_more_than_the_tolerance(
+    hosts: int, latency: float, model: Shapes
+) -> None:
+    """They round a value once more; and what is chosen is the fastest size, of as many bytes but for headers."""
+    found = many(hosts, latency)
+    flat = plan_for(found, model, options=PlannerOptions(native=False))
+    both = plan_for(found, model, options=PlannerOptions(native=False, groups=True))
+    for one, other in zip(flat.predictions, both.predictions, strict=True):
+        if other.group_size:
+            assert other.step_seconds * 1.02 < one.step_seconds
+            assert hosts % other.group_size == 0 and 1 < other.group_size < hosts
+            assert other.sent_bytes <= one.sent_bytes
+        else:
+            assert other == one
+
+
+def test_groups_of_many_hosts_are_chosen_with_a_reason_and_come_back_from_json() -> None:
+    decision = plan_for(many(100, megabits=50), MODEL, options=PlannerOptions(groups=True))
+    assert decision.group_size == 10 and decision.bits == "2.0"
+    assert "2.0 bits in groups of 10" in decision.reason
+    assert "groups of 10 need 36 messages a rank and bucket instead of 198" in decision.reason
+    assert json.loads(json.dumps(decision.to_json()))["group_size"] == 10
+    assert plan_for(many(100, megabits=50), MODEL).group_size == 0
+
+
+def test_nodes_of_several_ranks_and_numbers_that_cannot_be_divided_get_no_groups() -> None:
+    shared = assumed_network(network(100), 100 * MEGABIT, nodes=8, ranks_per_node=4, latency_seconds=0.01)
+    for found in (shared, many(7), many(3)):
+        decision = plan_for(found, MODEL, options=PlannerOptions(groups=True, hierarchy=False))
+        assert all(one.group_size == 0 for one in decision.predictions)
+    only = PlannerOptions(flat=False, groups=True, group_size=4)
+    assert {one.group_size for one in plan_for(shared, MODEL, options=only).predictions} == {0, 4}
+
+
+def test_two_hosts_extrapolated_are_many_with_as_much_latency_for_each_message() -> None:
+    two = replace(network(100), packet=PacketCost(4e-5, 3e-5, 144.0))
+    eight = extrapolated(two, 8, contention=4.0)
+    assert eight.world_size == 8 and eight.exchange.bytes_per_second == two.exchange.bytes_per_second
+    assert eight.exchange.latency_seconds == pytest.approx(7 * 4 * two.exchange.latency_seconds)
+    assert eight.codecs[0].encode_seconds == 4 * two.codecs[0].encode_seconds
+    assert eight.packet == PacketCost(1.6e-4, 1.2e-4, 144.0)
+    assert replace(extrapolated(two, 2), assumed="") == two

@@ -90,11 +90,11 @@ def test_however_a_link_behaves_switches_keep_their_distance_and_each_has_won_tw
         assert verdict == reconsider(before, network(speed), MODEL, 2.0, step, hysteresis=hysteresis)
         state = verdict.state
         if verdict.decision is not None:
-            assert before.rival == (verdict.decision.bits, verdict.decision.hierarchy)
+            assert before.rival == verdict.decision.plan
             assert step - switches[-1] >= 100
             switches.append(step)
         else:
-            assert (state.bits, state.hierarchy) == (before.bits, before.hierarchy)
+            assert state.plan == before.plan
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,7 +114,7 @@ def test_a_hierarchy_that_loses_to_flat_by_little_is_kept() -> None:
     options = PlannerOptions(hierarchy=True, native=False)
     shared = assumed_network(network(100), 100 * MEGABIT, nodes=4, ranks_per_node=8, latency_seconds=1e-4)
     flat = reconsider(PlanState("2.0", False), shared, MODEL, 2.0, 0, options, AT_ONCE)
-    assert flat.decision is None and flat.state.rival == ("2.0", True)
+    assert flat.decision is None and flat.state.rival == ("2.0", True, 0)
     much = reconsider(PlanState("2.0", False), shared, MODEL, 2.0, 0, options, replace(AT_ONCE, gain=0.99))
     assert much.decision is None and much.state.rival is None and "too small" in much.reason
 
@@ -162,3 +162,19 @@ def test_a_regular_look_waits_for_a_full_allowance_and_an_early_one_does_not() -
 def test_a_change_in_a_runs_own_counts_calls_for_a_look(now: Window, why: str | None) -> None:
     assert (now.differs(Window(1.0, 1e-8, 2.0)) or "").startswith(why or "")
     assert (now.differs(Window(1.0, 1e-8, 2.0)) is None) == (why is None)
+
+
+def test_groups_are_gone_over_to_after_two_wins_and_kept_where_flat_gains_little() -> None:
+    options = PlannerOptions(native=False, groups=True)
+
+    def found(latency: float) -> Measurements:
+        return assumed_network(network(1000), 1000 * MEGABIT, 16, 1, latency)
+
+    first = reconsider(PlanState("2.0", False), found(0.05), MODEL, 2.0, 0, options, AT_ONCE)
+    assert first.decision is None and first.state.rival == ("4.0", False, 4)
+    assert PlanState.from_json(json.loads(json.dumps(first.state.to_json()))) == first.state
+    second = reconsider(first.state, found(0.05), MODEL, 2.0, 7, options, AT_ONCE)
+    assert second.state == PlanState("4.0", False, since_step=7, group_size=4)
+    assert "in groups of 4" in second.reason
+    kept = reconsider(second.state, found(1e-9), MODEL, 2.0, 9, options, replace(AT_ONCE, patience=1))
+    assert kept.decision is None and "too small" in kept.reason

@@ -1,0 +1,251 @@
+"""What each way to reduce gradients costs a step, by what was measured: native, flat, in groups, between nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from efficient_dl.comm.measurements import CodecSpeed, Measurements
+from efficient_dl.comm.topology import group_sizes
+
+FIRST_BUCKET_BYTES = 1 << 20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
+BUCKET_BYTES = 25 << 20  # DistributedDataParallel's own bucket_cap_mb
+
+
+@dataclass(frozen=True)
+class PlannerOptions:
+    """What the user allows.
+
+    tolerance: how much slower than the fastest choice one with less compression may be; 0.02 is 2 %.
+    bucket_bytes: of DistributedDataParallel; 0: its own 25 MiB, the first one 1 MiB.
+    flat, hierarchy: which of our reductions can be had; a hierarchy only where nodes have several ranks each.
+    groups: whether ranks may reduce in groups, where each has a node to itself, or where flat is not allowed.
+        group_size: of how many; 0: what is fastest. Groups are chosen only where they are faster than our other
+        reductions by more than the tolerance.
+    native: whether torch's own all-reduce can be had.
+    one_way, native_one_way: whether gradients travel to the ranks that keep their sums, and not back: ours, torch's.
+    """
+
+    tolerance: float = 0.02
+    bucket_bytes: int = 0
+    flat: bool = True
+    hierarchy: bool = False
+    groups: bool = False
+    group_size: int = 0
+    native: bool = True
+    one_way: bool = False
+    native_one_way: bool = False
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is reduced: the values of each parameter, in the model's order, and the bytes of one."""
+
+    numels: tuple[int, ...]
+    itemsize: int = 4
+
+    @property
+    def numel(self) -> int:
+        """All values."""
+        return sum(self.numels)
+
+
+def bucket_numels(numels: Sequence[int], itemsize: int = 4, bucket_bytes: int = 0) -> list[int]:
+    """Values of each of DistributedDataParallel's buckets: filled from the last parameter to the first.
+
+    bucket_bytes: 0: DDP's own, the first one of 1 MiB and the others of 25 MiB.
+    """
+    return list(_buckets_of(tuple(numels), itemsize, bucket_bytes))
+
+
+@lru_cache(maxsize=256)
+def _buckets_of(numels: tuple[int, ...], itemsize: int, bucket_bytes: int) -> tuple[int, ...]:
+    buckets: list[int] = [0]
+    for numel in reversed(numels):
+        first = len(buckets) == 1 and not bucket_bytes
+        if buckets[-1] * itemsize >= (FIRST_BUCKET_BYTES if first else bucket_bytes or BUCKET_BYTES):
+            buckets.append(0)
+        buckets[-1] += numel
+    return tuple(buckets)
+
+
+def codec_bits(codec: str) -> float:
+    """The bits a value of a codec with a rate ("bits:2.0", "grid:0.5"); inf of an exact one."""
+    rate = codec.partition(":")[2]
+    return float(rate) if rate else math.inf
+
+
+def bits_of(codec: str) -> str:
+    """What `compress(bits=...)` takes for a codec: "2.0" of "bits:2.0", "lossless" of "lossless"."""
+    return codec.partition(":")[2] or codec
+
+
+def all_routes(
+    measurements: Measurements, model: Shapes, floor_bits: float, options: PlannerOptions
+) -> list[Route]:
+    """Every choice that is allowed, the least compressing first; for each codec the fastest one of the reductions."""
+    allowed = [one for one in measurements.codecs if codec_bits(one.codec) >= floor_bits]
+    choices = [native_route(measurements, model, options)] if options.native else []
+    for codec in sorted(allowed, key=lambda one: -one.bytes_per_value):
+        if found := _fastest(measurements, model, codec, options):
+            choices.append(found)
+    return choices
+
+
+@dataclass(frozen=True)
+class Route:
+    """One choice's part in a step's formula (see comm/planner.py): K, x, α and β."""
+
+    bits: str
+    hierarchy: bool
+    codec_seconds: float
+    sent_bytes: float
+    processor_seconds: float
+    transfer_seconds: float
+    first: float
+    last: float
+    group_size: int = 0
+
+    def step_seconds(self, factor: float = 1.0) -> float:
+        """The prediction if the links between nodes were so many times as fast."""
+        transfer = self.transfer_seconds / factor
+        return max(
+            self.processor_seconds + self.last * transfer, self.first * self.processor_seconds + transfer
+        )
+
+
+def _route(
+    measurements: Measurements,
+    model: Shapes,
+    options: PlannerOptions,
+    bits: str,
+    sent_bytes: float,
+    speed: float,
+    codec_seconds: float,
+    bucket_seconds: float,
+    hierarchy: bool = False,
+    packets: tuple[int, int, int] = (0, 0, 0),
+    group_size: int = 0,
+) -> Route:
+    """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size.
+
+    packets: how many a rank encodes, decodes and sends for each bucket.
+    """
+    buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
+    first, last = buckets[0] / model.numel, buckets[-1] / model.numel
+    backward = measurements.backward_seconds
+    encoded, decoded, sent = packets
+    cost = measurements.packet
+    sent_bytes += len(buckets) * sent * cost.num_bytes
+    codec_seconds += len(buckets) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
+    if measurements.contended:
+        processor = backward + codec_seconds
+    else:
+        processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
+    processor += bucket_seconds * len(buckets)
+    return Route(
+        bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, first, last, group_size
+    )
+
+
+def native_route(measurements: Measurements, model: Shapes, options: PlannerOptions) -> Route:
+    """Torch's own all-reduce, or the half of it that goes one way."""
+    ranks, line = measurements.world_size, measurements.native
+    ways = 1 if options.native_one_way else 2
+    sent = ways * (ranks - 1) / ranks * model.numel * model.itemsize
+    return _route(
+        measurements, model, options, "none", sent, line.bytes_per_second, 0.0, line.latency_seconds
+    )
+
+
+def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions) -> Route:
+    ranks, line = measurements.world_size, measurements.exchange
+    ways, others = (1 if options.one_way else 2), (ranks - 1) / ranks
+    if options.one_way:
+        coded = others * model.numel * (codec.encode_seconds + codec.decode_seconds)
+    else:
+        coded = model.numel * (codec.encode_seconds + (1 + others) * codec.decode_seconds)
+    sent = ways * others * model.numel * codec.bytes_per_value
+    return _route(
+        measurements,
+        model,
+        options,
+        bits_of(codec.codec),
+        sent,
+        line.bytes_per_second,
+        coded,
+        ways * line.latency_seconds,
+        packets=_packets(ranks, ways),
+    )
+
+
+def _hierarchical(
+    measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions
+) -> Route:
+    assert measurements.between is not None and measurements.inside is not None
+    nodes, local = len(measurements.ranks_per_node), measurements.ranks_per_node[0]
+    numel = model.numel / local
+    coded = numel * (codec.encode_seconds + (2 - 1 / nodes) * codec.decode_seconds)
+    # Inside of a node bytes are copied by the same processors: they count as the codec's time does.
+    inside = 2 * (local - 1) / local * model.numel * model.itemsize / measurements.inside.bytes_per_second
+    return _route(
+        measurements,
+        model,
+        options,
+        bits_of(codec.codec),
+        2 * (nodes - 1) / nodes * numel * codec.bytes_per_value,
+        measurements.between.bytes_per_second,
+        coded + inside,
+        2 * (measurements.between.latency_seconds + measurements.inside.latency_seconds),
+        hierarchy=True,
+        packets=_packets(nodes, 2),
+    )
+
+
+def _grouped(
+    measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions, size: int
+) -> Route:
+    """In groups of so many: values and bytes of the flat way, but fewer messages, and fewer packets on the way up."""
+    ranks, line = measurements.world_size, measurements.exchange
+    peers, others = size + ranks // size - 2, ranks - 1
+    return _route(
+        measurements,
+        model,
+        options,
+        bits_of(codec.codec),
+        2 * others / ranks * model.numel * codec.bytes_per_value,
+        line.bytes_per_second,
+        model.numel * (codec.encode_seconds + (1 + others / ranks) * codec.decode_seconds),
+        2 * peers / others * line.latency_seconds,
+        packets=(peers + 1, peers + ranks, peers + others),
+        group_size=size,
+    )
+
+
+def _fastest(
+    measurements: Measurements, model: Shapes, codec: CodecSpeed, options: PlannerOptions
+) -> Route | None:
+    """The fastest one of our reductions with a codec; None if none is allowed."""
+    ranks = measurements.world_size
+    ways: list[Route] = []
+    if options.flat:
+        ways.append(_flat(measurements, model, codec, options))
+    if options.hierarchy and measurements.between is not None:
+        ways.append(_hierarchical(measurements, model, codec, options))
+    if options.groups and (ranks == len(measurements.ranks_per_node) or not options.flat):
+        sizes = [options.group_size] if options.group_size else group_sizes(ranks)
+        groups = [_grouped(measurements, model, codec, options, size) for size in sizes]
+        if best := min(groups, key=lambda one: one.step_seconds(), default=None):
+            # A third rounding has to be worth it.
+            limit = min((one.step_seconds() for one in ways), default=math.inf) / (1 + options.tolerance)
+            if best.step_seconds() < limit:
+                return best
+    return min(ways, key=lambda one: one.step_seconds(), default=None)
+
+
+def _packets(ranks: int, ways: int) -> tuple[int, int, int]:
+    """Of a bucket, per rank: encoded, decoded, sent. On the way back one packet goes to all."""
+    others = ranks - 1
+    return (others + (ways == 2), ways * others + (ways == 2), ways * others)
