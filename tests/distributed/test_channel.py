@@ -182,7 +182,7 @@ GARBLED = {
 
 
 def garbled(rank: int, header_values: list[int]) -> None:
-    transport = transport_of(timeout=5.0)
+    transport = transport_of(timeout=100.0)
     if rank == 0:
         header = torch.tensor(header_values)
         dist.send(header, group=transport.group, group_dst=1, tag=16)

@@ -54,7 +54,7 @@ def leaving(rank: int, how: str, timeout: float, given_up: Path) -> tuple[str, f
     except TransportError as error:
         seconds = time.monotonic() - started
         given_up.touch()
-        compression.close(timeout=5.0)
+        compression.close(timeout=60.0)
         return str(error), seconds, [t.name for t in threading.enumerate() if t.name.startswith("edl-")]
     raise AssertionError("no TransportError")
 
@@ -71,11 +71,11 @@ def test_a_killed_rank_is_a_transport_error_that_names_it(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_silent_rank_is_named_after_the_time_out(tmp_path: Path) -> None:
-    outcome, other = run_failing_ranks(leaving, 2, "silent", 2.0, tmp_path / "given up")
+    outcome, other = run_failing_ranks(leaving, 2, "silent", 5.0, tmp_path / "given up")
     assert other.error is None, other.trace
     message, seconds, threads = outcome.value
     assert "rank 0 lost rank 1" in message
-    assert seconds > 1.0
+    assert seconds > 2.0
     assert threads == []
 
 
