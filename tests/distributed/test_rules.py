@@ -11,9 +11,14 @@ from tests.distributed.rule_rigs import rules_of
 from tests.distributed.rules import RULES
 
 JOBS = [("DDP", 2), ("DDP", 3), ("DDP", 4), ("FSDP2", 2), ("FSDP2", 3), ("FSDP2", 4), ("HSDP", 4)]
+QUICK = JOBS[:4]
+MARKED = [
+    pytest.param(job, id="{} on {}".format(*job), marks=() if job in QUICK else pytest.mark.slow)
+    for job in JOBS
+]
 
 
-@pytest.fixture(scope="module", params=JOBS, ids=[f"{name} on {size}" for name, size in JOBS])
+@pytest.fixture(scope="module", params=MARKED)
 def ranks(request: Any) -> list[dict[str, str]]:
     """Each rank's verdicts; all rules are checked in one group of processes."""
     integration, size = request.param
