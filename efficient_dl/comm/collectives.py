@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -72,7 +73,7 @@ class Reduction:
         """Step 2: sends them, sums up the own shard and encodes the sum."""
         incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
         self._give_back()
-        reduced = self._sum(incoming).to(self.x.dtype)
+        reduced = self._sum(incoming, transport.ranks).to(self.x.dtype)
         shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
@@ -80,17 +81,18 @@ class Reduction:
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
-        self.decode(self.gather(transport))
+        self.decode(self.gather(transport), transport.ranks)
 
     def gather(self, transport: Transport) -> list[Tensor]:
         """The first half of step 3: returns the packets of all shards' results, valid until the next transfer."""
         work = transport.gather(self._packet)
         return self._tally.receive(work, len(self._packet) * (len(self._shards) - 1))
 
-    def decode(self, packets: list[Tensor]) -> None:
-        """The second half of step 3, of the packets that `gather` returned."""
-        for packet, part, shard in zip(packets, self._shards, self.layout.shards, strict=True):
-            self._compressor.decode(packet, part, shard, self._tally, leg=Leg.RESULT)
+    def decode(self, packets: list[Tensor], senders: Sequence[int]) -> None:
+        """The second half of step 3, of the packets that `gather` returned. senders: `Transport.ranks`, for errors."""
+        parts = zip(packets, self._shards, self.layout.shards, senders, strict=True)
+        for packet, part, shard, sender in parts:
+            self._compressor.decode(packet, part, shard, self._tally, leg=Leg.RESULT, sender=sender)
         if self._divisors is not None:
             self.x.mul_(self._divisors)
         self._give_back()
@@ -108,10 +110,10 @@ class Reduction:
         self._compressor.buffers.give(self._buffers)
         self._buffers = []
 
-    def _sum(self, incoming: list[Tensor]) -> Tensor:
+    def _sum(self, incoming: list[Tensor], senders: Sequence[int]) -> Tensor:
         own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
-        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, self._leg)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, senders, self._leg)
         return total.div_(len(incoming)) if self.op == "avg" else total
 
 

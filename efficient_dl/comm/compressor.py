@@ -23,7 +23,7 @@ from efficient_dl.comm.rates import Rates
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
 from efficient_dl.comm.transport import Transport
-from efficient_dl.errors import CheckpointError, PlanMismatch
+from efficient_dl.errors import CheckpointError, CorruptPacket, PlanMismatch
 
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 3
@@ -191,12 +191,28 @@ class Compressor:
         tally: Tally,
         accumulate: bool = False,
         leg: Leg = Leg.CONTRIBUTION,
+        *,
+        sender: int | None = None,
     ) -> None:
-        """Decodes the message of a shard into out, or adds it to out. Raises CorruptPacket.
+        """Decodes the message of a shard into out, or adds it to out.
 
-        leg: as its encoder was told.
+        leg: as its encoder was told. sender: which rank of the job that is; None: this one, in the shadow.
+        Raises CorruptPacket, which names the sender.
         """
         start = time.perf_counter()
+        try:
+            self._decode(message, out, shard, accumulate, leg)
+        except CorruptPacket as error:
+            if sender is None:
+                raise
+            where = ", ".join(shard.names[:2]) + (", ..." if len(shard.names) > 2 else "")
+            raise type(error)(
+                f"rank {sender}'s packet: {error.problem}",
+                **{"where": f"gradients or weights of {where}"} | error.details,
+            ) from error
+        tally.totals.decode_seconds += time.perf_counter() - start
+
+    def _decode(self, message: Tensor, out: Tensor, shard: Shard, accumulate: bool, leg: Leg) -> None:
         sections = self._sections(shard, leg)
         packets = messages.split_message(message, len(sections))
         for section, packet in zip(sections, packets, strict=True):
@@ -208,7 +224,6 @@ class Compressor:
             codec = self._codec(section.codec)
             codec.decode(packet, values, accumulate=accumulate, side=section.side)
             section.scatter(values, out)
-        tally.totals.decode_seconds += time.perf_counter() - start
 
     def forwarded(self, message: Tensor, shard: Shard, dtype: torch.dtype, tally: Tally, copies: int) -> None:
         """Counts that a shard's message, received from its encoder, leaves here as it is in so many copies."""
@@ -230,16 +245,19 @@ class Compressor:
         shard: Shard,
         tally: Tally,
         total: Tensor,
+        senders: Sequence[int],
         leg: Leg = Leg.CONTRIBUTION,
     ) -> Tensor:
         """Makes total the sum of all ranks' values of a shard, in float32 and in rank order, and returns it.
 
         own: this rank's values, which take part unquantized. incoming: by rank, the others' messages; the own one is
-        not read. total: float32, 1-D, shard.numel values of any content. leg: of the messages.
+        not read. total: float32, 1-D, shard.numel values of any content. senders: `Transport.ranks`, for errors. leg:
+        of the messages.
         """
         for source, message in enumerate(incoming):
             if source != rank:
-                self.decode(message, total, shard, tally, accumulate=source > 0, leg=leg)
+                later, sender = source > 0, senders[source]
+                self.decode(message, total, shard, tally, later, leg, sender=sender)
             elif source == 0:
                 total.copy_(own)
             else:

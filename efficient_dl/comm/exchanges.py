@@ -27,6 +27,7 @@ from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import ConfigError, CorruptPacket, UnsupportedTensor
 
+_DAMAGED = "the header of rank {}'s tensor is damaged"
 _SUMMABLE = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_SUMMABLE, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -78,7 +79,10 @@ def all_gather(x: Tensor, compressor: Compressor, transport: Transport, name: st
     tally = Tally(BucketLayout.of([name], [x.numel()], 1))
     message = _pack(x, compressor, tally, copies=transport.world_size - 1)
     messages = tally.receive(transport.gather(message), message.numel() * (transport.world_size - 1))
-    gathered = [_unpack(received, name, compressor, tally) for received in messages]
+    gathered = [
+        _unpack(received, name, compressor, tally, sender)
+        for received, sender in zip(messages, transport.ranks, strict=True)
+    ]
     compressor.meter.add(tally)
     return gathered
 
@@ -108,7 +112,7 @@ def all_to_all(
     received = [
         tensors[source].detach().clone()
         if source == transport.rank
-        else _unpack(message, name, compressor, tally)
+        else _unpack(message, name, compressor, tally, transport.ranks[source])
         for source, message in enumerate(incoming)
     ]
     compressor.meter.add(tally)
@@ -142,7 +146,7 @@ def _broadcast(bucket: Mapping[str, Tensor], compressor: Compressor, transport: 
             received[rank] = piece
             packet = torch.cat([received[peer] for peer in peers])
             _relayed(tally, layout, compressor, piece, packet, flat, copies=len(peers) - 1)
-    compressor.decode(packet, flat, shard, tally)
+    compressor.decode(packet, flat, shard, tally, sender=transport.ranks[root])
     _put_back(flat, bucket)
     compressor.meter.add(tally)
 
@@ -177,23 +181,25 @@ def _pack(x: Tensor, compressor: Compressor, tally: Tally, copies: int) -> Tenso
     return torch.cat([header.to(x.device), packet])
 
 
-def _unpack(message: Tensor, name: str, compressor: Compressor, tally: Tally) -> Tensor:
-    axes, code = _numbers(message, 0, 2)
+def _unpack(message: Tensor, name: str, compressor: Compressor, tally: Tally, sender: int) -> Tensor:
+    axes, code = _numbers(message, 0, 2, sender)
     if not (0 <= axes <= message.numel() // 8 - 2 and 0 <= code < len(_DTYPES)):
-        raise CorruptPacket("a gathered tensor's header is damaged", found=f"{axes} axes, dtype {code}")
-    shape = _numbers(message, 2, axes)
+        raise CorruptPacket(_DAMAGED.format(sender), found=f"{axes} axes, dtype {code}")
+    shape = _numbers(message, 2, axes, sender)
     if min(shape, default=0) < 0 or math.prod(shape) >= 2**31:
-        raise CorruptPacket("a gathered tensor's header is damaged", found=f"the shape {shape}")
+        raise CorruptPacket(_DAMAGED.format(sender), found=f"the shape {shape}")
     out = torch.empty(shape, dtype=_DTYPES[code], device=message.device)
     (shard,) = BucketLayout.of([name], [out.numel()], 1).shards
-    compressor.decode(message[8 * (2 + axes) :].clone(), out.view(-1), shard, tally)
+    compressor.decode(message[8 * (2 + axes) :].clone(), out.view(-1), shard, tally, sender=sender)
     return out
 
 
-def _numbers(message: Tensor, position: int, count: int) -> list[int]:
+def _numbers(message: Tensor, position: int, count: int, sender: int) -> list[int]:
     part = message[8 * position : 8 * (position + count)].cpu().clone()
     if part.numel() != 8 * count:
-        raise CorruptPacket("a gathered tensor's header is cut off", found=f"{message.numel()} bytes")
+        raise CorruptPacket(
+            f"the header of rank {sender}'s tensor is cut off", found=f"{message.numel()} bytes"
+        )
     return [int(number) for number in part.view(torch.int64)]
 
 

@@ -110,7 +110,8 @@ class AllGather(ShardedJob):
                 continue
             chunk = self._chunks[source]
             values = self.layout.take(chunk, source)
-            self._compressor.decode(message, values, self.layout.bucket.shards[source], self._tally)
+            shard, sender = self.layout.bucket.shards[source], transport.ranks[source]
+            self._compressor.decode(message, values, shard, self._tally, sender=sender)
             self.layout.put(values, chunk, source)
         self._chunks = []
         self._finish()

@@ -90,7 +90,7 @@ class GroupedReduction:
         self._outgoing = []
         own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
-        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         own.copy_(total.div_(len(incoming)) if self.op == "avg" else total)
         self._give_back()
         self._across.encode()
@@ -103,7 +103,7 @@ class GroupedReduction:
         """Step 4: distributes it to the other groups, copies all packets of the shard, and decodes them."""
         packets = self._across.gather(transport)
         self._keep(packets)
-        self._across.decode(packets)
+        self._across.decode(packets, transport.ranks)
 
     def spread(self, transport: Transport) -> None:
         """Step 5: passes the packets on inside of the group, decodes those of the other shards, adds to the meter."""
@@ -111,7 +111,7 @@ class GroupedReduction:
         received = self._spread_tally.receive(transport.gather(self._bundle), self._packet_bytes * copies)
         for source, bundle in enumerate(received):
             if source != self.rank:
-                self._decode(bundle, source)
+                self._decode(bundle, source, transport.ranks[source])
         if self._divisors is not None:
             self.x.mul_(self._divisors)
         self._compressor.buffers.give(self._bundle_buffer)
@@ -140,14 +140,14 @@ class GroupedReduction:
             self._compressor.forwarded(packet, shard, self.x.dtype, self._spread_tally, copies)
         self._bundle, self._packet_bytes = buffer[:stop], sum(lengths)
 
-    def _decode(self, bundle: Tensor, source: int) -> None:
-        """The packets of a rank's shard, as it has got them from their encoders."""
+    def _decode(self, bundle: Tensor, source: int, sender: int) -> None:
+        """The packets of a rank's shard, as it has got them from their encoders. sender: who has passed them on."""
         shards = [shard for shard in self._cuts[source].shards if shard.numel]
         if not shards:
             return
         for packet, shard in zip(messages.split_message(bundle, len(shards)), shards, strict=True):
             part = self._shards[source][shard.start : shard.stop]
-            self._compressor.decode(packet, part, shard, self._spread_tally, leg=Leg.RESULT)
+            self._compressor.decode(packet, part, shard, self._spread_tally, leg=Leg.RESULT, sender=sender)
 
     def _take(self, num_bytes: int) -> Tensor:
         self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))

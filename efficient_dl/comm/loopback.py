@@ -69,6 +69,7 @@ class LoopbackTransport:
         self._hub = hub
         self.rank = rank
         self.world_size = hub.world_size
+        self.ranks = range(hub.world_size)
         self.device = torch.device("cpu")
         self._num_siblings = 0
 

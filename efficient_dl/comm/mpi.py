@@ -97,6 +97,11 @@ class MpiTransport:
         """See `Transport.world_size`."""
         return self.link.world_size
 
+    @property
+    def ranks(self) -> list[int]:
+        """See `Transport.ranks`; of the communicator."""
+        return self.link.names
+
     def exchange(self, outgoing: list[Tensor]) -> MpiWork:
         """See `Transport.exchange`."""
         return MpiWork(self, outgoing)

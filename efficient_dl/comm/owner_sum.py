@@ -44,7 +44,7 @@ def sum_at_owners(
     room = compressor.buffers.take(4 * own.numel(), device)
     total = room[: 4 * own.numel()].view(torch.float32)
     if own.numel():
-        compressor.sum(own, incoming, rank, layout.shards[0], tally, total)
+        compressor.sum(own, incoming, rank, layout.shards[0], tally, total, transport.ranks)
     result = total.to(own.dtype, copy=True)
     compressor.buffers.give([room])
     for counted in tallies:

@@ -61,6 +61,7 @@ class ProcessGroupTransport:
         self.timeout = timeout
         self.rank = group.rank()
         self.world_size = group.size()
+        self.ranks = dist.get_process_group_ranks(group)
         self.receive_buffers = ReceiveBuffers()
         self._losses = losses or Losses(group)
         self._losses.aborts.append(self._break)
@@ -84,8 +85,7 @@ class ProcessGroupTransport:
 
     def subgroup(self, members: Sequence[int]) -> ProcessGroupTransport:
         """A transport on a new group of some of these ranks, ascending; exactly they call it, in the same order."""
-        everyone = dist.get_process_group_ranks(self.group)
-        ranks = [everyone[member] for member in members]
+        ranks = [self.ranks[member] for member in members]
         group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
             ranks,
             timeout=timedelta(seconds=self.timeout),
@@ -130,7 +130,7 @@ class ProcessGroupTransport:
         try:
             yield
         except RuntimeError as error:
-            ranks = dist.get_process_group_ranks(self.group)
+            ranks = self.ranks
             found = _GLOO_SOURCE.sub("", str(error).strip().splitlines()[0])
             timed_out = "timed out" in found.lower()
             lost = self._losses.culprit(ranks[self.rank], ranks[peer], self.timeout, timed_out)

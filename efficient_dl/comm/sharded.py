@@ -79,7 +79,7 @@ class ReduceScatter(ShardedJob):
         own = self.layout.take(self._chunks[self.rank], self.rank)
         shard = self.layout.bucket.shards[self.rank]
         total = self._take(4 * own.numel(), own.device).view(torch.float32)
-        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total)
+        self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         if self._divisor != 1.0:
             total.div_(self._divisor)
         result = self.layout.take(self._out, self.rank)

@@ -49,6 +49,11 @@ class Transport(Protocol):
         ...
 
     @property
+    def ranks(self) -> Sequence[int]:
+        """Which ranks of the whole job these are, by their number within the group; for messages to users."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where messages live."""
         ...

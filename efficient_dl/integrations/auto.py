@@ -158,6 +158,20 @@ def bucket_bytes(model: DistributedDataParallel) -> int:
     return 0 if model.bucket_bytes_cap_default else int(model.bucket_bytes_cap)
 
 
+def log_saved_plan(saved: str, chosen: str) -> None:
+    """A resumed run keeps the plan it was saved with, where this start's measurement has chosen another one."""
+    _log.warning(
+        "bits auto: the run goes on with %s, the plan it was saved with; this start alone would have chosen %s",
+        saved,
+        chosen,
+    )
+
+
+def is_under_floor(bits: str, floor_bits: float) -> bool:
+    """Whether a decision ("none", "lossless", "2.0") has fewer bits than may be chosen."""
+    return bits not in ("none", "lossless") and float(bits) < floor_bits
+
+
 def note_ignored(**options: object) -> str:
     """What the native all-reduce makes of the user's other options: a warning, and words for the reason."""
     ignored = [name for name, value in options.items() if value]

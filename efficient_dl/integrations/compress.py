@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
-from efficient_dl.integrations.deepspeed import EngineCompression, compress_engine, is_engine
+from efficient_dl.integrations.deepspeed import compress_engine, is_engine
+from efficient_dl.integrations.deepspeed_compression import EngineCompression
 from efficient_dl.integrations.fsdp import compress_fsdp
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 

@@ -37,6 +37,7 @@ from efficient_dl.comm import (
     total_scalars,
 )
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError
+from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_buckets import (
     BucketEngine,
     BucketRecord,
@@ -386,7 +387,10 @@ class Compression:
         if planner is not None and before and planner.is_under_floor(before):
             self._follow(planner.continued(before, self._optimizer_steps))
         elif planner is not None and before:
+            measured = planner.chosen[0].bits  # this start's own
             planner.load_state_dict(before)
+            if planner.now.bits != measured and self._control.rank == 0:
+                log_saved_plan(planner.now.bits, measured)
             planner.restarted(self._compressor.meter)
             self._drain_natively()
         self._continue_in([list(names) for names in own["buckets"]], own["buckets_settled"])

@@ -23,7 +23,7 @@ from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
 from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import TransportError
-from efficient_dl.integrations.auto import AutoOptions
+from efficient_dl.integrations.auto import AutoOptions, is_under_floor
 
 _log = logging.getLogger(__name__)
 _FEWEST_STEPS, _MOST_STEPS = 10, 1000  # of a window whose median is worth a comparison
@@ -207,8 +207,7 @@ class Replanner:
 
     def is_under_floor(self, state: Mapping[str, Any]) -> bool:
         """Whether the plan in force in a `state_dict` has fewer bits than may be chosen now."""
-        bits = state["chosen"][-1]["bits"]
-        return bits not in ("none", "lossless") and float(bits) < self._auto.floor_bits
+        return is_under_floor(state["chosen"][-1]["bits"], self._auto.floor_bits)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of as many ranks, with the plan that is `resumable`."""

@@ -15,20 +15,19 @@ from efficient_dl.comm import (
     Compressor,
     OnAlarm,
     Plan,
-    ProcessGroupTransport,
-    handshake,
 )
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions
 from efficient_dl.integrations.facts import common_facts
-from efficient_dl.integrations.fsdp_auto import WEIGHTS, choose
+from efficient_dl.integrations.fsdp_auto import WEIGHTS, Automatic, Chosen, choose
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 from efficient_dl.integrations.fsdp_setup import (
     REPLICATE,
     SHARD,
     AxisWish,
+    agree,
     check_replicas,
     check_supported,
     lane_key,
@@ -114,25 +113,32 @@ def compress_fsdp(
         if by_axis[REPLICATE].plan.codec != "none":
             check_replicas(units)
     except EdlError as error:
-        _agree(facts, controls, error)
+        agree(facts, controls, error)
         raise
     facts["auto"] = auto.facts() if measured else None
-    facts |= _plan_facts(by_axis, weights_plan, units[0].device)
-    _agree(facts, controls, None)
+    compressors = _compressors(by_axis, Compressor(weights_plan, names, kernel))
+    facts |= _plan_facts(compressors, units[0].device)
+    agree(facts, controls, None)
+
+    def compressors_of(chosen: Chosen) -> dict[str, Compressor]:
+        by_axis = wish.decided(chosen.bits, chosen.reasons).compressors(units, names, kernel)
+        plan = weights_plan
+        if WEIGHTS in chosen.bits:
+            plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS])
+        return _compressors(by_axis, Compressor(plan, names, kernel))
+
+    automatic = None
     if measured:
         chosen = choose(units, list(lanes.values()), measured, auto)
-        wish = wish.decided(chosen.bits, chosen.reasons)
-        by_axis = wish.compressors(units, names, kernel)
-        if WEIGHTS in chosen.bits:
-            weights_plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS])
-        _agree(facts | _plan_facts(by_axis, weights_plan, units[0].device), controls, None)
+        compressors = compressors_of(chosen)
+        automatic = Automatic(chosen, floor_bits, compressors_of)
+        agree(facts | _plan_facts(compressors, units[0].device), controls, None)
     return FsdpCompression(
         units,
         [lanes[lane_key(unit)] for unit in units],
         optimizer,
-        by_axis[SHARD],
-        by_axis[REPLICATE],
-        Compressor(weights_plan, names, kernel),
+        compressors,
+        automatic,
         check_every=check_every,
         scaler=scaler,
         shadow=shadow,
@@ -141,18 +147,12 @@ def compress_fsdp(
     )
 
 
-def _plan_facts(by_axis: Mapping[str, Compressor], weights: Plan, device: torch.device) -> dict[str, Any]:
-    plans = {"plan": by_axis[SHARD].plan, "replicas": by_axis[REPLICATE].plan, "weights": weights}
+def _compressors(by_axis: Mapping[str, Compressor], weights: Compressor) -> dict[str, Compressor]:
+    return {"gradients": by_axis[SHARD], "replicas": by_axis[REPLICATE], "weights": weights}
+
+
+def _plan_facts(compressors: Mapping[str, Compressor], device: torch.device) -> dict[str, Any]:
+    keys = {"plan": "gradients", "replicas": "replicas", "weights": "weights"}
+    plans = {key: compressors[name].plan for key, name in keys.items()}
     facts: dict[str, Any] = {key: {"bits": plan.bits, **plan.facts()} for key, plan in plans.items()}
-    return facts | {"kernel": by_axis[SHARD].codec.kernel_for(device).partition("-")[0]}
-
-
-def _agree(facts: Mapping[str, Any], controls: list[ProcessGroupTransport], failure: EdlError | None) -> None:
-    """Compares the facts in every group; whoever fails in one tells the next. Raises what failed first."""
-    for control in controls:
-        try:
-            handshake(facts, control, failure)
-        except EdlError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
+    return facts | {"kernel": compressors["gradients"].codec.kernel_for(device).partition("-")[0]}

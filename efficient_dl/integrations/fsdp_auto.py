@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efficient_dl.comm import ProcessGroupTransport, gather_json
+from efficient_dl.comm import Compressor, ProcessGroupTransport, gather_json
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, plan_for
 from efficient_dl.comm.probe import SAMPLE_NUMEL, sample_gradient
-from efficient_dl.integrations.auto import AutoOptions, measured
+from efficient_dl.integrations.auto import AutoOptions, is_under_floor, measured
 from efficient_dl.integrations.fsdp_comms import Lane
 from efficient_dl.integrations.fsdp_setup import REPLICATE, SHARD
 from efficient_dl.integrations.fsdp_units import Unit
@@ -30,6 +31,40 @@ class Chosen:
 
     bits: dict[str, str] = field(default_factory=dict[str, str])
     reasons: dict[str, str] = field(default_factory=dict[str, str])
+
+    def to_json(self) -> dict[str, Any]:
+        """As states hold it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Chosen:
+        """Undoes `to_json`."""
+        return Chosen(dict(values["bits"]), dict(values["reasons"]))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{one}: {bits}" for one, bits in self.bits.items())
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What "auto" chose at this start, and how a run that was saved with another choice goes on with that one.
+
+    compressors: of a choice, by what they encode: "gradients", "replicas" and "weights".
+    """
+
+    chosen: Chosen
+    floor_bits: float
+    compressors: Callable[[Chosen], dict[str, Compressor]]
+
+    def resumed(self, saved: Chosen) -> Chosen:
+        """What a run with this saved choice goes on with: the saved one, unless the user asks for other things now.
+
+        That is a higher floor, or bits of their own for what was chosen then; such runs keep this start's choice.
+        """
+        same = self.chosen.bits.keys() == saved.bits.keys()
+        if not same or any(is_under_floor(bits, self.floor_bits) for bits in saved.bits.values()):
+            return self.chosen
+        return saved
 
 
 def choose(

@@ -55,6 +55,12 @@ class Lane:
         self.weights_may_have_changed = True
         self._sharding: OverlappedSharding | None = None
 
+    def reset(self) -> None:
+        """Forgets the groups, which are closed, and the weights: others may be started."""
+        self._sharding = None
+        self.sources.clear()
+        self.weights_may_have_changed = True
+
     @property
     def controls(self) -> list[ProcessGroupTransport]:
         """Both, or the one that there is."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,21 +12,23 @@ import torch
 from efficient_dl.comm import (
     Compressor,
     OnAlarm,
-    ShardedShadow,
     check_equal,
     combined,
     summary,
 )
-from efficient_dl.errors import CheckpointError
+from efficient_dl.errors import CheckpointError, EdlError, RanksDiverged
+from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_transport import PROCESS_GROUP
-from efficient_dl.integrations.fsdp_comms import Backward, GradientReduceScatter, Lane
-from efficient_dl.integrations.fsdp_gathers import WeightAllGather
+from efficient_dl.integrations.fsdp_auto import Automatic, Chosen
+from efficient_dl.integrations.fsdp_collectives import FsdpCollectives
+from efficient_dl.integrations.fsdp_comms import Lane
 from efficient_dl.integrations.fsdp_guards import Guards
+from efficient_dl.integrations.fsdp_setup import agree
 from efficient_dl.integrations.fsdp_units import Unit
 
 _log = logging.getLogger(__name__)
-_EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 _STATE_VERSION = 2
+_FOLLOW_SECONDS = 10.0  # for the threads of the plan that is given up; nothing is under way then
 
 
 class FsdpCompression:
@@ -38,9 +39,8 @@ class FsdpCompression:
         units: Sequence[Unit],
         lanes: Sequence[Lane],
         optimizer: torch.optim.Optimizer | None,
-        gradients: Compressor,
-        replicas: Compressor,
-        weights: Compressor,
+        compressors: Mapping[str, Compressor],
+        automatic: Automatic | None = None,
         *,
         check_every: int,
         scaler: torch.amp.GradScaler | None,
@@ -48,56 +48,41 @@ class FsdpCompression:
         max_relative_error: float | None,
         on_alarm: OnAlarm,
     ) -> None:
-        # lanes: each unit's.
-        self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
+        # lanes: each unit's. compressors: of "gradients", "replicas" and "weights".
         self.shadow = shadow
-        self._compressors = {"gradients": gradients, "replicas": replicas, "weights": weights}
+        self._automatic = automatic
+        self._chosen = automatic.chosen if automatic is not None else None
         self._check_every = check_every
         self._scaler = scaler
         self._commits_itself = optimizer is None
         self._units, self._lanes = list(units), list(lanes)
         self._control = self._lanes[0].control
+        self._controls = list({id(one): one for lane in lanes for one in lane.controls}.values())
+        self._alarm_options = max_relative_error, on_alarm
         self._optimizer_steps = 0
         self._checks = 0
-        distinct = list({id(lane): lane for lane in lanes}.values())
-        compressing = {k: c for k, c in self._compressors.items() if c.plan.codec != "none"}
-        self._compresses = bool(compressing) and any(
-            c.world_size > 1 for lane in distinct for c in lane.controls
-        )
-        controls = [control for lane in distinct for control in lane.controls]
-        self._guards = Guards(
-            compressing if self._compresses else {}, controls, max_relative_error, on_alarm, shadow
-        )
-        reduces_replicas = replicas.plan.codec != "none" and not shadow
-        shardings = [
-            lane.start(reduces_replicas)
-            for lane in distinct
-            if self._compresses and not shadow and lane.control.world_size > 1
-        ]
-        self._shardings = shardings
-        self._shadow = ShardedShadow(units[0].device) if self._compresses and shadow else None
-        parts = [*shardings, *([self._shadow] if self._shadow else [])]
-        self._finalizer = weakref.finalize(self, _stop, parts, _EXIT_SECONDS)
-
-        def abort() -> None:
-            for sharding in shardings:
-                sharding.abort()
-
-        self._backward = Backward(abort, self._begin_step, self._end_step)
-        self._scatters = [
-            GradientReduceScatter(unit, gradients, replicas, lane, self._backward, self._shadow)
-            for unit, lane in zip(units, lanes, strict=True)
-        ]
-        self._gathers = [
-            WeightAllGather(unit, weights, lane, self._backward, self._shadow)
-            for unit, lane in zip(units, lanes, strict=True)
-        ]
-        for unit, gather, scatter in zip(units, self._gathers, self._scatters, strict=True):
-            replaces = reduces_replicas and unit.replicas is not None
-            unit.install(gather, scatter, owner=self, replaces_all_reduce=replaces)
-        if any(unit.replicas is not None for unit in units) and replicas.plan.codec == "none":
-            _log.warning("HSDP: gradients are all-reduced between replicas by torch, uncompressed")
+        self._start(compressors)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+
+    def _start(self, compressors: Mapping[str, Compressor]) -> None:
+        gradients, replicas, weights = (compressors[key] for key in ("gradients", "replicas", "weights"))
+        self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
+        self._compressors = {"gradients": gradients, "replicas": replicas, "weights": weights}
+        self._collectives = FsdpCollectives(
+            self._units,
+            self._lanes,
+            self._compressors,
+            self.shadow,
+            owner=self,
+            begin=self._begin_step,
+            end=self._end_step,
+        )
+        self._compresses = bool(self._collectives.compressing)
+        self._guards = Guards(
+            self._collectives.compressing, self._controls, *self._alarm_options, self.shadow
+        )
+        if any(unit.replicas is not None for unit in self._units) and replicas.plan.codec == "none":
+            _log.warning("HSDP: gradients are all-reduced between replicas by torch, uncompressed")
 
     def disable(self, reason: str) -> None:
         """Turns compression off on all ranks: from then on all gradients and weights go by torch's own collectives.
@@ -131,10 +116,9 @@ class FsdpCompression:
         replica_wire_bytes: HSDP's all-reduce by torch, calculated; 0 where we make it. native_gathers,
         native_gather_bytes: gathers of weights that no codec takes. The last three are not in the sums.
         """
-        for gather in self._gathers:
-            gather.settle()
+        self._collectives.settle()
         states = {key: compressor.meter.state_dict() for key, compressor in self._compressors.items()}
-        counts, norms = self._counts(), self._residual_squares(states["gradients"]["parameters"])
+        counts, norms = self._collectives.counts, self._residual_squares(states["gradients"]["parameters"])
         if all_ranks:
             everyone = self._guards.everyone({"states": states, "counts": counts, "norms": norms})
             ranks = list(everyone.values())
@@ -183,21 +167,25 @@ class FsdpCompression:
         compares a hash of every gathered parameter; not where torch gathers. Between replicas (HSDP) it compares the
         shards themselves. Then the ranks agree on what was wished with `disable`, and on alarms about times.
         """
-        for unit, gather, lane in zip(self._units, self._gathers, self._lanes, strict=True):
-            gathered = gather.gathered()
-            if gathered is not None:
-                check_equal(gathered, lane.control, self._optimizer_steps)
+        failure: RanksDiverged | None = None
+        for unit, gather, lane in zip(self._units, self._collectives.gathers, self._lanes, strict=True):
+            compared = [(gather.gathered(), lane.control)]
             if lane.replica_control is not None:
-                check_equal(unit.shards(), lane.replica_control, self._optimizer_steps)
+                compared.append((unit.shards(), lane.replica_control))
+            for parameters, control in compared:
+                try:
+                    if parameters is not None:
+                        check_equal(parameters, control, self._optimizer_steps)
+                except RanksDiverged as error:  # told to all below: others are about to compare the next unit
+                    failure = failure or error
         self._checks += 1
-        if self._guards.agree(self._optimizer_steps):
-            self._turn_off()
+        if self._guards.agree(self._optimizer_steps, failure):
+            self._collectives.turn_off()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, keyed by parameter name: plain numbers and strings, and with error feedback a float32
         tensor for each parameter. Save one for each rank."""
-        for gather in self._gathers:
-            gather.settle()
+        self._collectives.settle()
         return {
             "version": _STATE_VERSION,
             "rank": self._control.rank,
@@ -205,7 +193,8 @@ class FsdpCompression:
             "replica": self._replica,
             "optimizer_steps": self._optimizer_steps,
             "shadow": self.shadow,
-            "counts": self._counts(),
+            "auto": None if self._chosen is None else self._chosen.to_json(),
+            "counts": self._collectives.counts,
             "guards": self._guards.state_dict(),
             **{key: compressor.state_dict() for key, compressor in self._compressors.items()},
         }
@@ -213,39 +202,33 @@ class FsdpCompression:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues exactly from this rank's `state_dict`; every rank must call it, with its own.
 
-        On another mesh, and between a shadow run and a real one, the counters and the residuals start again from zero,
-        which is logged. Raises PlanMismatch for other bits or weights, CheckpointError for another rank, model or
-        version.
+        With bits="auto" a run goes on with the plans it was saved with, whatever this start has measured, which is
+        logged. On another mesh this start's plans hold. There, and between a shadow run and a real one, the counters
+        and the residuals start again from zero, which is logged, too. Raises PlanMismatch for other bits or weights,
+        also where a higher floor_bits excludes the saved ones; CheckpointError for another rank, model or version.
         """
-        if state.get("version") != _STATE_VERSION or "replicas" not in state:
-            raise CheckpointError(
-                "this is no compression state of a sharded model, or one of another version",
-                expected=f"what FsdpCompression.state_dict() returns, version {_STATE_VERSION}",
-                found=f"version {state.get('version')}, with {', '.join(sorted(state))}",
-            )
-        resized = [state["world_size"], state["replica"][1]] != [self._control.world_size, self._replica[1]]
-        saved_rank, own_rank = [state["rank"], state["replica"][0]], [self._control.rank, self._replica[0]]
-        if not resized and saved_rank != own_rank:
-            what = "" if saved_rank[1] == own_rank[1] else f" of replica {saved_rank[1]}"
-            raise CheckpointError(
-                f"rank {own_rank[0]} was given the compression state of rank {saved_rank[0]}{what}",
-                fix="save state_dict() on every rank, and load each rank's own",
-            )
-        for key, compressor in self._compressors.items():
-            compressor.check_state(state[key])
+        if self._automatic is None:
+            self._check_place(state)
+        else:
+            self._follow_saved(state, self._automatic)
+        resized = self._is_resized(state)
         afresh = resized or state["shadow"] != self.shadow
+        replanned = resized and self._chosen is not None and state.get("auto") is not None
+        if not replanned:
+            for key, compressor in self._compressors.items():
+                compressor.check_state(state[key])
         for key, compressor in self._compressors.items():
-            if afresh:
-                compressor.load_state_dicts([state[key]], residuals=False)
-            else:
+            if not afresh:
                 compressor.load_state_dict(state[key])
+            elif not replanned:
+                compressor.load_state_dicts([state[key]], residuals=False)
         self._optimizer_steps = state["optimizer_steps"]
         self._guards.load_state_dict(state["guards"])
         if self._guards.switch.off is not None:
-            self._turn_off()
+            self._collectives.turn_off()
         if afresh:
             _log.warning(
-                "compression state of %d x %d ranks%s, restored on %d x %d%s: the counters%s start again from zero",
+                "compression state of %d x %d ranks%s, restored on %d x %d%s: the counters%s start again from zero%s",
                 state["replica"][1],
                 state["world_size"],
                 " in the shadow" * state["shadow"],
@@ -253,9 +236,49 @@ class FsdpCompression:
                 self._control.world_size,
                 " in the shadow" * self.shadow,
                 " and residuals" if any(c.residuals is not None for c in self._compressors.values()) else "",
+                f", with the plans of this start: {self._chosen}" if replanned else "",
             )
         else:
-            self._restore(state["counts"])
+            self._collectives.counts = state["counts"]
+
+    def _check_place(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION or "replicas" not in state:
+            raise CheckpointError(
+                "this is no compression state of a sharded model, or one of another version",
+                expected=f"what FsdpCompression.state_dict() returns, version {_STATE_VERSION}",
+                found=f"version {state.get('version')}, with {', '.join(sorted(state))}",
+            )
+        saved_rank, own_rank = [state["rank"], state["replica"][0]], [self._control.rank, self._replica[0]]
+        if not self._is_resized(state) and saved_rank != own_rank:
+            what = "" if saved_rank[1] == own_rank[1] else f" of replica {saved_rank[1]}"
+            raise CheckpointError(
+                f"rank {own_rank[0]} was given the compression state of rank {saved_rank[0]}{what}",
+                fix="save state_dict() on every rank, and load each rank's own",
+            )
+
+    def _is_resized(self, state: Mapping[str, Any]) -> bool:
+        saved = state["world_size"], state["replica"][1]
+        return saved != (self._control.world_size, self._replica[1])
+
+    def _follow_saved(self, state: Mapping[str, Any], automatic: Automatic) -> None:
+        """Goes over to the plans of the saved run, if all ranks were given states of the same one."""
+        failure: EdlError | None = None
+        try:
+            self._check_place(state)
+        except EdlError as error:
+            failure = error
+        saved, replica = state.get("auto"), state.get("replica")
+        ranks = [state.get("world_size"), replica and replica[1]]
+        agree({"checkpoint": {"auto": str(saved), "ranks": str(ranks)}}, self._controls, failure)
+        if saved is None or self._is_resized(state) or self._chosen is None:
+            return
+        chosen = automatic.resumed(Chosen.from_json(saved))
+        if chosen.bits != automatic.chosen.bits and self._control.rank == self._replica[0] == 0:
+            log_saved_plan(str(chosen), str(automatic.chosen))
+        if chosen.bits != self._chosen.bits:
+            self._collectives.close(_FOLLOW_SECONDS)
+            self._start(automatic.compressors(chosen))
+        self._chosen = chosen
 
     def close(self, timeout: float = 10.0) -> None:
         """Ends the threads, destroys the groups it made, and gives the model torch's own collectives back.
@@ -265,13 +288,7 @@ class FsdpCompression:
         """
         if self._step_hook is not None:
             self._step_hook.remove()
-        for unit in self._units:
-            unit.release()
-        if self._finalizer.detach():
-            for sharding in self._shardings:
-                sharding.close(timeout)
-            if self._shadow is not None:
-                self._shadow.stop(timeout)
+        self._collectives.close(timeout)
 
     def _begin_step(self) -> None:
         feeding = [c for c in self._compressors.values() if c.residuals is not None]
@@ -281,12 +298,11 @@ class FsdpCompression:
             compressor.begin_step(scale)
 
     def _end_step(self, exposed_seconds: float) -> None:
-        for gather in self._gathers:
-            gather.settle()
+        self._collectives.settle()
         for lane in self._lanes:
             lane.weights_may_have_changed = True
-        reduced_replicas = any(scatter.has_reduced_replicas for scatter in self._scatters)
-        for scatter in self._scatters:
+        reduced_replicas = any(scatter.has_reduced_replicas for scatter in self._collectives.scatters)
+        for scatter in self._collectives.scatters:
             scatter.has_reduced_replicas = False
         # Passes that are not all-reduced are no steps of the replicas' meter, or it would sample none that are.
         stepped = [key for key in self._compressors if key != "replicas" or reduced_replicas]
@@ -307,11 +323,6 @@ class FsdpCompression:
         if self._compresses and self._check_every and self._optimizer_steps % self._check_every == 0:
             self.check()
 
-    def _turn_off(self) -> None:
-        self._backward.is_off = True
-        for unit in self._units:
-            unit.replaces_all_reduce = False
-
     @property
     def _replica(self) -> list[int]:
         """Which replica this rank is part of, and how many there are; of the first module."""
@@ -328,22 +339,3 @@ class FsdpCompression:
     def _residual_squares(self, names: Mapping[str, Any]) -> dict[str, float]:
         kept = [c.residuals for c in self._compressors.values() if c.residuals is not None]
         return {name: sum(residuals.norm(name) ** 2 for residuals in kept) for name in names} if kept else {}
-
-    def _counts(self) -> dict[str, int]:
-        return {
-            "replica_wire_bytes": sum(scatter.replica_bytes for scatter in self._scatters),
-            "native_gathers": sum(gather.native_gathers for gather in self._gathers),
-            "native_gather_bytes": sum(gather.native_bytes for gather in self._gathers),
-        }
-
-    def _restore(self, counts: Mapping[str, int]) -> None:
-        for scatter, gather in zip(self._scatters, self._gathers, strict=True):
-            scatter.replica_bytes = gather.native_gathers = gather.native_bytes = 0
-        self._scatters[0].replica_bytes = counts["replica_wire_bytes"]
-        self._gathers[0].native_gathers = counts["native_gathers"]
-        self._gathers[0].native_bytes = counts["native_gather_bytes"]
-
-
-def _stop(parts: Sequence[Any], timeout: float) -> None:
-    for part in parts:
-        part.stop(timeout)

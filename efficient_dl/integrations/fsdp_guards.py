@@ -17,6 +17,7 @@ from efficient_dl.comm import (
     Watch,
     gather_json,
 )
+from efficient_dl.errors import RanksDiverged
 
 _log = logging.getLogger(__name__)
 
@@ -76,15 +77,26 @@ class Guards:
             self.switch.wish = self.switch.wish or reason
             _log.warning("compression ends with the next comparison of parameters: %s", reason)
 
-    def agree(self, step: int) -> bool:
-        """Ends compression if any rank wished it; all ranks call it, and get the same answer: whether it is off now."""
-        if self.switch.off is not None:
-            return True
+    def agree(self, step: int, failure: RanksDiverged | None = None) -> bool:
+        """Ends compression if any rank wished it; all ranks call it, and get the same answer: whether it is off now.
+
+        failure: what this rank has found in a comparison; then all ranks raise RanksDiverged, those of other groups,
+        too, which would wait in vain otherwise.
+        """
         own = {
             "wish": self.switch.wish,
             "notes": {what: watch.notes() for what, watch in self._watches.items()},
+            "failure": None if failure is None else [failure.problem, failure.details],
         }
         everyone = self.everyone(own)
+        if failure is not None:
+            raise failure
+        for rank, one in everyone.items():
+            if one["failure"] is not None:
+                problem, details = one["failure"]
+                raise RanksDiverged(f"rank {rank} says: {problem}", **details)
+        if self.switch.off is not None:
+            return True
         wishes = [f"rank {rank}: {one['wish']}" for rank, one in everyone.items() if one["wish"] is not None]
         for what, watch in self._watches.items():
             for alarm in watch.judge([one["notes"][what] for one in everyone.values()]):

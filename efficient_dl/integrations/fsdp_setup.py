@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from efficient_dl.comm import Compressor, Plan, Residuals, shard_numels
-from efficient_dl.errors import ConfigError, UnsupportedTensor
+from efficient_dl.comm import Compressor, Plan, ProcessGroupTransport, Residuals, handshake, shard_numels
+from efficient_dl.errors import ConfigError, EdlError, UnsupportedTensor
 from efficient_dl.integrations.auto import note_ignored
 from efficient_dl.integrations.fsdp_comms import GRADIENT_DTYPES, Lane
 from efficient_dl.integrations.fsdp_gathers import WEIGHT_DTYPES
@@ -100,6 +101,19 @@ class AxisWish:
                 fix="bits=2.0, or leave error_feedback out",
             )
         return made
+
+
+def agree(
+    facts: Mapping[str, Any], controls: Sequence[ProcessGroupTransport], failure: EdlError | None
+) -> None:
+    """Compares the facts in every group; whoever fails in one tells the next. Raises what failed first."""
+    for control in controls:
+        try:
+            handshake(facts, control, failure)
+        except EdlError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def lanes_of(units: Sequence[Unit], timeout: float) -> dict[str, Lane]:

@@ -146,7 +146,7 @@ def with_overflow(rank: int, overflows: bool, fused: bool) -> tuple[Tensor, dict
     return run.weights(), run.compression.state_dict()["compressor"]["residuals"]
 
 
-@pytest.mark.parametrize(("world_size", "fused"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize(("world_size", "fused"), [(3, False), (2, True)])
 def test_a_step_that_the_scaler_skips_leaves_the_state_as_if_it_had_not_run(
     world_size: int, fused: bool
 ) -> None:
@@ -176,9 +176,7 @@ def interrupted(rank: int, wishes: dict[str, Any]) -> bool:
     return torch.equal(resumed.weights(), whole.weights())
 
 
-@pytest.mark.parametrize(
-    "name", ["sgd's default", "bounded error", "budget", "error feedback", "all", "second moment"]
-)
+@pytest.mark.parametrize("name", ["bounded error", "budget", "error feedback", "all", "second moment"])
 def test_resuming_equals_never_stopping(name: str) -> None:
     assert run_ranks(interrupted, 2, WISHES[name]) == [True, True]
 

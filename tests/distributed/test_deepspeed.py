@@ -17,7 +17,9 @@ from efficient_dl.integrations.deepspeed_plugs import (
     check_version,
 )
 from tests.distributed.deepspeed_ranks import CASES, FEW, STEPS, more_ranks, two_ranks
+from tests.distributed.deepspeed_rules import STAGES, with_rules
 from tests.distributed.launch import run_failing_ranks, run_ranks
+from tests.distributed.rules import RULES
 
 if importlib.util.find_spec("deepspeed") is None:
     if os.environ.get("REQUIRE_DEEPSPEED") == "1":
@@ -34,13 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def two(folder: Any) -> list[dict[str, Any]]:
-    return run_ranks(two_ranks, 2, folder, timeout=280.0)
+    return run_ranks(with_rules, 2, two_ranks, folder, timeout=280.0)
 
 
 @pytest.fixture(scope="module")
 def three(two: Any, folder: Any) -> list[dict[str, Any]]:
     """Of ranks 0 and 1: rank 2 dies at the end."""
-    outcomes = run_failing_ranks(more_ranks, 3, folder, True, timeout=280.0)
+    outcomes = run_failing_ranks(with_rules, 3, more_ranks, folder, True, timeout=280.0)
     assert outcomes[2].exit_code == 7
     assert [o.trace for o in outcomes[:2]] == ["", ""]
     return [outcome.value for outcome in outcomes[:2]]
@@ -48,7 +50,7 @@ def three(two: Any, folder: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def four(two: Any, folder: Any) -> list[dict[str, Any]]:
-    return run_ranks(more_ranks, 4, folder, False, timeout=280.0)
+    return run_ranks(with_rules, 4, more_ranks, folder, False, timeout=280.0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +96,31 @@ def test_more_ranks_end_equal_and_lossless(request: Any, world_size: int, name: 
     # Adam's step of 0.005 can turn where a gradient is as small as its rounding; bf16 has 8 bits.
     assert results[0]["identity"]["distance"] < 0.02
     assert results[0]["identity"]["losses"] == pytest.approx(results[0][None]["losses"], rel=2e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_rule_holds(request: Any, world_size: int, stage: int, rule: str) -> None:
+    """The rules that hold everywhere; test_rules.py has them for the other integrations."""
+    ranks = request.getfixturevalue({2: "two", 3: "three", 4: "four"}[world_size])
+    for rank, found in enumerate(ranks):
+        failure = found["rules"][stage][rule]
+        assert not failure, f"on rank {rank}: {failure}"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_goes_on_with_the_plan_that_auto_chose_before_it_was_saved(two: Any, stage: int) -> None:
+    for rank, found in enumerate(two):
+        seen = found["saved plan"][stage]
+        assert (seen["planned"], seen["planned again"]) == ("2.0", "none")
+        assert seen["plugged"] == ("2.0", "grid:2.0")
+        assert seen["parted"] == seen["whole"]
+        said = "the run goes on with 2.0, the plan it was saved with; this start alone would have chosen none"
+        assert any(said in message for message in seen["messages"]) == (rank == 0)
+        for refused in ("fixed", "floor"):
+            assert isinstance(seen[refused], PlanMismatch)
+            assert "codec = grid:2.0 (checkpoint)" in str(seen[refused])
 
 
 def test_gradients_travel_once_where_one_rank_reads_them(two: Any) -> None:

@@ -13,25 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 import efficient_dl as edl
 from efficient_dl.comm import look
 from efficient_dl.comm.look import Allowance
-from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements
+from efficient_dl.comm.measurements import CodecSpeed, Measurements
 from efficient_dl.comm.replanning import Hysteresis
 from efficient_dl.errors import TransportError
 from efficient_dl.integrations.ddp_replanning import ChosenPlan, ReplanOptions
 from tests.distributed.launch import run_failing_ranks, run_ranks
+from tests.distributed.measured_links import network
 
 EAGER = ReplanOptions(hysteresis=Hysteresis(distance_steps=0), allowance=Allowance(share=1000.0))
 NEVER = ReplanOptions(allowance=Allowance(share=0.0, looks=0.0))
-
-
-def network(nodes: tuple[int, ...], megabits: float, backward: float = 0.05) -> Measurements:
-    """A link that exists in these numbers alone; codecs as fast as no machine's."""
-    line = Line(1e-4, megabits * 1e6 / 8)
-    local = Line(1e-5, 1e10) if nodes[0] > 1 else None
-    codecs = tuple(
-        CodecSpeed(name, 1e-10, 1e-10, size)
-        for name, size in (("lossless", 3.0), ("grid:4.0", 0.51), ("grid:2.0", 0.26))
-    )
-    return Measurements(nodes, line, line, local and line, local, (), codecs, backward, contended=True)
 
 
 def made(measurements: Measurements, options: ReplanOptions, **more: Any) -> tuple[Any, Any, edl.Compression]:
