@@ -23,6 +23,9 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt $(KERNELS)/*.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 SCRIPTS := $(shell find .ci benchmarks cluster docker efficient_dl launch tests -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
 
+# Hundreds of processes of the tests would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test quick lint fuzz native clean distclean
 .NOTPARALLEL:
 

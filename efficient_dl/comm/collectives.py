@@ -89,9 +89,10 @@ class Reduction:
         return self._tally.receive(work, len(self._packet) * (len(self._shards) - 1))
 
     def decode(self, packets: list[Tensor], senders: Sequence[int]) -> None:
-        """The second half of step 3, of the packets that `gather` returned. senders: `Transport.ranks`, for errors."""
-        parts = zip(packets, self._shards, self.layout.shards, senders, strict=True)
-        for packet, part, shard, sender in parts:
+        """The second half of step 3, of the packets that `gather` returned. senders: their encoders, for errors."""
+        for packet, part, shard, sender in zip(
+            packets, self._shards, self.layout.shards, senders, strict=True
+        ):
             self._compressor.decode(packet, part, shard, self._tally, leg=Leg.RESULT, sender=sender)
         if self._divisors is not None:
             self.x.mul_(self._divisors)

@@ -251,13 +251,13 @@ class Compressor:
         """Makes total the sum of all ranks' values of a shard, in float32 and in rank order, and returns it.
 
         own: this rank's values, which take part unquantized. incoming: by rank, the others' messages; the own one is
-        not read. total: float32, 1-D, shard.numel values of any content. senders: `Transport.ranks`, for errors. leg:
-        of the messages.
+        not read. total: float32, 1-D, shard.numel values of any content. senders: `Transport.ranks`, for errors.
+        leg: of the messages.
         """
         for source, message in enumerate(incoming):
             if source != rank:
-                later, sender = source > 0, senders[source]
-                self.decode(message, total, shard, tally, later, leg, sender=sender)
+                sender = senders[source]
+                self.decode(message, total, shard, tally, accumulate=source > 0, leg=leg, sender=sender)
             elif source == 0:
                 total.copy_(own)
             else:

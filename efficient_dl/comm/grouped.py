@@ -141,7 +141,7 @@ class GroupedReduction:
         self._bundle, self._packet_bytes = buffer[:stop], sum(lengths)
 
     def _decode(self, bundle: Tensor, source: int, sender: int) -> None:
-        """The packets of a rank's shard, as it has got them from their encoders. sender: who has passed them on."""
+        """The packets of a rank's shard, as it has got them from their encoders. sender: who passes them on."""
         shards = [shard for shard in self._cuts[source].shards if shard.numel]
         if not shards:
             return

@@ -98,8 +98,8 @@ class MpiTransport:
         return self.link.world_size
 
     @property
-    def ranks(self) -> list[int]:
-        """See `Transport.ranks`; of the communicator."""
+    def ranks(self) -> Sequence[int]:
+        """See `Transport.ranks`; of the first communicator."""
         return self.link.names
 
     def exchange(self, outgoing: list[Tensor]) -> MpiWork:

@@ -118,7 +118,8 @@ def test_a_taken_port_and_a_blocked_host_are_found() -> None:
     first = (
         '[ $RANK != 1 ] || ip route add blackhole "${MASTER_ADDR%.*}.3/32"; '
         f'[ $RANK != 0 ] || {{ {sys.executable} -c "import socket, time; '
-        "server = socket.create_server(('', $MASTER_PORT)); time.sleep(60)\" & sleep 0.5; }"
+        "server = socket.create_server(('', $MASTER_PORT)); time.sleep(200)\" & "
+        'until [ "$(ss -Hltn sport = :$MASTER_PORT)" ]; do sleep 0.05; done; }'
     )
     run = check_on_hosts(3, first=first)
     assert run.exit_code == 1

@@ -87,7 +87,9 @@ def decoded(codec: Codec, packet: torch.Tensor, like: torch.Tensor, side: Side |
 @pytest.mark.parametrize("spec", MANY_KERNELS)
 def test_all_kernels_write_the_same_bytes_and_read_each_others(spec: str, dtype: torch.dtype) -> None:
     codecs = [make_codec(spec, kernel=kernel) for kernel in KERNELS]
-    for seed, numel in enumerate(SIZES):
+    # Several tiles, slow in the reference, with one dtype of each width.
+    sizes = SIZES if dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) else SIZES[:-1]
+    for seed, numel in enumerate(sizes):
         tensors = [gradient_like(numel, dtype, seed), any_bits(numel, dtype, seed)]
         sides = [None, segments_of(numel, 5)]
         cases = list(itertools.product(tensors, sides))

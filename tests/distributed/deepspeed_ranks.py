@@ -370,7 +370,7 @@ def more_ranks(rank: int, folder: Path, dies: bool) -> dict[str, Any]:
     compression.close()
     if dies:
         engine = engine_of(CASES["stage 2"])
-        compress_engine(engine, 2.0, timeout=20.0)
+        compress_engine(engine, 2.0, timeout=250.0)
         train(engine, rank, 1)
         if rank == 2:
             os._exit(7)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import resource
 import signal
@@ -109,8 +111,20 @@ def _edl(
     main()
 
 
+_PORTS = range(
+    20_000, 32_000
+)  # below those that Linux gives to connections, which would take one before its rank
+_WORKERS = 12
+_turns = itertools.count(os.getpid())  # another run of the tests on this machine begins elsewhere
+
+
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port that nothing listens on, and that no other worker of the tests is told."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
+    own = _PORTS[worker::_WORKERS]
+    for _ in own:
+        port = own[next(_turns) % len(own)]
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

@@ -196,8 +196,14 @@ def _reports(folder: Path, number: int) -> dict[int, Any]:
 
 
 def _left_over(folder: Path) -> list[str]:
-    """Command lines of ranks of this job that still run, half a second after mpirun's end."""
-    time.sleep(0.5)
+    """Command lines of ranks of this job that still run, or are ending, 20 seconds after mpirun's end."""
+    deadline = time.monotonic() + 20.0
+    while (found := _running(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def _running(folder: Path) -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -250,7 +256,7 @@ def _serve(folder: Path, owner: int) -> None:
         comm = world.Split(int(world.Get_rank() >= world_size))
         if world.Get_rank() < world_size:
             try:
-                value = function(MpiTransport(comm, timeout=30.0), *arguments)
+                value = function(MpiTransport(comm, timeout=120.0), *arguments)
             except BaseException as error:
                 traceback.print_exc()
                 value = error

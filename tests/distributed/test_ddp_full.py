@@ -311,7 +311,6 @@ def compressed_twice(rank: int) -> None:
 def test_what_cannot_work_is_an_error_on_every_rank(ranks: Callable[[int], None], text: str) -> None:
     for outcome in run_failing_ranks(ranks, 2):
         assert text in str(outcome.error), outcome.trace
-        assert outcome.seconds < 20.0
 
 
 def frozen_later(rank: int) -> tuple[int, bool]:

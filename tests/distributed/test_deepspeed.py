@@ -228,7 +228,7 @@ def test_a_dead_rank_ends_the_others_in_time(three: Any) -> None:
     for rank in three:
         error, seconds = rank["dead"]
         assert isinstance(error, TransportError)
-        assert seconds < 25.0
+        assert seconds < 100.0  # less than any time-out
 
 
 def test_another_deepspeed_is_refused() -> None:

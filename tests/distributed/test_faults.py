@@ -104,28 +104,32 @@ def hanging_ranks(out: Path, how: str, *settings: str) -> list[subprocess.Popen[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [["run.watchdog_seconds=4"], ["run.watchdog_seconds=0", "run.timeout_seconds=4"]]
+    "settings", [["run.watchdog_seconds=8"], ["run.watchdog_seconds=0", "run.timeout_seconds=8"]]
 )
 def test_a_rank_that_hangs_is_named_with_its_stack_and_ends_the_run(
     settings: list[str], tmp_path: Path
 ) -> None:
     ranks = hanging_ranks(tmp_path / "run", "hang", *settings)
-    printed = [rank.communicate(timeout=100)[1] for rank in ranks]
+    try:
+        printed = [rank.communicate(timeout=250)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [10, 10], printed
     assert printed[0].count("RankStuck: rank 1 makes no progress, and the others wait for it") == 1, printed
     assert "rank 1: step 6, forward, for" in printed[0]
     assert "in hanging" in printed[1] and "in backward" in printed[1], printed[1]
     assert "rank 0: step 6, backward, with gradients' all-reduce" in printed[0]
-    if "run.watchdog_seconds=4" in settings:  # else they have given up
+    if "run.watchdog_seconds=8" in settings:  # else they have given up
         assert ": in _PairwiseWork._finish\n" in printed[0], printed[0]  # a communication thread
     assert "RankStuck" not in printed[1]
 
 
 @pytest.mark.slow
 def test_a_stopped_process_is_named_as_giving_no_sign_of_life(tmp_path: Path) -> None:
-    ranks = hanging_ranks(tmp_path / "run", "stop", "run.timeout_seconds=4")
+    ranks = hanging_ranks(tmp_path / "run", "stop", "run.timeout_seconds=8")
     try:
-        printed = ranks[0].communicate(timeout=100)[1]
+        printed = ranks[0].communicate(timeout=250)[1]
     finally:
         ranks[1].kill()
         ranks[1].communicate()

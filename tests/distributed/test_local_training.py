@@ -285,7 +285,7 @@ def dying(rank: int, out: Path, victim: int) -> None:
         return step(self)
 
     LocalTrainer._train_step = dies  # type: ignore[method-assign]
-    settings = ["local.mode=partitionwise", "train.checkpoint_every=2", "run.timeout_seconds=20"]
+    settings = ["local.mode=partitionwise", "train.checkpoint_every=2", "run.timeout_seconds=250"]
     run(config_of(out, *GPT, "train.steps=50", *settings))
 
 
@@ -294,7 +294,7 @@ def test_a_killed_rank_ends_the_others_and_leaves_a_checkpoint(tmp_path: Path, v
     outcome = run_failing_ranks(dying, 2, tmp_path / "run", victim)[1 - victim]
     assert outcome.error is not None
     assert isinstance(outcome.error, TransportError) or "gloo" in str(outcome.error), outcome.trace
-    assert outcome.seconds < 30.0
+    assert outcome.seconds < 100.0  # less than any time-out
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest() == 4
 
 

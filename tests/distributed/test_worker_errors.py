@@ -50,7 +50,11 @@ def test_a_rank_that_is_slow_to_hear_of_the_end_still_reports_its_own_error(tmp_
         )
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=180)[1] for rank in ranks]
+    try:
+        printed = [rank.communicate(timeout=250)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [2, 2], printed
     assert printed[0] == ""
     assert printed[1].startswith("rank 1: ConfigError: a wrong setting")

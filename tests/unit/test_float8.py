@@ -12,7 +12,7 @@ from torch import Tensor
 from efficient_dl.codec import make_codec
 from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.codec.kernels.native.library import available_isas
-from tests.unit.native_build import DRIVERS, NATIVE, compiler, run, vector_flags
+from tests.unit.native_build import DRIVERS, linked
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -41,19 +41,9 @@ def dense_floats(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converter(built_library: Path) -> Path:
     """The driver over the library's conversions."""
-    folder = tmp_path_factory.mktemp("float8")
-    flags = ["-O2", "-std=c++20", "-pthread", "-ffp-contract=off", "-w"]
-    objects: list[Path] = []
-    groups = ("kernels", "fields", "quantizer", "rans")
-    kernels = [NATIVE / "dispatch.cpp", NATIVE / "tables.cpp"]
-    kernels += [path for group in groups for path in sorted(NATIVE.glob(f"{group}_*.cpp"))]
-    for source in [*kernels, DRIVERS / "float8.cpp"]:
-        objects.append(folder / f"{source.stem}.o")
-        run(compiler(), *flags, *vector_flags(source), "-c", source, "-o", objects[-1])
-    run(compiler(), *flags, *objects, "-o", folder / "float8")
-    return folder / "float8"
+    return linked(DRIVERS / "float8.cpp", built_library, built_library.parent / "float8", "-O1")
 
 
 def converted(converter: Path, isa: str, dtype: torch.dtype, what: str, data: Tensor) -> Tensor:
@@ -67,6 +57,7 @@ def converted(converter: Path, isa: str, dtype: torch.dtype, what: str, data: Te
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("built")
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_every_float8_becomes_the_float32_of_torch(converter: Path, isa: str, dtype: torch.dtype) -> None:
@@ -76,6 +67,7 @@ def test_every_float8_becomes_the_float32_of_torch(converter: Path, isa: str, dt
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("built")
 @pytest.mark.parametrize("isa", available_isas())
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_floats_round_to_float8_as_in_torch(converter: Path, isa: str, dtype: torch.dtype) -> None:

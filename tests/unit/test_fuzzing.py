@@ -29,7 +29,7 @@ def test_the_corpus_and_its_damaged_copies_are_harmless_under_sanitizers(
 def test_libfuzzer_finds_nothing_in_a_short_search(sanitized: Sanitized, tmp_path: Path) -> None:
     if not sanitized.fuzzes:
         pytest.skip("this machine lacks clang++ or its libFuzzer (apt-get install clang libclang-rt-14-dev)")
-    options = ["20", "-seed=1", f"-artifact_prefix={tmp_path}/"]
+    options = ["10", "-seed=1", f"-artifact_prefix={tmp_path}/"]
     variables = {"LIBRARY": str(sanitized.library), "FOUND": str(tmp_path / "found")}
     done = subprocess.run(
         ["bash", FUZZ / "fuzz.sh", *options],

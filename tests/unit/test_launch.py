@@ -263,7 +263,7 @@ def run_batch(folder: Path, srun: str, number: signal.Signals | None = None, **m
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.02)
             job.send_signal(number)
-        return job.wait(30), log.read_text()
+        return job.wait(100), log.read_text()
     finally:
         try:
             os.killpg(job.pid, signal.SIGKILL)

@@ -295,11 +295,9 @@ def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_build_script_builds_a_working_library(tmp_path: Path) -> None:
-    run(
-        "sh", NATIVE / "build.sh", tmp_path / "built.so", CXX=compiler(), CXXFLAGS="-O0"
-    )  # the last -O counts
-    built: NativeLibrary = load_library("auto", tmp_path / "built.so")
+@pytest.mark.xdist_group("built")
+def test_build_script_builds_a_working_library(built_library: Path) -> None:
+    built: NativeLibrary = load_library("auto", built_library)
     assert built.isa == load_library().isa
     x, room = laplace_like(5000), torch.empty(30_000, dtype=torch.uint8)
     size = built.split_encode(x.data_ptr(), 5000, 0, room.data_ptr(), 30_000)

@@ -135,7 +135,7 @@ def test_a_main_thread_outside_of_python_ends_after_its_grace_or_a_second_signal
             time.sleep(2.1)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=30)
+        _, printed = process.communicate(timeout=100)
     finally:
         process.kill()
     assert process.returncode == 143
