@@ -44,6 +44,7 @@ from efficient_dl.integrations.ddp_setup import (
 )
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.facts import common_facts
+from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
 from efficient_dl.integrations.second_moment import SecondMoment
 
@@ -263,6 +264,7 @@ def compress_ddp(
             shadow,
             check_every,
             carrier,
+            GroupGuards(control, max_relative_error, on_alarm, shadow),
             scaler,
             second_moment,
             topology,
@@ -271,7 +273,6 @@ def compress_ddp(
         )
         if is_auto:
             closing.pop_all()  # it measures by the carrier, and closes it; else by siblings of it alone
-    compression.start_watch(max_relative_error, on_alarm)
     return compression
 
 

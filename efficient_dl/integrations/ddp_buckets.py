@@ -171,11 +171,9 @@ class BucketRecord:
             self.buckets, self._steps_to_hold = step, 0
 
 
-def bucket_names(model: DistributedDataParallel, names: Mapping[int, str]) -> list[list[str]]:
-    """The parameters in each of DDP's present buckets, in the order in which they are reduced; [] if it cannot tell.
-
-    names: by id(parameter).
-    """
+def bucket_names(model: DistributedDataParallel, parameters: Mapping[str, Tensor]) -> list[list[str]]:
+    """The parameters in each of DDP's present buckets, in the order in which they are reduced; [] if it cannot tell."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
     buckets = model.reducer._get_zeros_like_grad_buckets()
     found = [[names.get(id(one), "") for one in bucket.parameters()] for bucket in buckets]
     return found if all(name for bucket in found for name in bucket) else []

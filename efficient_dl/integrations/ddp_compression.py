@@ -5,11 +5,9 @@
 import dataclasses
 import logging
 import math
-import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +15,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from efficient_dl.comm import (
-    Alarm,
-    BucketLayout,
     Compressor,
-    HierarchicalReducer,
-    KillSwitch,
-    OnAlarm,
     ProcessGroupTransport,
     Topology,
     Transport,
-    Watch,
     check_equal,
     combined,
     gather_json,
@@ -36,27 +28,22 @@ from efficient_dl.comm import (
     summary,
     total_scalars,
 )
-from efficient_dl.errors import CheckpointError, ConfigError, EdlError
+from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.integrations.auto import log_saved_plan
-from efficient_dl.integrations.ddp_buckets import (
-    BucketEngine,
-    BucketRecord,
-    CompressedEngine,
-    HeldStep,
-    ShadowEngine,
-    bucket_names,
-)
-from efficient_dl.integrations.ddp_native import CODED, NativeReducer, left_to_torch, log_left_to_torch
+from efficient_dl.integrations.ddp_backward import Backward
+from efficient_dl.integrations.ddp_buckets import bucket_names
+from efficient_dl.integrations.ddp_engines import Engines
+from efficient_dl.integrations.ddp_native import CODED, left_to_torch, log_left_to_torch
 from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     join_check,
 )
-from efficient_dl.integrations.ddp_transport import divisible, transport_kind
+from efficient_dl.integrations.ddp_transport import transport_kind
+from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
-Way: TypeAlias = tuple[bool, int]
 _EXIT_SECONDS = 2.0  # how long a process that ends without close() waits for its own threads
 
 
@@ -72,6 +59,7 @@ class Compression:
         shadow: bool,
         check_every: int,
         carrier: Transport,
+        guards: GroupGuards,
         scaler: torch.amp.GradScaler | None = None,
         second_moment: SecondMoment | None = None,
         topology: Topology | None = None,
@@ -91,45 +79,41 @@ class Compression:
         self._topology = topology if replanner is None else self._topology_of(replanner.now)
         self._transport = transport_kind(carrier)
         self._check_every = check_every
-        self._scaler = scaler
-        self._second_moment = second_moment
-        self._commits_itself = optimizer is None
-        self._in_backward = False
-        self._drains = False  # whether this step goes natively, with the residuals added
         self._parameters = averaged_parameters(model)
-        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
-        self._frozen = {name: p for name, p in self._parameters.items() if not p.requires_grad}
-        self._joins = join_check(model)
         self._left_to_torch = left_to_torch(model, self._parameters)
-        self._native = NativeReducer(control, compressor.meter)
-        self._switch = KillSwitch()
-        self._watch: Watch | None = None
-        self._watch_options: tuple[float | None, OnAlarm] = (None, "warn")
-        self._alarms: list[dict[str, Any]] = []  # of earlier plans
-        self._disables_on_alarm = False
+        self._guards = guards
         self._residuals_of: bool | None = (
             None  # what left some behind: packets of a hierarchy, or others; None: nothing
         )
         self._marks: dict[str, dict[str, Any]] = {}
-        self._optimizer_steps = 0
         self._checks = 0
-        self._pending: list[Future[Any]] = []
-        self._record = BucketRecord()
-        self._held: HeldStep | None = None
-        self._engines: dict[
-            Way, BucketEngine
-        ] = {}  # whether they reduce between nodes, and the size of groups
-        self._finalizer = weakref.finalize(self, _stop, self._engines, _EXIT_SECONDS)
-        if replanner is not None and replanner.levels is not None:
-            self._engines[True, 0] = CompressedEngine(HierarchicalReducer(compressor, replanner.levels))
+        self._engines = Engines(
+            compressor, control, carrier, shadow, replanner.levels if replanner is not None else None
+        )
+        self._finalizer = weakref.finalize(self, self._engines.stop, _EXIT_SECONDS)
+        self._backward = Backward(
+            self._parameters,
+            self._left_to_torch,
+            compressor,
+            control,
+            self._engines,
+            guards,
+            join_check(model),
+            scaler,
+            second_moment,
+            replanner,
+            commits=optimizer is None,
+        )
         self._hooked = False
-        self._engine = self._engine_for_plan()
-        if self._engine is not None:
+        self._count(0)
+        self._choose_engine()
+        if self._compresses:
             self._register_hook()
         if replanner is not None:
             self._residuals_of = None if compressor.exact else replanner.now.hierarchy
             self.plan = dataclasses.replace(self.plan, reason=replanner.now.reason)
         self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+        self._watch_anew()
 
     def disable(self, reason: str) -> None:
         """Turns compression off on all ranks: from then on gradients go by torch's own all-reduce.
@@ -140,11 +124,10 @@ class Compression:
 
         reason: for the logs.
         """
-        if self._engine is None and (self._replanner is None or not self._replanner.active):
+        if not self._compresses and (self._replanner is None or not self._replanner.active):
             _log.warning('there is nothing to disable: bits="none"')
-        elif self._switch.off is None:
-            self._switch.wish = self._switch.wish or reason
-            _log.warning("compression ends with the next comparison of parameters: %s", reason)
+        else:
+            self._guards.wish(reason)
 
     def interval(self, all_ranks: bool = False, name: str = "interval") -> dict[str, Any]:
         """`stats` of the time since the last call with this name, or since the start; the marks are saved, too."""
@@ -219,8 +202,8 @@ class Compression:
             "hierarchy": self._topology.summary() if self._topology else None,
             "checks": self._checks,
             "bytes_source": source,
-            "disabled": self._switch.off,
-            "alarms": self._alarm_rows(),
+            "disabled": self._guards.off,
+            "alarms": self._guards.alarms,
             "plans": [one.to_json() for one in self._replanner.chosen] if self._replanner else [],
             "looks": self._replanner.looks if self._replanner else 0,
             **figures,
@@ -236,20 +219,13 @@ class Compression:
     def _check(self, parameters: Mapping[str, Tensor]) -> None:
         planner, meter, step = self._replanner, self._compressor.meter, self._optimizer_steps
         facts = planner.notes(meter) if planner is not None else []
-        watched = self._watch.notes() if self._watch else []
-        notes = [int(self._switch.wish is not None), *facts, *watched]
-        everyone = check_equal(parameters, self._control, step, notes)
+        everyone = check_equal(parameters, self._control, step, [*facts, *self._guards.notes()])
         self._checks += bool(parameters)
-        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, step)
-        if self._watch is not None and self._switch.off is None:
-            for alarm in self._watch.judge([theirs[1 + len(facts) :] for theirs in everyone]):
-                self._log_alarm(alarm)
-                if self._disables_on_alarm:
-                    self._switch.end(alarm.text, step)
-        if planner is not None and self._switch.off is None:
-            if self._engine is None:
+        self._guards.agree([theirs[len(facts) :] for theirs in everyone], step)
+        if planner is not None and self._guards.off is None:
+            if not self._compresses:
                 self._sample_averages(planner)
-            told = [theirs[1 : 1 + len(facts)] for theirs in everyone]
+            told = [theirs[: len(facts)] for theirs in everyone]
             if (chosen := planner.judge(told, meter, step)) is not None:
                 self._follow(chosen)
                 if self._control.rank == 0:
@@ -284,29 +260,27 @@ class Compression:
         """
         assert self._replanner is not None
         plan = dataclasses.replace(self._replanner.plan(chosen.bits), reason=chosen.reason)
-        self._alarms = self._alarm_rows()
-        self._watch = None
+        self._guards.rest()
         self._compressor.follow(plan)
         self.plan = plan
         self._topology = self._topology_of(chosen)
         first_engine = not self._hooked
-        self._engine = self._engine_for_plan()
-        if first_engine and self._engine is not None:
+        self._choose_engine()
+        if first_engine and self._compresses:
             self._register_hook()
             model = self._model()
-            if self._optimizer_steps and model and (found := bucket_names(model, self._names)):
-                self._record.know([one for one in found if not self._left_to_torch.keys() & set(one)])
+            if self._optimizer_steps and model and (found := bucket_names(model, self._parameters)):
+                self._backward.record.know(
+                    [one for one in found if not self._left_to_torch.keys() & set(one)]
+                )
         residuals, left_by = self._compressor.residuals, self._residuals_of
         if residuals is not None:
             lossy = not self._compressor.exact
             if left_by is not None and not (lossy and left_by == chosen.hierarchy):
                 residuals.start_draining()
             self._residuals_of = chosen.hierarchy if lossy else None
-        self.start_watch(*self._watch_options)
+        self._watch_anew()
         self._replanner.restarted(self._compressor.meter)
-
-    def _alarm_rows(self) -> list[dict[str, Any]]:
-        return self._watch.state_dict() if self._watch else self._alarms
 
     def _register_hook(self) -> None:
         model = self._model()
@@ -316,7 +290,7 @@ class Compression:
             model.register_comm_hook(self, _reduce_bucket)
         except RuntimeError as error:  # torch's built-in hooks leave no trace to look for before
             self._finalizer.detach()
-            _close(self._engines, _EXIT_SECONDS)
+            self._engines.close(_EXIT_SECONDS)
             raise ConfigError(
                 "the model's communication hook cannot be registered",
                 found=str(error).splitlines()[0],
@@ -333,11 +307,10 @@ class Compression:
             "optimizer_steps": self._optimizer_steps,
             "shadow": self.shadow,
             "nodes": self._topology.reduced_by if self._topology else None,
-            "buckets": [list(names) for names in self._record.buckets],
-            "buckets_settled": self._record.settled,
+            "buckets": [list(names) for names in self._backward.record.buckets],
+            "buckets_settled": self._backward.record.settled,
             "compressor": self._compressor.state_dict(),
-            "switch": self._switch.state_dict(),
-            "alarms": self._alarm_rows(),
+            **self._guards.state_dict(),
             "marks": dict(self._marks),
             "replanner": self._replanner.state_dict() if self._replanner else None,
         }
@@ -374,16 +347,18 @@ class Compression:
             self._follow(planner.resumable(before))
         if resized:
             self._load_resized(states)
-            self._optimizer_steps = own["optimizer_steps"]
-            self._restore_guards({**own, "marks": {}})
+            self._count(own["optimizer_steps"])
+            self._guards.load_state_dict(own)
+            self._marks = {}
             if planner is not None and before:
                 self._follow(planner.continued(before, self._optimizer_steps))
                 self._drain_natively()
             return
         fresh = self._compressor.meter.state_dict()
         self._compressor.load_state_dict(own["compressor"])
-        self._optimizer_steps = own["optimizer_steps"]
-        self._restore_guards(own)
+        self._count(own["optimizer_steps"])
+        self._guards.load_state_dict(own)
+        self._marks = dict(own["marks"])
         if planner is not None and before and planner.is_under_floor(before):
             self._follow(planner.continued(before, self._optimizer_steps))
         elif planner is not None and before:
@@ -410,7 +385,7 @@ class Compression:
 
     def begin_at(self, step: int) -> None:
         """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks."""
-        self._optimizer_steps = step
+        self._count(step)
         if self._replanner is not None:
             self._replanner.begin_at(step)
 
@@ -419,13 +394,6 @@ class Compression:
         residuals = self._compressor.residuals
         if residuals is not None and residuals.draining and not self._hooked:
             self._register_hook()
-
-    def _restore_guards(self, own: Mapping[str, Any]) -> None:
-        self._switch.load_state_dict(own["switch"])
-        self._marks = dict(own["marks"])
-        self._alarms = list(own["alarms"])
-        if self._watch is not None:
-            self._watch.load_state_dict(own["alarms"])
 
     def _load_resized(self, states: Sequence[Mapping[str, Any]]) -> None:
         before = states[0]["world_size"]
@@ -453,12 +421,12 @@ class Compression:
         )
 
     def _continue_in(self, buckets: list[list[str]], settled: bool) -> None:
-        if not buckets or self.shadow or self._engine is None:
+        if not buckets or self.shadow or not self._compresses:
             return
         trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
         trained -= set(self._left_to_torch)
         if trained == {name for names in buckets for name in names}:
-            self._record.hold(buckets, settled)
+            self._backward.record.hold(buckets, settled)
         else:
             _log.warning(
                 "other parameters are trained than before the restart: a lossy run goes on differently"
@@ -473,174 +441,33 @@ class Compression:
         if self._step_hook is not None:
             self._step_hook.remove()
         if self._finalizer.detach():
-            _close(self._engines, timeout)
+            self._engines.close(timeout)
             if self._owns_carrier:
                 self._carrier.close()
 
     def abort(self) -> None:
         """Breaks the connections: the peers get a TransportError that names this rank now, not after a time-out."""
-        for engine in self._engines.values():
-            engine.abort()
+        self._engines.abort()
 
-    def start_watch(self, max_relative_error: float | None, on_alarm: OnAlarm) -> None:
-        """Watches errors and times from now on, as `compress_ddp` says; called by it, and after a change of plan."""
-        self._watch_options = (max_relative_error, on_alarm)
-        exact = self._compressor.exact
-        times = not self.shadow and self.plan.codec != "identity"
-        if self._engine is not None and self._control.world_size > 1:
-            self._watch = Watch(
-                self._compressor.meter,
-                max_relative_error,
-                times=times,
-                exact=exact,
-                escapes_are_usual=self.plan.codec.startswith("grid:"),
-                plan=self._replanner.now.label if self._replanner else "",
-            )
-            self._watch.load_state_dict(self._alarms)
-        self._disables_on_alarm = on_alarm == "disable" and not self.shadow
+    def _watch_anew(self) -> None:
+        if self._compresses and self._control.world_size > 1:
+            self._guards.watch(self._compressor, self._replanner.now.label if self._replanner else "")
 
-    def _engine_for_plan(self) -> BucketEngine | None:
-        """What carries the plan out, None for torch's own collective; made by all ranks together when it is needed."""
-        if self.plan.codec == "none":
-            return None
-        topology = self._topology if self._topology and not self._topology.flat_reason() else None
-        in_groups = topology is not None and topology.groups
-        way = (topology is not None and not in_groups, topology.local_size if topology and in_groups else 0)
-        if way not in self._engines:
-            if self.shadow:
-                engine: BucketEngine = ShadowEngine(self._compressor, self._control)
-            elif topology is None:
-                engine = CompressedEngine.flat(self._compressor, self._carrier)
-            elif in_groups:
-                engine = CompressedEngine.in_groups(self._compressor, divisible(self._carrier), topology)
-            else:
-                engine = CompressedEngine.by_nodes(self._compressor, self._control, topology)
-            self._engines[way] = engine
-        return self._engines[way]
+    def _choose_engine(self) -> None:
+        """What carries the plan out; all ranks choose together."""
+        self._backward.engine = None if self.plan.codec == "none" else self._engines.get(self._topology)
+
+    @property
+    def _compresses(self) -> bool:
+        return self._backward.engine is not None
 
     def _topology_of(self, plan: ChosenPlan) -> Topology | None:
         if plan.group_size:
             return Topology.in_groups(self._control.world_size, plan.group_size)
         return self._nodes if plan.hierarchy else None
 
-    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        if self._joins():
-            raise ConfigError(
-                "gradients cannot be compressed inside of DDP's join()",
-                fix="give every rank the same number of steps, without join(); or use bits='none'",
-            )
-        parameters = bucket.parameters()
-        names = [self._names[id(parameter)] for parameter in parameters]
-        if not self._in_backward:
-            self._in_backward = True
-            self._begin_step()
-        compresses = self._switch.off is None and self._engine is not None and not self._drains
-        native = not compresses or any(name in self._left_to_torch for name in names)
-        if not native:
-            self._record.add(names)
-            replanner = self._replanner
-            if replanner is not None and replanner.active and self._is_due(self._optimizer_steps + 1):
-                replanner.keep_sample(bucket.buffer(), [p.numel() for p in parameters])
-        if self._control.world_size == 1:
-            result: torch.futures.Future[Tensor] = torch.futures.Future()
-            result.set_result(bucket.buffer())
-        elif native:
-            if self._drains and not any(name in self._left_to_torch for name in names):
-                self._drain(bucket.buffer(), names, [p.numel() for p in parameters])
-            result, done = self._native.start(bucket.buffer(), dict(zip(names, parameters, strict=True)))
-            self._pending.append(done)
-        elif self._record.holds:
-            self._held = self._held or HeldStep(self._record.buckets)
-            result = self._held.hold(bucket.buffer(), self._layout(names, [p.numel() for p in parameters]))
-        else:
-            result = self._start(bucket.buffer(), names, [p.numel() for p in parameters])
-        if bucket.is_last():
-            if self._held is not None:
-                self._held.start(self._start)
-                self._wait()
-                self._held.finish()
-                self._held = None
-            # Runs at the end of backward, before DDP's own: raises what a stage raised, with its own type.
-            try:
-                torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
-            except RuntimeError as error:
-                raise EdlError(
-                    "gradients are reduced outside of a backward pass, as DDP's join() does",
-                    fix="give every rank the same number of steps; join() needs bits='none'",
-                ) from error
-        return result
-
-    def _drain(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> None:
-        assert self._compressor.residuals is not None
-        for name, part in zip(names, x.split(list(numels)), strict=True):
-            self._compressor.residuals.drain(name, part)
-
-    def _start(self, x: Tensor, names: Sequence[str], numels: Sequence[int]) -> torch.futures.Future[Tensor]:
-        assert self._engine is not None
-        moment = self._second_moment
-        divisors = None if moment is None else moment.of(names, numels, x)
-        result, done = self._engine.start(x, self._layout(names, numels), divisors)
-        self._pending.append(done)
-        return result
-
-    def _layout(self, names: Sequence[str], numels: Sequence[int]) -> BucketLayout:
-        return BucketLayout.of(names, numels, self._control.world_size)
-
-    def _finish_backward(self) -> None:
-        start = time.perf_counter()
-        self._wait()
-        self._pending = []
-        self._in_backward = False
-        compressed = self._switch.off is None and self._engine is not None and not self._drains
-        if compressed:
-            self._record.end_step()
-        self._compressor.end_step(time.perf_counter() - start)
-        if compressed:
-            self._compressor.agree(self._control)
-        if self._commits_itself:
-            self._compressor.commit_step()
-        self._check_unfrozen()
-        if self._watch is not None and self._switch.off is None:
-            for alarm in self._watch.stepped():
-                self._log_alarm(alarm)
-                if self._disables_on_alarm:
-                    self.disable(alarm.text)
-
-    def _log_alarm(self, alarm: Alarm) -> None:
-        _log.warning("rank %d, step %d: %s", self._control.rank, alarm.step, alarm.text)
-
-    def _check_unfrozen(self) -> None:
-        for name, parameter in self._frozen.items():
-            if parameter.requires_grad and parameter.grad is not None and self._control.world_size > 1:
-                raise ConfigError(
-                    f"parameter {name!r} was frozen when DDP was made, which does not average its gradients now",
-                    fix="after unfreezing it, wrap the bare model again, and call compress() again",
-                )
-
-    def _begin_step(self) -> None:
-        if self._replanner is not None:
-            self._replanner.forget_sample()  # of a step that a GradScaler has skipped
-        scaler = self._scaler
-        follows = self._compressor.residuals is not None and scaler is not None and scaler.is_enabled()
-        scale = scaler.get_scale() if follows and scaler is not None else 1.0
-        if self._second_moment is None:
-            self._compressor.begin_step(scale)
-        else:
-            self._second_moment.begin_step()
-            self._compressor.begin_step(scale, self._second_moment.unscaled)
-        residuals = self._compressor.residuals
-        self._drains = self._switch.off is None and residuals is not None and residuals.draining
-
-    def _wait(self) -> None:
-        try:
-            for done in self._pending:
-                done.result()
-        except BaseException:
-            self.abort()  # the peers learn of it now, not after a time-out
-            raise
-
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._optimizer_steps += 1
+        self._count(self._optimizer_steps + 1)
         # A fused optimizer runs in a step that its GradScaler skips, and skips inside.
         found_inf = getattr(optimizer, "found_inf", None)
         if self._compressor.residuals is not None and not (found_inf is not None and float(found_inf) > 0):
@@ -660,22 +487,17 @@ class Compression:
         if self._is_due(self._optimizer_steps) and (
             self._hooked or (self._replanner is not None and self._replanner.active)
         ):
-            self._check({} if self._engine is None else self._parameters)
+            self._check(self._parameters if self._compresses else {})
+
+    def _count(self, steps: int) -> None:
+        self._optimizer_steps = steps
+        active = self._replanner is not None and self._replanner.active
+        self._backward.samples = active and self._is_due(steps + 1)
 
     def _is_due(self, step: int) -> bool:
         return bool(self._check_every) and step % self._check_every == 0
 
 
-def _stop(engines: dict[Way, BucketEngine], timeout: float) -> None:
-    for engine in engines.values():
-        engine.stop(timeout)
-
-
-def _close(engines: dict[Way, BucketEngine], timeout: float) -> None:
-    for engine in engines.values():
-        engine.close(timeout)
-
-
 def _reduce_bucket(state: Compression, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The hook that DDP calls, in the autograd thread, when a bucket's gradients are ready."""
-    return state._reduce(bucket)
+    return state._backward.reduce(bucket)

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficient_dl.comm import (
-    Alarm,
     Compressor,
-    KillSwitch,
     ProcessGroupTransport,
-    Watch,
     check_equal,
     combined,
     gather_json,
@@ -28,6 +25,7 @@ from efficient_dl.integrations.deepspeed_checkpoint import CheckpointFiles
 from efficient_dl.integrations.deepspeed_plugs import EnginePlug, ZeroPlug, install, remove
 from efficient_dl.integrations.deepspeed_reducers import CompressedReducer, ShadowReducer, Steps
 from efficient_dl.integrations.deepspeed_settings import Settings
+from efficient_dl.integrations.group_guards import GroupGuards
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class EngineCompression:
         self._parameters = dict(engine.module.named_parameters())
         self._checks = 0
         self._plug = plug
-        self._switch = KillSwitch()
+        self._guards = GroupGuards(control, settings.max_relative_error, settings.on_alarm, settings.shadow)
         self._start(compressor)
         self._native_step = engine.step
         files = CheckpointFiles(engine, self, control)
@@ -84,7 +82,6 @@ class EngineCompression:
         self._transport: ProcessGroupTransport | None = None
         self._is_plugged = False
         self._steps = Steps(compressor, lambda: float(getattr(engine.optimizer, "loss_scale", 1.0)))
-        self._watch: Watch | None = None
         self._compares = self.plan.codec != "none" and self._control.world_size > 1
         if self._compares:
             if self.shadow:
@@ -93,13 +90,9 @@ class EngineCompression:
                 self._transport = self._control.sibling()
                 self._plug.reducer = CompressedReducer(compressor, self._transport, self._steps)
             self._plug_in(True)
-            self._watch = Watch(
-                compressor.meter,
-                settings.max_relative_error,
-                times=not self.shadow and self.plan.codec != "identity",
-                exact=compressor.exact,
-                escapes_are_usual=self.plan.codec.startswith("grid:"),
-            )
+            self._guards.watch(compressor, self.plan.bits if self._automatic else "")
+        else:
+            self._guards.rest()
 
     def _stop(self) -> None:
         self._plug_in(False)
@@ -115,9 +108,8 @@ class EngineCompression:
         """
         if not self._compares:
             _log.warning("there is nothing to disable: gradients are not compressed")
-        elif self._switch.off is None:
-            self._switch.wish = self._switch.wish or reason
-            _log.warning("compression ends with the next comparison of parameters: %s", reason)
+        else:
+            self._guards.wish(reason)
 
     def stats(self, all_ranks: bool = False) -> dict[str, Any]:
         """What was sent, what it cost and how much it erred, since the start or the restored checkpoint.
@@ -155,23 +147,16 @@ class EngineCompression:
             "hierarchy": None,
             "checks": self._checks,
             "bytes_source": "analytic" if native else "shadow" if self.shadow else "counted",
-            "disabled": self._switch.off,
-            "alarms": self._watch.state_dict() if self._watch else [],
+            "disabled": self._guards.off,
+            "alarms": self._guards.alarms,
             **figures,
         }
 
     def check(self) -> None:
         """Compares all parameters of all ranks, bit by bit; every rank must call it. Raises RanksDiverged."""
         step = self._engine.global_steps
-        notes = [int(self._switch.wish is not None), *(self._watch.notes() if self._watch else ())]
-        everyone = check_equal(self._parameters, self._control, step, notes)
+        self._guards.agree(check_equal(self._parameters, self._control, step, self._guards.notes()), step)
         self._checks += 1
-        self._switch.agree([bool(theirs[0]) for theirs in everyone], self._control, step)
-        if self._watch is not None and self._switch.off is None:
-            for alarm in self._watch.judge([theirs[1:] for theirs in everyone]):
-                self._log_alarm(alarm)
-                if self._disables_on_alarm:
-                    self._switch.end(alarm.text, step)
         self._follow_switch()
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,8 +169,7 @@ class EngineCompression:
             "shadow": self.shadow,
             "auto": None if self._automatic is None else {"bits": self.plan.bits, "reason": self.plan.reason},
             "compressor": self._compressor.state_dict(),
-            "switch": self._switch.state_dict(),
-            "alarms": self._watch.state_dict() if self._watch else [],
+            **self._guards.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,9 +191,7 @@ class EngineCompression:
             _log.warning(
                 "from a shadow run to a real one, or back: counters and residuals start again from zero"
             )
-        if self._watch is not None:
-            self._watch.load_state_dict(state["alarms"])
-        self._switch.load_state_dict(state["switch"])
+        self._guards.load_state_dict(state)
         self._follow_switch()
 
     def _check_place(self, state: Mapping[str, Any]) -> None:
@@ -248,10 +230,6 @@ class EngineCompression:
         self._replaced = {}
         self._stop()
 
-    @property
-    def _disables_on_alarm(self) -> bool:
-        return self._settings.on_alarm == "disable" and not self.shadow
-
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         engine = self._engine
         steps, skipped = engine.global_steps, engine.skipped_steps
@@ -266,21 +244,14 @@ class EngineCompression:
         self._steps.ended(applied)
         if self._is_plugged:
             self._compressor.agree(self._control)
-        if self._watch is not None and self._switch.off is None:
-            for alarm in self._watch.stepped():
-                self._log_alarm(alarm)
-                if self._disables_on_alarm:
-                    self.disable(alarm.text)
+        self._guards.stepped()
         every = self._settings.check_every
         if self._compares and every and self._engine.global_steps % every == 0:
             self.check()
 
-    def _log_alarm(self, alarm: Alarm) -> None:
-        _log.warning("rank %d, step %d: %s", self._control.rank, alarm.step, alarm.text)
-
     def _follow_switch(self) -> None:
         if self._compares:
-            self._plug_in(self._switch.off is None)
+            self._plug_in(self._guards.off is None)
 
     def _plug_in(self, wanted: bool) -> None:
         if wanted != self._is_plugged:

@@ -269,7 +269,7 @@ SCRIPT = """
     for step in range(3):
         if how == "in flight" and step == 2:
             if rank == 0:          # leave while our threads wait for rank 1
-                started = compression._engine.start(torch.zeros(90300), LAYOUT)
+                started = compression._backward.engine.start(torch.zeros(90300), LAYOUT)
                 raise SystemExit(7)
             time.sleep(200)
         model(torch.randn(4, 300)).sum().backward()
