@@ -84,6 +84,9 @@ class NodesWish:
         if self.discovers:
             found = Topology.discover(self._control, os.environ, socket.gethostname())
         if found is not None and (reason := found.flat_reason()):
-            level = logging.INFO if found.even else logging.WARNING
-            _log.log(level, "no hierarchy, all ranks reduce as equals: %s, by %s", reason, found.source)
+            if not found.groups:
+                level = logging.INFO if found.even else logging.WARNING
+                _log.log(level, "no hierarchy, all ranks reduce as equals: %s, by %s", reason, found.source)
+            elif self._control.rank == 0:
+                _log.warning("no groups, all ranks reduce as equals: %s", reason)
         return found
