@@ -139,7 +139,9 @@ class TorchJob:
 class TorchRig:
     """What the three have in common."""
 
-    overlaps = True
+    rules = RULES
+    wrap: Callable[[bool], nn.Module]
+    damaged = "2.bias"
 
     def __init__(self, rank: int) -> None:
         self.rank, self.size = rank, dist.get_world_size()
@@ -150,7 +152,7 @@ class TorchRig:
     ) -> TorchJob:
         if fed_back:
             options["error_feedback"] = True
-        return TorchJob(self, self.wrapped(half), bits, half, scaled, **self.options_for(bits, options))
+        return TorchJob(self, self.wrap(half), bits, half, scaled, **self.options_for(bits, options))
 
     def local_gradients(self, number: int) -> dict[str, Tensor]:
         found: list[dict[str, Tensor]] = []
@@ -169,9 +171,6 @@ class TorchRig:
     def input_dtype(self, half: bool) -> torch.dtype:
         return torch.bfloat16 if half else torch.float32
 
-    def wrapped(self, half: bool) -> nn.Module:
-        raise NotImplementedError
-
     def diverge(self, job: TorchJob) -> str:
         """The last rank's own copy, or shard, gets another bit."""
         if self.rank == self.size - 1:
@@ -179,13 +178,11 @@ class TorchRig:
                 local(job.model.get_parameter(self.damaged)).view(-1)[0] += 1.0
         return self.damaged.removeprefix("module.")
 
-    damaged = "2.bias"
-
 
 class DdpRig(TorchRig):
     damaged = "module.2.bias"
 
-    def wrapped(self, half: bool) -> nn.Module:
+    def wrap(self, half: bool) -> nn.Module:
         return DistributedDataParallel(network(self.input_dtype(half)), bucket_cap_mb=0.01)
 
     def options_for(self, bits: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +195,7 @@ class FsdpRig(TorchRig):
     def mesh(self) -> Any:
         return None
 
-    def wrapped(self, half: bool) -> nn.Module:
+    def wrap(self, half: bool) -> nn.Module:
         model, mesh = network(), self.mesh()
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16 if half else None

@@ -17,9 +17,8 @@ from efficient_dl.integrations.deepspeed_plugs import (
     check_version,
 )
 from tests.distributed.deepspeed_ranks import CASES, FEW, STEPS, more_ranks, two_ranks
-from tests.distributed.deepspeed_rules import STAGES, with_rules
+from tests.distributed.deepspeed_rules import DEEPSPEED_RULES, STAGES, with_rules
 from tests.distributed.launch import run_failing_ranks, run_ranks
-from tests.distributed.rules import RULES
 
 if importlib.util.find_spec("deepspeed") is None:
     if os.environ.get("REQUIRE_DEEPSPEED") == "1":
@@ -98,7 +97,7 @@ def test_more_ranks_end_equal_and_lossless(request: Any, world_size: int, name: 
     assert results[0]["identity"]["losses"] == pytest.approx(results[0][None]["losses"], rel=2e-3)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", DEEPSPEED_RULES)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_rule_holds(request: Any, world_size: int, stage: int, rule: str) -> None:
