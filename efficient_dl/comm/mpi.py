@@ -102,9 +102,9 @@ class MpiTransport:
         """See `Transport.ranks`; of the first communicator."""
         return self.link.names
 
-    def exchange(self, outgoing: list[Tensor]) -> MpiWork:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> MpiWork:
         """See `Transport.exchange`."""
-        return MpiWork(self, outgoing)
+        return MpiWork(self, outgoing, sizes)
 
     def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> MpiWork:
         """See `Transport.gather`."""
