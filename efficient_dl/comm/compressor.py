@@ -20,7 +20,7 @@ from efficient_dl.comm.deferred import Deferred
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
-from efficient_dl.comm.rates import Rates
+from efficient_dl.comm.rates import Rates, coarser
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
 from efficient_dl.comm.transport import Transport
@@ -413,7 +413,7 @@ class Compressor:
         is_controlled = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            return codec, _written(codec, x, room, section, stats, None, capacity), x
+            return codec, self._written(codec, x, room, section, stats, None, capacity), x
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
@@ -422,7 +422,7 @@ class Compressor:
         signal = x.float() + before if is_controlled or self.samples else None
         while True:
             residual = before.clone() if is_controlled else before
-            length = _encode_with_residual(codec, x, room, section, stats, residual, capacity)
+            length = self._encode_with_residual(codec, x, room, section, stats, residual, capacity)
             error = _relative(residual, signal) if is_controlled and signal is not None else 0.0
             again = self.rates.raised(codec.name, error) if is_controlled else None
             if again is None:
@@ -436,6 +436,54 @@ class Compressor:
         if signal is not None and self.samples:
             tally.erred(section, _squares(residual, section), _squares(signal, section))
         return codec, length, x if signal is None else signal.to(x.dtype)
+
+    def _written(
+        self,
+        codec: Codec,
+        x: Tensor,
+        room: Tensor,
+        section: Section,
+        stats: PacketStats | None,
+        residual: Tensor | None,
+        capacity: int | None,
+    ) -> int:
+        """Encodes into the front of room; the packet's bytes.
+
+        Rather than to lose blocks for want of room it takes fewer bits for all, where the host knows at once.
+        """
+        if capacity is None or not codec.name.startswith(_WITH_RATE):
+            count = codec.encode_into(x, room, section.side, stats, residual=residual)
+            return int(count) if capacity is None else capacity
+        before = residual.clone() if residual is not None and stats is not None else None
+        while True:
+            codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
+            again = coarser(codec.name) if stats is not None and stats.dropped_blocks else None
+            if stats is None or again is None:
+                return capacity
+            codec = self._codec(again)
+            if residual is not None and before is not None:
+                residual.copy_(before)
+
+    def _encode_with_residual(
+        self,
+        codec: Codec,
+        x: Tensor,
+        room: Tensor,
+        section: Section,
+        stats: PacketStats | None,
+        residual: Tensor,
+        capacity: int | None,
+    ) -> int:
+        """Encodes x + residual, and replaces the residual by what the packet leaves out."""
+        if codec.name.startswith(_WITH_RATE):
+            return self._written(codec, x, room, section, stats, residual, capacity)
+        wanted = residual.add_(x)
+        length = self._written(codec, wanted.to(x.dtype), room, section, stats, None, capacity)
+        decoded = torch.empty_like(wanted)
+        codec.decode(room[:length], decoded, side=section.side)
+        wanted.sub_(decoded)
+        wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
+        return length
 
     def _split(
         self, message: Tensor, shard: Shard, sections: Sequence[Section], dtype: torch.dtype
@@ -476,42 +524,6 @@ class Compressor:
         codec.decode(packet, decoded, side=section.side)
         error = decoded.sub_(signal)
         tally.erred(section, _squares(error, section), _squares(signal, section))
-
-
-def _written(
-    codec: Codec,
-    x: Tensor,
-    room: Tensor,
-    section: Section,
-    stats: PacketStats | None,
-    residual: Tensor | None,
-    capacity: int | None,
-) -> int:
-    """Encodes into the front of room; the packet's bytes."""
-    limit = capacity if codec.name.startswith(_WITH_RATE) else None
-    count = codec.encode_into(x, room, section.side, stats, residual=residual, capacity=limit)
-    return int(count) if capacity is None else capacity
-
-
-def _encode_with_residual(
-    codec: Codec,
-    x: Tensor,
-    room: Tensor,
-    section: Section,
-    stats: PacketStats | None,
-    residual: Tensor,
-    capacity: int | None,
-) -> int:
-    """Encodes x + residual, and replaces the residual by what the packet leaves out."""
-    if codec.name.startswith(_WITH_RATE):
-        return _written(codec, x, room, section, stats, residual, capacity)
-    wanted = residual.add_(x)
-    length = _written(codec, wanted.to(x.dtype), room, section, stats, None, capacity)
-    decoded = torch.empty_like(wanted)
-    codec.decode(room[:length], decoded, side=section.side)
-    wanted.sub_(decoded)
-    wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
-    return length
 
 
 def _squares(x: Tensor, section: Section) -> list[float]:
