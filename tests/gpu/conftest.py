@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -39,9 +40,12 @@ def language_patched_once_a_kernel() -> Iterator[None]:
         replaced.update(modules)
         return replace(function)
 
+    one_at_a_time = threading.Lock()  # what it replaces is every thread's
+
     def run_one_grid(self: Any, *arguments: Any, **options: Any) -> Any:
-        replaced.clear()
-        return run_grid(self, *arguments, **options)
+        with one_at_a_time:
+            replaced.clear()
+            return run_grid(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", replace_once)
