@@ -199,7 +199,7 @@ class PacketCodec:
         needed = self._check_room(x, out, side, capacity)
         _check_apart(x=x, residual=residual, out=out)
         kernel = self._kernel(x.device, side)
-        waits = not _launches(kernel, x.device)
+        waits = not isinstance(kernel, DeviceBodyKernel)  # where it does not, the header is the device's, too
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out[:needed])
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
@@ -362,13 +362,6 @@ def _check_apart(**tensors: Tensor | None) -> None:
     for (_, end, name), (start, _, other) in itertools.pairwise(sorted(ends)):
         if start < end:
             raise ValueError(f"{name} and {other} share memory; each needs memory of its own")
-
-
-def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bool:
-    """Whether the header, too, is written by a kernel on the device: then nothing waits."""
-    if isinstance(kernel, DeviceBodyKernel):
-        return True
-    return device.type == "cuda" and kernel.name == "copy" and is_triton_installed()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -29,7 +29,7 @@ from efficient_dl.comm import (
 from efficient_dl.errors import CorruptPacket
 from tests.unit.ranks import on_ranks
 
-NAMES, NUMELS = ["weight", "bias"], [1200, 40]
+NAMES, NUMELS = ["weight", "bias"], [700, 40]
 NUMEL = sum(NUMELS)
 
 
@@ -68,14 +68,14 @@ class OnDevice:
         return getattr(self._transport, name)
 
 
-def values(rank: int, device: str) -> Tensor:
-    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(rank)).to(device)
+def values(rank: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(NUMEL, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
 
 
 def compressor_on(device: str, **wishes: Any) -> Compressor:
     kernel = "triton" if device == "cpu" else "auto"
     residuals = Residuals(dict(zip(NAMES, NUMELS, strict=True)), torch.device(device))
-    plan = Plan.of(2.0, messages="bounded", error_feedback=True, **wishes)
+    plan = Plan.of(2.0, messages="bounded", error_feedback=True, overrides={"bias": "none"}, **wishes)
     return Compressor(plan, NAMES, kernel, residuals)
 
 
@@ -99,18 +99,26 @@ def gather(x: Tensor, compressor: Compressor, transport: Any) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("collective", [reduce_all, scatter, gather])
+@pytest.mark.parametrize(
+    ("collective", "dtype"),
+    [
+        (reduce_all, torch.float32),
+        (reduce_all, torch.bfloat16),
+        (scatter, torch.float32),
+        (gather, torch.float32),
+    ],
+)
 def test_the_host_waits_for_nothing_between_two_sampled_steps(
-    device: str, collective: Callable[..., Tensor]
+    device: str, collective: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
     def rank(transport: Transport) -> tuple[bool, Tensor, Tensor]:
         compressor, carrier = compressor_on(device), OnDevice(transport, device)
         compressor.begin_step()
-        sampled = collective(values(transport.rank, device), compressor, carrier)
+        sampled = collective(values(transport.rank, device, dtype), compressor, carrier)
         compressor.commit_step()
         compressor.end_step(0.0)
         assert not compressor.samples
-        x = values(transport.rank + 2, device)
+        x = values(transport.rank + 2, device, dtype)
         compressor.begin_step()
         with nobody_waits(device):
             result = collective(x, compressor, carrier)
