@@ -15,9 +15,12 @@ patience=30 # seconds that mpirun has to end after the first rank, and ranks aft
 late=60 # seconds until NFS shows a file of another host for certain (acdirmax)
 silent=1 # what it means if no rank leaves a code: an error, as one that ends well leaves 0
 
-# Open MPI 4 and 5: mpirun and an idle daemon notice 120 to 130 s after it that the link between them is dead.
+# Open MPI 4 and 5: mpirun and an idle daemon notice after 120 to 130 s that the link between them is dead.
 for setting in time=10 intvl=10 probes=12; do
-    export "OMPI_MCA_oob_tcp_keepalive_$setting" "PRTE_MCA_oob_tcp_keepalive_$setting"
+    for name in OMPI PRTE; do
+        name="${name}_MCA_oob_tcp_keepalive_${setting%=*}"
+        [[ -v $name ]] || export "$name=${setting#*=}"
+    done
 done
 
 look() { # told: the most telling of the codes that ranks have left; what only follows from another's end comes last

@@ -28,13 +28,18 @@ trap 'rm -rf "$EDL_ENDS"' EXIT
 patience=PATIENCE # seconds that mpirun has to end after the first rank, and ranks after mpirun
 late=60 # seconds until NFS shows a file of another host for certain (acdirmax)
 """
-_EVERY_RANK_TELLS = "silent=1 # what it means if no rank leaves a code: an error, as one that ends well leaves 0\n"
+_EVERY_RANK_TELLS = (
+    "silent=1 # what it means if no rank leaves a code: an error, as one that ends well leaves 0\n"
+)
 _RANKS_MAY_TELL = "silent=0 # what it means if no rank leaves a code: mpirun's own counts\n"
 
 _KEEPALIVE = """
-# Open MPI 4 and 5: mpirun and an idle daemon notice 120 to 130 s after it that the link between them is dead.
+# Open MPI 4 and 5: mpirun and an idle daemon notice after 120 to 130 s that the link between them is dead.
 for setting in time=10 intvl=10 probes=12; do
-    export "OMPI_MCA_oob_tcp_keepalive_$setting" "PRTE_MCA_oob_tcp_keepalive_$setting"
+    for name in OMPI PRTE; do
+        name="${name}_MCA_oob_tcp_keepalive_${setting%=*}"
+        [[ -v $name ]] || export "$name=${setting#*=}"
+    done
 done
 """
 
@@ -149,7 +154,9 @@ def mpirun(job: Job) -> Submission:
 
 def _before(job: Job) -> str:
     tells = job.command[0] in OWN_COMMANDS
-    return _BEFORE.replace("PATIENCE", str(PATIENCE_SECONDS)) + (_EVERY_RANK_TELLS if tells else _RANKS_MAY_TELL)
+    return _BEFORE.replace("PATIENCE", str(PATIENCE_SECONDS)) + (
+        _EVERY_RANK_TELLS if tells else _RANKS_MAY_TELL
+    )
 
 
 def _functions() -> str:

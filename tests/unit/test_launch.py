@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from efficient_dl.cli import app
 from efficient_dl.errors import ConfigError, LaunchError
+from efficient_dl.launching.ends import tell_end
 from efficient_dl.launching.job import EXAMPLE, Job, described_job, variables
 from efficient_dl.launching.submit import show, start, submission
 
@@ -375,7 +376,13 @@ def test_mpiruns_zero_counts_only_if_a_rank_has_ended_well_and_none_with_an_erro
 
 @pytest.mark.parametrize(
     ("mpirun", "code"),
-    [("says nothing", 0), ("ends late", 0), ("fails", 213), ("hides an error", 6), ("hangs after an error", 6)],
+    [
+        ("says nothing", 0),
+        ("ends late", 0),
+        ("fails", 213),
+        ("hides an error", 6),
+        ("hangs after an error", 6),
+    ],
 )
 def test_a_program_whose_ranks_leave_no_codes_ends_with_mpiruns(
     tmp_path: Path, mpirun: str, code: int
@@ -401,6 +408,32 @@ def test_signals_reach_mpirun_once_and_give_the_exit_code(
 ) -> None:
     found, text = run_mpirun(tmp_path, mpirun, number)
     assert (found, text.count("got ") <= 1) == (code, True), text
+
+
+def test_ranks_leave_every_exit_code_and_say_where_they_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code in (0, 6):
+        tell_end(code, {"EDL_ENDS": str(tmp_path)})
+        tell_end(code, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "6"}
+    assert capsys.readouterr().err == ""
+    tell_end(0, {"EDL_ENDS": str(tmp_path / "gone")})
+    assert f"exit code 0 could not be left in EDL_ENDS={tmp_path / 'gone'}: " in capsys.readouterr().err
+
+
+def test_a_command_ends_with_a_code_in_the_folder(tmp_path: Path) -> None:
+    for flag, code in (("--help", 0), ("--wrong", 2)):
+        words = [sys.executable, "-m", "efficient_dl.cli", "train", flag]
+        done = subprocess.run(
+            words, env={**os.environ, "EDL_ENDS": str(tmp_path)}, capture_output=True, timeout=120
+        )
+        assert (done.returncode, (tmp_path / str(code)).exists()) == (code, True)
+
+
+def test_what_is_not_begun_again_may_resume() -> None:
+    job = Job("mpirun", command=(*TRAIN, "--out", "runs/a", "--resume-or-start"))
+    assert "--out runs/a --resume-or-start <&0" in submission(job).text
 
 
 def test_an_mpirun_whose_script_is_killed_ends_too(tmp_path: Path) -> None:
