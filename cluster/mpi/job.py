@@ -22,8 +22,8 @@ _DAEMONS = ("prted", "orted", "hydra_pmi_proxy")
 class MpirunJob(HurtJob):
     """A script around mpirun on the first host of a network, which starts a rank on each.
 
-    script: bash's. module: what ranks run as `python -m MODULE`. They print into `ranks_log(folder)`, because mpirun gives
-    them a terminal, where `edl train` draws a bar.
+    script: bash's. module: what ranks run as `python -m MODULE`. They print into `ranks_log(folder)`, as mpirun gives them
+    a terminal, where `edl train` draws a bar.
     """
 
     def __init__(
