@@ -119,11 +119,10 @@ class MpiHosts:
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
     ) -> subprocess.Popen[str]:
-        """As `start`, for a command that calls `mpirun`, which is on its PATH, and names the hosts itself."""
-        path = {"PATH": f"{mpirun.path.parent}:{os.environ['PATH']}"}
+        """As `start`, for a command that calls mpirun and names the hosts itself."""
         return subprocess.Popen(
             self._on(0, command),
-            env={**self._variables(), **path, **mpirun.environment(self._agent), **(environment or {})},
+            env={**self._variables(), **mpirun.environment(self._agent), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -22,8 +22,8 @@ _DAEMONS = ("prted", "orted", "hydra_pmi_proxy")
 class MpirunJob(HurtJob):
     """A script around mpirun on the first host of a network, which starts a rank on each.
 
-    script: bash's. module: what ranks run as `python -m MODULE`. They print into `ranks_log(folder)`, as mpirun gives them
-    a terminal, where `edl train` draws a bar.
+    script: bash's, which finds mpirun on its PATH. module: what ranks run as `python -m MODULE`. They print into
+    `ranks_log(folder)`, because mpirun gives them a terminal, where `edl train` draws a bar.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MpirunJob(HurtJob):
     ) -> None:
         super().__init__(network, module, folder)
         self._hosts, self._mpirun, self._script = hosts, mpirun, script
-        self._environment = dict(environment or {})
+        self._environment = {"PATH": f"{mpirun.path.parent}:{os.environ['PATH']}", **(environment or {})}
         self._process: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
