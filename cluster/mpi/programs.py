@@ -73,7 +73,7 @@ class Mpirun:
             "OMPI_MCA_btl_tcp_if_include": INTERFACE,
             "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share this machine's cores
         }
-        root = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
         return {**runtime, **messages, **(root if os.geteuid() == 0 else {})}
 
 
