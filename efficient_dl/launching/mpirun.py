@@ -25,7 +25,7 @@ _BEFORE = """
 EDL_ENDS=$(mktemp -d "$PWD/.edl-ends-XXXXXX")
 export EDL_ENDS
 trap 'rm -rf "$EDL_ENDS"' EXIT
-patience=PATIENCE # seconds that mpirun has to end after the first rank, and ranks after mpirun
+patience=PATIENCE # seconds that mpirun has to end after the first error, and ranks after mpirun
 late=60 # seconds until NFS shows a file of another host for certain (acdirmax)
 """
 _EVERY_RANK_TELLS = (
@@ -57,7 +57,7 @@ look() { # told: the most telling of the codes that ranks have left; what only f
     done
     for end in TELLING; do [[ ! -e $EDL_ENDS/$end ]] || told=$end; done
 }
-ended() { [[ -n $asked ]] || [[ -n $told && $told$silent != 00 ]]; } # by a signal, or by a rank
+ended() { [[ -n $asked ]] || [[ -n $told && $told != 0 ]]; } # by a signal, or by an error of a rank
 well() { [[ $code == 0 && ${told:-$silent} == 0 ]]; }
 
 left() { # process numbers of what is left of the job on this host
@@ -92,7 +92,7 @@ while kill -0 "$mpirun" 2>/dev/null; do
     look
     [[ -n $since ]] || ! ended || since=$SECONDS
     if [[ -n $since && -z $forced ]] && ((SECONDS - since >= patience)); then
-        echo "mpirun is ended: $patience s after a rank or a signal has ended the job it still runs" >&2
+        echo "mpirun is ended: $patience s after an error or a signal has ended the job it still runs" >&2
         forced=$SECONDS
         forward TERM
     elif [[ -n $forced ]] && ((SECONDS - forced >= 5)); then
