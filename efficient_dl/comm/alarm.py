@@ -74,15 +74,18 @@ class Watch:
     def stepped(self) -> list[Alarm]:
         """Looks at the errors after a step; returns the alarms that are new."""
         self._steps += 1
-        nonfinite = self._nonfinite_blocks()
+        encoded, nonfinite = self._counts()
+        self._measured_steps += (
+            encoded > self._encoded
+        )  # with bounded messages on a GPU not every step's packets are
         self._nonfinite_steps += nonfinite > self._nonfinite
-        self._nonfinite = nonfinite
+        self._encoded, self._nonfinite = encoded, nonfinite
         if self._exact or self._steps < WINDOW_STEPS:
             return []
         found = errs_too_much(since(self._state(), self._before), self._limit, self._what)
         if self._escapes_are_usual:
             found["escapes"] = None
-        found["nonfinite"] = never_finite(self._nonfinite_steps, self._steps, self._what)
+        found["nonfinite"] = never_finite(self._nonfinite_steps, self._measured_steps, self._what)
         self._begin_errors()
         return self._raise(found)
 
@@ -136,8 +139,8 @@ class Watch:
 
     def _begin_errors(self) -> None:
         self._before = self._state()
-        self._steps = self._nonfinite_steps = 0
-        self._nonfinite = self._nonfinite_blocks()
+        self._steps = self._measured_steps = self._nonfinite_steps = 0
+        self._encoded, self._nonfinite = self._counts()
 
     def _begin_times(self) -> None:
         self._first = self._meters[0].steps
@@ -155,8 +158,10 @@ class Watch:
             sums.add(meter.totals)
         return sums
 
-    def _nonfinite_blocks(self) -> int:
-        return sum(meter.totals.nonfinite_blocks for meter in self._meters)
+    def _counts(self) -> tuple[int, int]:
+        """Values whose packets were measured, and blocks that are not finite."""
+        sums = self._sums()
+        return sums.encoded_values, sums.nonfinite_blocks
 
 
 def check_options(max_relative_error: float | None, on_alarm: str) -> None:
@@ -242,7 +247,7 @@ def errs_too_much(window: Mapping[str, Any], limit: float, what: str = "gradient
         "error": error,
         "escapes": _unusual(found["escapes"], values, "values lie outside of the code's range"),
         "dropped": _unusual(
-            found["dropped_blocks"],
+            window["totals"]["dropped_blocks"],  # of the same packets as the values
             values // BLOCK_NUMEL + 1,
             "blocks did not fit their packets and were zeroed",
         ),

@@ -14,6 +14,7 @@ from efficient_dl.codec import Codec, Side
 
 _MARGIN_SHARE, _MARGIN_BYTES = 32, 1024
 _ALIGNMENT = 16
+RULE = 1  # of the sizes below: ranks with another one would wait for other messages than they get
 _CONSTANT = ("identity", "fp16", "bf16")  # their packets all have max_bytes
 
 
@@ -23,11 +24,15 @@ def knows_capacity(codec: str) -> bool:
 
 
 def packet_capacity(codec: Codec, numel: int, dtype: torch.dtype, side: Side) -> int:
-    """The bytes of every packet of so many values, the header included; the same on all ranks."""
+    """The bytes of every packet of so many values, the header included; the same on all ranks.
+
+    codec: with the kernel "reference", so that no kernel's own limits count.
+    """
     family, _, rate = codec.name.partition(":")
     if family in _CONSTANT or not numel:
         return codec.max_bytes(numel, dtype, side)
     bytes_q16 = -(-round(float(rate) * 65536) * numel // 8)
     room = -(-bytes_q16 * (_MARGIN_SHARE + 1) // (_MARGIN_SHARE * 65536)) + _MARGIN_BYTES
     aligned = -(-room // _ALIGNMENT) * _ALIGNMENT
-    return max(aligned, codec.fixed_bytes(numel, side))
+    largest = codec.max_bytes(numel, dtype, side)
+    return max(min(aligned, largest), codec.fixed_bytes(numel, side))

@@ -60,6 +60,7 @@ class Compressor:
         self._bytes_before = 0
         self._unscaled: frozenset[str] = frozenset()
         self._deferred = Deferred()
+        self._has_coarsened = False
         self._lock = threading.Lock()
         self.follow(plan)
         self.meter = Meter(list(names))
@@ -90,6 +91,10 @@ class Compressor:
     def samples(self) -> bool:
         """Whether this step's packets are also measured."""
         return self.meter.steps % SAMPLE_EVERY_STEPS == 0
+
+    def is_timed(self, device: torch.device) -> bool:
+        """Whether the meter's seconds are those of codecs and transfers, not of what was only launched."""
+        return not (self.bounded and self.codec.kernel_for(device) == _WITHOUT_HOST)
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """The largest message of a shard; a bounded one is that long."""
@@ -125,7 +130,7 @@ class Compressor:
         """
         self._deferred.look()
         if self.samples:
-            self._count_dropped()
+            self._settle()
         self.meter.stepped(exposed_seconds)
         sent = self.meter.totals.wire_bytes
         with self._lock:
@@ -310,14 +315,19 @@ class Compressor:
         if self.residuals is not None:
             self.residuals.discard()
 
+    def meter_state(self) -> dict[str, Any]:
+        """The meter's state, with what a device has counted, for which it waits."""
+        self._settle()
+        return self.meter.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
-        feedback a float32 tensor for each parameter."""
-        self._count_dropped()
+        feedback a float32 tensor for each parameter. Raises CorruptPacket as `end_step` does, but waits for it."""
+        self._deferred.check()
         return {
             "version": _STATE_VERSION,
             "plan": self.plan.facts(),
-            "meter": self.meter.state_dict(),
+            "meter": self.meter_state(),
             "rates": self.rates.state_dict(),
             "common_step": None if self.common_step is None else self.common_step.state_dict(),
             "residuals": None if self.residuals is None else self.residuals.state_dict(),
@@ -329,6 +339,7 @@ class Compressor:
         Raises PlanMismatch if it was saved under another plan, CheckpointError if it is of another model or version.
         """
         self.check_state(state)
+        self._deferred = Deferred()
         self.meter.load_state_dict(state["meter"])
         self._bytes_before = self.meter.totals.wire_bytes
         self.rates.load_state_dict(state["rates"])
@@ -339,6 +350,7 @@ class Compressor:
 
     def start_afresh(self, meter: Mapping[str, Any]) -> None:
         """Forgets residuals and takes this meter's state: what was counted and left out belongs to another run."""
+        self._deferred = Deferred()
         self.meter.load_state_dict(meter)
         self._bytes_before = self.meter.totals.wire_bytes
         if self.residuals is not None:
@@ -352,6 +364,7 @@ class Compressor:
         """
         for state in states:
             self.check_state(state)
+        self._deferred = Deferred()
         self.rates.load_mean([state["rates"] for state in states])
         if self.common_step is not None:
             self.common_step.load_positions(states[0]["common_step"])
@@ -454,15 +467,20 @@ class Compressor:
         if capacity is None or not codec.name.startswith(_WITH_RATE):
             count = codec.encode_into(x, room, section.side, stats, residual=residual)
             return int(count) if capacity is None else capacity
-        before = residual.clone() if residual is not None and stats is not None else None
-        while True:
+        if stats is None or codec.kernel_for(x.device) == _WITHOUT_HOST:
+            room[:capacity].zero_()  # what was in this memory before leaves with the packet
             codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
-            again = coarser(codec.name) if stats is not None and stats.dropped_blocks else None
-            if stats is None or again is None:
-                return capacity
-            codec = self._codec(again)
+            return capacity
+        before = None if residual is None else residual.clone()
+        codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
+        while stats.dropped_blocks and (again := coarser(codec.name)) is not None:
+            self._note_coarser(section)
             if residual is not None and before is not None:
                 residual.copy_(before)
+            codec = self._codec(again)
+            codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
+        room[stats.packet_bytes : capacity].zero_()
+        return capacity
 
     def _encode_with_residual(
         self,
@@ -494,14 +512,28 @@ class Compressor:
 
     def _wants_stats(self, section: Section, device: torch.device) -> bool:
         """Whether a packet's statistics are taken: those of Triton's kernels cost more than the packet."""
-        needed = self.samples or (self.common_step is not None and section.is_default)
-        return needed or self._codec(section.codec).kernel_for(device) != _WITHOUT_HOST
+        return (
+            self.samples or not self.bounded or self._codec(section.codec).kernel_for(device) != _WITHOUT_HOST
+        )
 
-    def _count_dropped(self) -> None:
-        """Adds what the device alone has counted."""
+    def _note_coarser(self, section: Section) -> None:
+        """Counts a packet that is coded again, and says so once."""
+        with self._lock:
+            is_first = not self._has_coarsened
+            self._has_coarsened = True
+        self.meter.coarsened()
+        if is_first:
+            _log.warning(
+                "a bounded packet of %s did not fit, and is coded with fewer bits (counted as coarser_packets); "
+                'raise bits, or use messages="exact", if that comes often',
+                ", ".join(section.names[:3]),
+            )
+
+    def _settle(self) -> None:
+        """Adds what the device alone has counted; waits for it."""
         dropped = self._deferred.dropped()
         if dropped:
-            self.meter.dropped_beside(dropped)
+            self.meter.dropped(dropped)
 
     def _sections(self, shard: Shard, leg: Leg = Leg.CONTRIBUTION) -> tuple[Section, ...]:
         sections = sections_of(shard, self.plan, self._unscaled)

@@ -102,7 +102,8 @@ class HierarchicalReduction:
         """Step 1: sends the other shards to their ranks on this node, and puts the node's sum of the own one into x."""
         if transport.world_size == 1:
             return
-        incoming = self._transfer(transport.exchange([_bytes(part) for part in self._shards]))
+        sizes = [_bytes(self._own).numel()] * transport.world_size
+        incoming = self._transfer(transport.exchange([_bytes(part) for part in self._shards], sizes))
         buffer = self._compressor.buffers.take(4 * self._own.numel(), self.x.device)
         total = buffer[: 4 * self._own.numel()].view(torch.float32)
         for source, message in enumerate(incoming):
@@ -132,7 +133,8 @@ class HierarchicalReduction:
     def spread(self, transport: Transport) -> None:
         """Step 5: distributes the own shard inside the node, and adds the counts to the meter."""
         if transport.world_size > 1:
-            received = self._transfer(transport.gather(_bytes(self._own)))
+            sizes = [_bytes(part).numel() for part in self._shards]
+            received = self._transfer(transport.gather(_bytes(self._own), sizes))
             for source, (message, part) in enumerate(zip(received, self._shards, strict=True)):
                 if source != self._local_rank:
                     part.copy_(message.view(self.x.dtype))

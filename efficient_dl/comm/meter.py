@@ -23,7 +23,7 @@ _RECENT_TRANSFERS = 512
 class Totals:
     """Sums over collectives, of one rank. Packets are counted once in `encoded_*`, each copy in `wire_bytes`.
 
-    On a GPU statistics are taken of the packets of sampled steps alone: `encoded_*`, bits and blocks are of those.
+    Of bounded messages on a GPU, statistics are taken of sampled steps' packets alone: `encoded_*`, bits, blocks.
 
     wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
     local_bytes: uncompressed, to ranks on the same node, by a hierarchical reduction, whose wire_bytes and raw_bytes
@@ -33,6 +33,8 @@ class Totals:
     order0_bits … header_bits: of the encoded packets, as in `PacketStats`.
     bound_misses: packets that are above the plan's max_error even at the highest rate. budget_misses: steps that sent
         more than its bytes_per_step even at the lowest one.
+    dropped_beside: blocks dropped in packets whose statistics were not taken; dropped_blocks are of the others.
+    coarser_packets: bounded ones that were coded again with fewer bits, because they did not fit.
     error_squares, signal_squares: sums of squares of the sampled packets' errors and of what they encode.
     """
 
@@ -53,6 +55,8 @@ class Totals:
     bound_misses: int = 0
     budget_misses: int = 0
     dropped_blocks: int = 0
+    dropped_beside: int = 0
+    coarser_packets: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     transport_seconds: float = 0.0
@@ -204,10 +208,15 @@ class Meter:
             self.steps += 1
             self.totals.exposed_seconds += exposed_seconds
 
-    def dropped_beside(self, num_blocks: int) -> None:
+    def dropped(self, num_blocks: int) -> None:
         """Counts blocks that were dropped in packets whose statistics were not taken."""
         with self._lock:
-            self.totals.dropped_blocks += num_blocks
+            self.totals.dropped_beside += num_blocks
+
+    def coarsened(self) -> None:
+        """Counts a bounded packet that is coded once more."""
+        with self._lock:
+            self.totals.coarser_packets += 1
 
     def sent_beside(self, num_bytes: int) -> None:
         """Counts bytes that leave beside the collectives, by which ranks agree; the identity codec needs none."""
@@ -326,7 +335,8 @@ def summary(state: Mapping[str, Any]) -> dict[str, Any]:
         "nonfinite_blocks": t.nonfinite_blocks,
         "bound_misses": t.bound_misses,
         "budget_misses": t.budget_misses,
-        "dropped_blocks": t.dropped_blocks,
+        "dropped_blocks": t.dropped_blocks + t.dropped_beside,
+        "coarser_packets": t.coarser_packets,
         "codec_seconds": t.encode_seconds + t.decode_seconds,
         "transport_seconds": t.transport_seconds,
         "exposed_seconds": t.exposed_seconds,

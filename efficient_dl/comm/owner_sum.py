@@ -19,7 +19,7 @@ def sum_at_owners(
     """Returns the sum over all ranks of their part for this rank, in the parts' dtype, and waits for it.
 
     parts: one a rank, 1-D, contiguous, all of one dtype (float32, bfloat16 or float16); the i-th goes to rank i. Not
-        changed. A part without values sends nothing but its size.
+        changed. A part without values sends nothing but its size, or nothing where messages are bounded.
     layouts: of each part, with one shard: `BucketLayout.of(names, numels, 1)`. Equal on all ranks.
 
     A value is rounded once: the owner decodes the others' packets and adds them up in float32, in rank order, its own

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from efficient_dl.codec import make_codec
-from efficient_dl.comm.capacity import knows_capacity
+from efficient_dl.comm.capacity import RULE, knows_capacity
 from efficient_dl.errors import ConfigError
 
 AUTO_BITS = 2.0
@@ -104,12 +104,12 @@ class Plan:
         return plan
 
     def check_messages(self) -> None:
-        """Raises ConfigError for messages that cannot be bounded, unless "auto" is still to choose the codec."""
+        """Raises ConfigError where messages are to be bounded and cannot be."""
         if self.messages not in get_args(Messages):
             raise ConfigError(
                 "unknown messages", expected=", ".join(get_args(Messages)), found=str(self.messages)
             )
-        if self.messages == "exact" or self.is_bounded or self.codec == "none":
+        if self.messages == "exact" or self.is_bounded:
             return
         unknown = [f"overrides: {pattern}" for pattern, codec in self.overrides if not knows_capacity(codec)]
         reasons = {
@@ -170,6 +170,8 @@ class Plan:
         """All that decides what travels, for comparisons between ranks and with checkpoints."""
         facts = asdict(self)
         del facts["reason"], facts["bits"], facts["first_rate"]
+        if self.messages == "bounded":
+            facts["messages"] = f"bounded, rule {RULE}"
         # A list, because the first pattern counts: their order matters.
         return facts | {"overrides": [f"{pattern} = {codec}" for pattern, codec in self.overrides]}
 

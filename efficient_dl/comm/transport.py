@@ -97,8 +97,16 @@ class Divisible(Transport, Protocol):
         ...
 
 
+class Breakable(Protocol):
+    """A transport, or what holds some."""
+
+    def abort(self) -> None:
+        """See `Transport.abort`."""
+        ...
+
+
 @contextmanager
-def telling_peers(*transports: Transport) -> Generator[None]:
+def telling_peers(*transports: Breakable) -> Generator[None]:
     """Breaks these connections if the body raises: peers get a TransportError that names this rank, not a time-out."""
     try:
         yield

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm import BucketLayout, Compressor, ProcessGroupTransport
+from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.ddp_buckets import BucketEngine, BucketRecord, HeldStep
 from efficient_dl.integrations.ddp_engines import Engines
@@ -130,7 +131,8 @@ class Backward:
         compressed = self._compresses
         if compressed:
             self.record.end_step()
-        self._compressor.end_step(time.perf_counter() - start)
+        with telling_peers(self._engines):
+            self._compressor.end_step(time.perf_counter() - start)
         if compressed:
             self._compressor.agree(self._control)
         if self._commits:

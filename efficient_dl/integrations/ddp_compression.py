@@ -131,7 +131,7 @@ class Compression:
 
     def interval(self, all_ranks: bool = False, name: str = "interval") -> dict[str, Any]:
         """`stats` of the time since the last call with this name, or since the start; the marks are saved, too."""
-        now = self._compressor.meter.state_dict()
+        now = self._compressor.meter_state()
         state, self._marks[name] = since(now, self._marks.get(name)), now
         return self._stats(state, all_ranks)
 
@@ -171,7 +171,7 @@ class Compression:
         sent and which are calculated; "shadow" (would have been sent); or "analytic" (bits="none": 2 (n − 1) / n of
         the dense gradients' bytes for each optimizer step).
         """
-        return self._stats(self._compressor.meter.state_dict(), all_ranks)
+        return self._stats(self._compressor.meter_state(), all_ranks)
 
     def _stats(self, state: dict[str, Any], all_ranks: bool) -> dict[str, Any]:
         if all_ranks:
@@ -355,7 +355,7 @@ class Compression:
                 self._follow(planner.continued(before, self._optimizer_steps))
                 self._drain_natively()
             return
-        fresh = self._compressor.meter.state_dict()
+        fresh = self._compressor.meter_state()
         self._compressor.load_state_dict(own["compressor"])
         self._count(own["optimizer_steps"])
         self._guards.load_state_dict(own)

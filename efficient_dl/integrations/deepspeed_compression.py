@@ -81,7 +81,9 @@ class EngineCompression:
         self._compressor = compressor
         self._transport: ProcessGroupTransport | None = None
         self._is_plugged = False
-        self._steps = Steps(compressor, lambda: float(getattr(engine.optimizer, "loss_scale", 1.0)))
+        self._steps = Steps(
+            compressor, lambda: float(getattr(engine.optimizer, "loss_scale", 1.0)), self._control
+        )
         self._compares = self.plan.codec != "none" and self._control.world_size > 1
         if self._compares:
             if self.shadow:
@@ -123,7 +125,7 @@ class EngineCompression:
         "analytic": 2 (n − 1) / n of the gradients' bytes for every all-reduce of them that DeepSpeed makes, as are
         native_bytes after `disable`.
         """
-        state = self._compressor.meter.state_dict()
+        state = self._compressor.meter_state()
         if all_ranks:
             state = combined(gather_json(state, self._control))
         native = self.plan.codec == "none"
@@ -184,7 +186,7 @@ class EngineCompression:
             self._check_place(state)
         else:
             self._follow_saved(state, self._automatic)
-        fresh = self._compressor.meter.state_dict()
+        fresh = self._compressor.meter_state()
         self._compressor.load_state_dict(state["compressor"])
         self._checks = state["checks"]
         if state["shadow"] != self.shadow:

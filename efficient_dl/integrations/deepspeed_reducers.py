@@ -13,6 +13,7 @@ from torch import Tensor
 from efficient_dl.comm import BucketLayout, Compressor, ProcessGroupTransport, all_reduce, sum_at_owners
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.shadow import ShadowReduction
+from efficient_dl.comm.transport import Transport, telling_peers
 
 Piece = tuple[str, int, int]  # a parameter's name, how many of its values, how many lie before them
 T = TypeVar("T")
@@ -56,9 +57,10 @@ class Steps:
     since the last step.
     """
 
-    def __init__(self, compressor: Compressor, loss_scale: Callable[[], float]) -> None:
+    def __init__(self, compressor: Compressor, loss_scale: Callable[[], float], transport: Transport) -> None:
         self.exposed_seconds = 0.0
         self._compressor = compressor
+        self._transport = transport
         self._loss_scale = loss_scale
         self._seen: set[tuple[str, int]] = set()
 
@@ -77,7 +79,8 @@ class Steps:
             self._compressor.commit_step()
         else:
             self._compressor.discard_step()
-        self._compressor.end_step(self.exposed_seconds)
+        with telling_peers(self._transport):
+            self._compressor.end_step(self.exposed_seconds)
         self.exposed_seconds = 0.0
 
     def timed(self, collective: Callable[[], T], abort: Callable[[], None]) -> T:
@@ -179,7 +182,8 @@ class ShadowReducer:
             message = compressor.encode(part, room, shard, tally, copies=1)
             compressor.decode(message, out[: 4 * part.numel()].view(torch.float32), shard, tally)
             compressor.buffers.give([room, out])
-        tally.announced(_SIZE_MESSAGE_BYTES)
+        if not compressor.bounded:
+            tally.announced(_SIZE_MESSAGE_BYTES)
         compressor.meter.add(tally)
 
 

@@ -128,7 +128,7 @@ def compress_fsdp(
         by_axis = wish.decided(chosen.bits, chosen.reasons).compressors(units, names, kernel)
         plan = weights_plan
         if WEIGHTS in chosen.bits:
-            plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS])
+            plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS], messages=messages)
         return _compressors(by_axis, Compressor(plan, names, kernel))
 
     automatic = None

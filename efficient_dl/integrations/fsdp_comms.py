@@ -156,7 +156,11 @@ class Backward:
         for future in pending:
             self.wait(future)
         seconds, self._exposed_seconds = self._exposed_seconds, 0.0
-        self._at_end(seconds)
+        try:
+            self._at_end(seconds)
+        except BaseException:
+            self._abort()
+            raise
 
 
 class Comm:

@@ -117,7 +117,7 @@ class FsdpCompression:
         native_gather_bytes: gathers of weights that no codec takes. The last three are not in the sums.
         """
         self._collectives.settle()
-        states = {key: compressor.meter.state_dict() for key, compressor in self._compressors.items()}
+        states = {key: compressor.meter_state() for key, compressor in self._compressors.items()}
         counts, norms = self._collectives.counts, self._residual_squares(states["gradients"]["parameters"])
         if all_ranks:
             everyone = self._guards.everyone({"states": states, "counts": counts, "norms": norms})

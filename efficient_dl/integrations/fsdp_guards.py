@@ -51,7 +51,8 @@ class Guards:
             )
             for what, compressor in compressors.items()
         }
-        if any(compressor.plan.codec != "identity" for compressor in compressors.values()) and not shadow:
+        is_timed = not shadow and all(one.is_timed(controls[0].device) for one in compressors.values())
+        if any(compressor.plan.codec != "identity" for compressor in compressors.values()) and is_timed:
             # Together, because they share the line and the seconds that are waited for.
             meters = [compressor.meter for compressor in compressors.values()]
             self._watches["times"] = Watch(meters, None, times=True, exact=True)

@@ -37,7 +37,7 @@ class GroupGuards:
         self._watch = Watch(
             compressor.meter,
             self._limit,
-            times=not self._shadow and codec != "identity",
+            times=not self._shadow and codec != "identity" and compressor.is_timed(self._control.device),
             exact=compressor.exact,
             escapes_are_usual=codec.startswith("grid:"),
             plan=plan,

@@ -5,6 +5,7 @@ On a GPU torch itself refuses what would wait; in the interpreter every look at 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,16 +46,55 @@ class LooksAtContent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_guard = threading.local()  # "on" between two kernels of a thread that must not wait
+
+
+@pytest.fixture(autouse=True)
+def content_is_only_for_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What brings a tensor to the host without torch's dispatcher is for the interpreter's kernels alone."""
+    if device != "cpu":
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    run_grid = GridExecutor.__call__
+
+    def run_one_grid(self: Any, *arguments: Any, **options: Any) -> Any:
+        before, _guard.on = getattr(_guard, "on", False), False
+        try:
+            return run_grid(self, *arguments, **options)
+        finally:
+            _guard.on = before
+
+    monkeypatch.setattr(GridExecutor, "__call__", run_one_grid)
+    for name in ("tolist", "cpu"):
+        monkeypatch.setattr(Tensor, name, guarded(getattr(Tensor, name)))
+
+
+def guarded(original: Any) -> Any:
+    def call(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        assert not getattr(_guard, "on", False), "the host waits"
+        return original(x, *arguments, **options)
+
+    return call
+
+
 @contextmanager
-def nobody_waits(device: str) -> Iterator[None]:
+def nobody_waits(device: str, together: threading.Barrier | None = None) -> Iterator[None]:
+    """together: of all threads that are inside at once, because on a GPU the refusal is the whole process's."""
     if device == "cpu":
         with LooksAtContent():
-            yield
+            _guard.on = True
+            try:
+                yield
+            finally:
+                _guard.on = False
         return
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
+        if together is not None:
+            together.wait(60)
         torch.cuda.set_sync_debug_mode("default")
 
 
@@ -111,6 +151,8 @@ def gather(x: Tensor, compressor: Compressor, transport: Any) -> Tensor:
 def test_the_host_waits_for_nothing_between_two_sampled_steps(
     device: str, collective: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
+    together = threading.Barrier(2)
+
     def rank(transport: Transport) -> tuple[bool, Tensor, Tensor]:
         compressor, carrier = compressor_on(device), OnDevice(transport, device)
         compressor.begin_step()
@@ -120,7 +162,7 @@ def test_the_host_waits_for_nothing_between_two_sampled_steps(
         assert not compressor.samples
         x = values(transport.rank + 2, device, dtype)
         compressor.begin_step()
-        with nobody_waits(device):
+        with nobody_waits(device, together):
             result = collective(x, compressor, carrier)
         compressor.commit_step()
         compressor.end_step(0.0)
@@ -136,14 +178,16 @@ def test_the_host_waits_for_nothing_between_two_sampled_steps(
 
 def test_the_refusal_above_sees_a_host_that_waits(device: str) -> None:
     x = torch.ones(3, device=device)
-    with pytest.raises((AssertionError, RuntimeError)), nobody_waits(device):
-        int(x[0])
+    for look in (lambda: int(x[0]), x.tolist, x.cpu):
+        with pytest.raises((AssertionError, RuntimeError)), nobody_waits(device):
+            look()
 
 
 def test_a_damaged_packet_becomes_nan_and_the_next_step_names_its_sender(device: str) -> None:
     def rank(transport: Transport) -> list[str]:
         compressor, carrier = compressor_on(device), OnDevice(transport, device)
         compressor.meter.stepped(0.0)
+        before = compressor.state_dict()
         if transport.rank == 1:
             encode = compressor.encode
 
@@ -163,6 +207,11 @@ def test_a_damaged_packet_becomes_nan_and_the_next_step_names_its_sender(device:
                 raised.append(str(error))
             if device == "cuda":
                 torch.cuda.synchronize()
+        with pytest.raises(CorruptPacket, match="rank 1's packet"):
+            compressor.state_dict()  # no checkpoint keeps such a step
+        compressor.load_state_dict(before)
+        compressor.end_step(0.0)
+        compressor.end_step(0.0)
         return raised
 
     for raised in on_ranks(2, rank):
@@ -185,10 +234,10 @@ def test_blocks_without_room_are_counted_though_no_statistics_are_taken(device: 
     room = torch.empty(compressor.max_bytes(shard, x.dtype), dtype=torch.uint8, device=device)
     with nobody_waits(device):
         compressor.encode(x.to(device), room, shard, tally, copies=1)
-    assert tally.totals.dropped_blocks == 0
-    state = compressor.state_dict()
-    assert summary(state["meter"])["dropped_blocks"] > 0
-    assert state["meter"]["totals"]["dropped_blocks"] == int(room[56:60].view(torch.int32)[0])
+    assert tally.totals.dropped_blocks == tally.totals.encoded_values == 0
+    dropped = summary(compressor.meter_state())["dropped_blocks"]
+    assert dropped == int(room[56:60].view(torch.int32)[0]) > 0
+    assert summary(compressor.state_dict()["meter"])["dropped_blocks"] == dropped
 
 
 def test_ranks_on_different_kernels_understand_each_other(device: str) -> None:

@@ -249,7 +249,7 @@ def test_rather_than_to_lose_blocks_all_get_fewer_bits(world_size: int, feedback
     codec.encode_into(x[: side.segments[0]], room, side, stats, capacity=room.numel())
     assert stats.dropped_blocks > 0
 
-    def rank(transport: Transport) -> tuple[float, float, int]:
+    def rank(transport: Transport) -> tuple[float, float, int, int]:
         residuals = Residuals({"weight": x.numel()}, torch.device("cpu")) if feedback else None
         compressor = Compressor(plan(1.0, error_feedback=feedback), names, residuals=residuals)
         total, errors = torch.zeros_like(x), []
@@ -261,10 +261,11 @@ def test_rather_than_to_lose_blocks_all_get_fewer_bits(world_size: int, feedback
             compressor.commit_step()
             compressor.end_step(0.0)
             errors.append(float((total / steps - x).norm() / x.norm()))
-        return errors[0], errors[-1], compressor.meter.totals.dropped_blocks
+        found = summary(compressor.meter_state())
+        return errors[0], errors[-1], found["dropped_blocks"], found["coarser_packets"]
 
-    for first, last, dropped in on_ranks(world_size, rank):
-        assert dropped == 0
+    for first, last, dropped, coarser in on_ranks(world_size, rank):
+        assert dropped == 0 < coarser
         assert first < 0.9
         if feedback:
             assert last < 0.5 * first
@@ -286,6 +287,7 @@ def test_a_rank_that_sends_another_length_is_found() -> None:
     [
         ({"bits": "lossless"}, "bits=lossless"),
         ({"bits": "int8"}, "bits=int8"),
+        ({"bits": "none"}, "bits=none"),
         ({"bits": 2.0, "scale": "global"}, "scale='global'"),
         ({"max_error": 0.1}, "max_error"),
         ({"bytes_per_step": 10**6, "values_per_step": 10**6}, "bytes_per_step"),

@@ -16,7 +16,7 @@ _WRONG_BODY = 4  # header.WRONG_BODY, which is a constant of another language
 
 
 class TritonCopy:
-    """See `CopyBody`; decoding takes a copy more, because whether the header was sound is known on the device alone."""
+    """See `CopyBody`. Where only the device knows which of several dtypes a packet holds, it decodes them all."""
 
     name = "triton"
     reads_any_dtype = True
@@ -47,18 +47,24 @@ class TritonCopy:
         candidates = [dtype] if out.dtype != torch.float32 else list(DTYPE_CODES)
         candidates = [one for one in candidates if out.numel() * one.itemsize == body.numel()]
         code = (packet[4:8].view(torch.int32)[0] >> 16) & 255  # docs/format.md: the dtype
-        is_sound, integers = status[0] == 0, _INTEGERS[out.element_size()]
-        is_known = torch.zeros_like(is_sound)
-        result = out.view(integers)
+        is_sound, is_known = status[0] == 0, torch.zeros_like(status[0], dtype=torch.bool)
+        integers = _INTEGERS[out.element_size()]
+        before = out.clone() if len(candidates) > 1 else out
         for candidate in candidates:
-            decoded = out.clone()
-            if candidate == out.dtype and not accumulate:
-                byte_view(decoded).copy_(body)
+            is_known |= code == DTYPE_CODES[candidate]
+            if len(candidates) == 1:  # whatever the device finds, out is its to fill
+                _apply(body, candidate, out, accumulate)
             else:
-                # A packet may start anywhere in a receive buffer: clone, so that a typed view is aligned.
-                apply_values(body.clone().view(candidate), decoded, accumulate)
-            is_it = is_sound & (code == DTYPE_CODES[candidate])
-            is_known |= is_it
-            result = torch.where(is_it, decoded.view(integers), result)
-        out.view(integers).copy_(result)
+                decoded = before.clone()
+                _apply(body, candidate, decoded, accumulate)
+                is_it = is_sound & (code == DTYPE_CODES[candidate])
+                out.view(integers).copy_(torch.where(is_it, decoded.view(integers), out.view(integers)))
         status[0] = torch.where(is_sound & ~is_known, _WRONG_BODY, status[0])
+
+
+def _apply(body: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool) -> None:
+    if dtype == out.dtype and not accumulate:
+        byte_view(out).copy_(body)
+    else:
+        # A packet may start anywhere in a receive buffer: clone, so that a typed view is aligned.
+        apply_values(body.clone().view(dtype), out, accumulate)
