@@ -2,7 +2,7 @@
 
 from efficient_dl.codec.contract import Codec, PacketStats, Side
 from efficient_dl.codec.entropy import order0_bits
-from efficient_dl.codec.packet import FORMAT_VERSION
+from efficient_dl.codec.packet import FORMAT_VERSION, dropped_blocks
 from efficient_dl.codec.registry import codec_names, make_codec
 from efficient_dl.codec.segment_bits import SegmentBits, segment_bits
 
@@ -13,6 +13,7 @@ __all__ = [
     "SegmentBits",
     "Side",
     "codec_names",
+    "dropped_blocks",
     "make_codec",
     "order0_bits",
     "segment_bits",

@@ -169,17 +169,28 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
+    def decode(
+        self,
+        packet: Tensor,
+        out: Tensor,
+        accumulate: bool = False,
+        side: Side | None = None,
+        *,
+        errors: Tensor | None = None,
+    ) -> None:
         """Decodes a packet of exactly the given length into out, or adds it to out.
 
         A packet written for a capacity may be followed by unused bytes. On a GPU with Triton the host waits once, at
-        the end, to see whether the packet was sound; in a CUDA graph it cannot: there the output of a corrupt packet
-        is filled with NaN, and the checksum of a packet from a CPU is not verified. So is, in a graph, a float32 output
-        of a "lossless" packet of another dtype.
+        the end, to see whether the packet was sound; with errors it does not, and in a CUDA graph it cannot: there the
+        output of a corrupt packet is filled with NaN, and the checksum of a packet from a CPU is not verified. So is a
+        float32 output of a "lossless" packet of another dtype.
 
         out: contiguous, as many values as were encoded, of the encoded dtype or float32, not in the packet's memory
-        (ValueError). With accumulate, sums
-        are formed in float32 and rounded to out's dtype. Raises `CorruptPacket` (`SideMismatch` for another side)
+        (ValueError). With accumulate, sums are formed in float32 and rounded to out's dtype.
+        errors: int64, one value, on out.device: where the host does not wait, a corrupt packet makes it larger instead
+        of raising. Kernels that run on the host raise in any case.
+
+        Raises `CorruptPacket` (`SideMismatch` for another side)
         for bytes that are no such packet; out's content is then undefined, memory outside of it untouched.
         """
         ...

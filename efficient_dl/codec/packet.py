@@ -21,6 +21,7 @@ _MAGIC: Final = b"EDLP"
 _LAYOUT: Final = struct.Struct("<4sBBBBIIQQ")
 CHECKSUM_FLAG: Final = 1
 BOUNDED_FLAG: Final = 2
+_DROPPED_OFFSET: Final = 56  # of num_dropped in packets of codec 2
 BOUNDED_CODEC: Final = 2  # the only one that has bounded packets
 
 
@@ -160,6 +161,14 @@ def read_header(packet: Tensor, codec: int, out: Tensor, side: Side | None) -> t
     else:
         _require(digest == 0, "checksum of a packet without one", 0, digest)
     return body, dtype
+
+
+def dropped_blocks(packet: Tensor) -> Tensor:
+    """How many blocks a packet of "bits:RATE" had no room for: 0-dim int32 where the packet is; nobody waits for it.
+
+    packet: of at least one value, at a multiple of 4 bytes.
+    """
+    return packet[_DROPPED_OFFSET : _DROPPED_OFFSET + 4].view(torch.int32)[0]
 
 
 def byte_view(x: Tensor) -> Tensor:

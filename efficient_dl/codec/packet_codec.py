@@ -199,7 +199,7 @@ class PacketCodec:
         needed = self._check_room(x, out, side, capacity)
         _check_apart(x=x, residual=residual, out=out)
         kernel = self._kernel(x.device, side)
-        waits = not _launches(kernel, x.device)
+        waits = not isinstance(kernel, DeviceBodyKernel)  # where it does not, the header is the device's, too
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out[:needed])
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
@@ -226,7 +226,15 @@ class PacketCodec:
             stats.header_bits += 8.0 * HEADER_BYTES
         return count
 
-    def decode(self, packet: Tensor, out: Tensor, accumulate: bool = False, side: Side | None = None) -> None:
+    def decode(
+        self,
+        packet: Tensor,
+        out: Tensor,
+        accumulate: bool = False,
+        side: Side | None = None,
+        *,
+        errors: Tensor | None = None,
+    ) -> None:
         """See `Codec.decode`."""
         check_packet(packet, out, side)
         _check_apart(packet=packet, out=out)
@@ -234,7 +242,7 @@ class PacketCodec:
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
         if isinstance(kernel, DeviceBodyKernel):
             with _current(out.device):
-                self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side)
+                self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side, errors)
             return
         body, code = read_header(packet, self._codec_id, out, side)
         if out.numel():
@@ -248,6 +256,7 @@ class PacketCodec:
         out: Tensor,
         accumulate: bool,
         side: Side | None,
+        errors: Tensor | None,
     ) -> None:
         from efficient_dl.codec.kernels.triton import header
 
@@ -260,14 +269,16 @@ class PacketCodec:
         )
         if out.numel():
             kernel.decode_on_device(aligned, dtype, _segments(side, out.numel()), out, accumulate, status)
-        if out.is_cuda and torch.cuda.is_current_stream_capturing():
+        if errors is not None or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
             header.fill_if_corrupt(out, status)
+            if errors is not None:
+                errors.add_(status[0])
             return
         error, _, flags = cast("list[int]", status.tolist())  # pyright: ignore[reportUnknownMemberType]
         if error or flags & CHECKSUM_FLAG:
             _, code = read_header(packet, self._codec_id, out, side)
             if error == header.OTHER_DTYPE and _DTYPES[code] != dtype:
-                self._decode_on_device(kernel, packet, _DTYPES[code], out, accumulate, side)
+                self._decode_on_device(kernel, packet, _DTYPES[code], out, accumulate, side, errors)
             elif error:
                 raise CorruptPacket(
                     "the packet's body is not valid",
@@ -351,13 +362,6 @@ def _check_apart(**tensors: Tensor | None) -> None:
     for (_, end, name), (start, _, other) in itertools.pairwise(sorted(ends)):
         if start < end:
             raise ValueError(f"{name} and {other} share memory; each needs memory of its own")
-
-
-def _launches(kernel: BodyKernel | DeviceBodyKernel, device: torch.device) -> bool:
-    """Whether the header, too, is written by a kernel on the device: then nothing waits."""
-    if isinstance(kernel, DeviceBodyKernel):
-        return True
-    return device.type == "cuda" and kernel.name == "copy" and is_triton_installed()
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

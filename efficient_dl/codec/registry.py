@@ -91,9 +91,9 @@ def make_codec(spec: str, *, checksum: bool = True, kernel: str = "auto") -> Cod
         Packets that Triton writes have none: the host would have to wait for their bytes.
     kernel: what runs on CPU tensors: "auto" and "native" (C++, the best instruction set of this processor),
         "avx512", "avx2", "portable" (C++ without vector intrinsics), "reference" (torch), or "triton" (for tests: the
-        GPU kernels of "lossless" and "bits:RATE", which run on CPU tensors only with TRITON_INTERPRET=1 in the
-        environment). Tensors on CUDA devices use Triton where it is installed and the codec has such a kernel (unless
-        kernel is "reference"), all others "reference".
+        GPU kernels of "identity", "lossless" and "bits:RATE", which run on CPU tensors only with TRITON_INTERPRET=1 in
+        the environment). Tensors on CUDA devices use Triton where it is installed and the codec has such a kernel
+        (unless kernel is "reference"), all others "reference".
 
     Raises ConfigError for an unknown or impossible spec and for a kernel that this processor cannot run,
     NativeLibraryMissing if the C++ library is not built, PackageMissing if the spec needs a package that is not
@@ -152,7 +152,9 @@ def _made(
 def _interpreted(triton: Callable[[], DeviceBodyKernel] | None) -> DeviceBodyKernel:
     if triton is None:
         raise ConfigError(
-            "this codec has no Triton kernel", expected='"lossless" or "bits:RATE"', fix='use kernel="auto"'
+            "this codec has no Triton kernel",
+            expected='"identity", "lossless" or "bits:RATE"',
+            fix='use kernel="auto"',
         )
     if is_triton_installed():
         from efficient_dl.codec.kernels.triton.header import is_interpreted
@@ -168,6 +170,13 @@ def _interpreted(triton: Callable[[], DeviceBodyKernel] | None) -> DeviceBodyKer
 
 def _same_everywhere(parameter: str, body: BodyKernel) -> _Made:
     return _Made(parameter, body, lambda _: body)
+
+
+@functools.cache
+def _triton_copy() -> DeviceBodyKernel:
+    from efficient_dl.codec.kernels.triton.copy import TritonCopy
+
+    return TritonCopy()
 
 
 @functools.cache
@@ -195,7 +204,7 @@ def _require_no_parameter(name: str, parameter: str | None) -> None:
 
 def _make_identity(parameter: str | None, kernel: str) -> _Made:
     _require_no_parameter("identity", parameter)
-    return _same_everywhere("", CopyBody())
+    return _made("", kernel, CopyBody, lambda _: CopyBody(), _triton_copy)
 
 
 def _make_lossless(parameter: str | None, kernel: str) -> _Made:

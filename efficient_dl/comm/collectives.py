@@ -71,13 +71,15 @@ class Reduction:
 
     def exchange_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, sums up the own shard and encodes the sum."""
-        incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
+        own, world_size = self.layout.shards[self.rank], len(self._shards)
+        sizes = self._compressor.message_sizes([own] * world_size, self.x.dtype)
+        work = transport.exchange(self._outgoing, sizes)
+        incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
         self._give_back()
         reduced = self._sum(incoming, transport.ranks).to(self.x.dtype)
-        shard, world_size = self.layout.shards[self.rank], len(self._shards)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
-        self._packet = self._encode(reduced, shard, world_size - 1, units, Leg.RESULT)
+        self._packet = self._encode(reduced, own, world_size - 1, units, Leg.RESULT)
 
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 3: distributes the sum, decodes everyone's into x, and adds the counts to the meter."""
@@ -85,7 +87,8 @@ class Reduction:
 
     def gather(self, transport: Transport) -> list[Tensor]:
         """The first half of step 3: returns the packets of all shards' results, valid until the next transfer."""
-        work = transport.gather(self._packet)
+        sizes = self._compressor.message_sizes(self.layout.shards, self.x.dtype)
+        work = transport.gather(self._packet, sizes)
         return self._tally.receive(work, len(self._packet) * (len(self._shards) - 1))
 
     def decode(self, packets: list[Tensor], senders: Sequence[int]) -> None:

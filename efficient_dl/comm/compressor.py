@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Codec, PacketStats, make_codec, segment_bits
+from efficient_dl.codec import Codec, PacketStats, dropped_blocks, make_codec, segment_bits
 from efficient_dl.comm import sections as messages
 from efficient_dl.comm.buffers import BufferPool
 from efficient_dl.comm.common_step import CommonStep, Leg
+from efficient_dl.comm.deferred import Deferred
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
-from efficient_dl.comm.rates import Rates
+from efficient_dl.comm.rates import Rates, coarser
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
 from efficient_dl.comm.transport import Transport
@@ -28,7 +29,8 @@ from efficient_dl.errors import CheckpointError, CorruptPacket, PlanMismatch
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 3
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-20, 1e30  # between them float32 sums of squares are sound
-_FUSED_FEEDBACK = "bits:"  # these codecs add the residual and replace it while they encode
+_WITH_RATE = "bits:"  # these codecs add the residual and replace it while they encode, and keep to a capacity
+_WITHOUT_HOST = "triton"  # the kernels that the host need not wait for
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ class Compressor:
     Every `SAMPLE_EVERY_STEPS`-th step, starting with the first, it also decodes what it has encoded, to measure the
     relative error (an exact codec has none), and takes the entropies of a part of each parameter (`segment_bits`).
 
-    A message is what one rank sends another for one shard: a packet, or several (`sections`).
+    A message is what one rank sends another for one shard: a packet, or several (`sections`). If `bounded`, the plan
+    says how long it is (`message_sizes`), and with Triton nothing here waits for the device but in sampled steps.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Compressor:
         self._controlled_bytes = 0
         self._bytes_before = 0
         self._unscaled: frozenset[str] = frozenset()
+        self._deferred = Deferred()
         self._lock = threading.Lock()
         self.follow(plan)
         self.meter = Meter(list(names))
@@ -74,6 +78,7 @@ class Compressor:
         # Under the plan "none" nothing is ever encoded; only the meter and the state are used.
         self.codec: Codec = self._codec("identity" if plan.codec == "none" else plan.codec)
         self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
+        self.bounded = plan.is_bounded
 
     def expect_groups(self) -> None:
         """Reductions in groups are to come: their sums get a common step of their own. All ranks call it together."""
@@ -87,10 +92,16 @@ class Compressor:
         return self.meter.steps % SAMPLE_EVERY_STEPS == 0
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
-        """The largest message of a shard."""
+        """The largest message of a shard; a bounded one is that long."""
+        if self.bounded:
+            return messages.packet_spans(messages.capacities_of(shard, self.plan, dtype))[-1][1]
         sections = self._sections(shard)
         packets = sum(messages.padded(self._max_packet_bytes(section, dtype)) for section in sections)
         return messages.directory_bytes(len(sections)) + packets
+
+    def message_sizes(self, shards: Sequence[Shard], dtype: torch.dtype) -> list[int] | None:
+        """The bytes of these shards' messages if they are bounded, else None: then they have to be told."""
+        return [self.max_bytes(shard, dtype) for shard in shards] if self.bounded else None
 
     def raw_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """What a shard's message takes with the identity codec, as the meter counts it."""
@@ -108,7 +119,13 @@ class Compressor:
             self.residuals.begin(loss_scale)
 
     def end_step(self, exposed_seconds: float) -> None:
-        """Counts a step, whose backward pass waited so long for its last buckets, and sets the next one's rates."""
+        """Counts a step, whose backward pass waited so long for its last buckets, and sets the next one's rates.
+
+        Raises CorruptPacket for a bounded message that a device has decoded since the last but one call.
+        """
+        self._deferred.look()
+        if self.samples:
+            self._count_dropped()
         self.meter.stepped(exposed_seconds)
         sent = self.meter.totals.wire_bytes
         with self._lock:
@@ -155,21 +172,32 @@ class Compressor:
         leg: which part of its way x makes (see `CommonStep`).
         """
         sections = self._sections(shard, leg)
-        start = messages.directory_bytes(len(sections))
+        capacities = messages.capacities_of(shard, self.plan, x.dtype) if self.bounded else None
         lengths: list[int] = []
-        stop = start
-        for section in sections:
+        stop = 0 if self.bounded else messages.directory_bytes(len(sections))
+        for position, section in enumerate(sections):
             start = messages.padded(stop)
-            stats = PacketStats()
+            stats = PacketStats() if self._wants_stats(section, x.device) else None
             begun = time.perf_counter()
             values = section.gather(x)
-            codec, length, coded = self._encode(values, room[start:], section, tally, stats, residual_units)
+            codec, length, coded = self._encode(
+                values,
+                room[start:],
+                section,
+                tally,
+                stats,
+                residual_units,
+                None if capacities is None else capacities[position],
+            )
             tally.encoded(stats, time.perf_counter() - begun)
-            if self.samples and coded.numel():
-                turn = self.meter.steps // SAMPLE_EVERY_STEPS
-                tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
-            if self.common_step is not None and section.is_default:
-                self.common_step.count(stats, leg)
+            if stats is not None:
+                if self.samples and coded.numel():
+                    turn = self.meter.steps // SAMPLE_EVERY_STEPS
+                    tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
+                if self.common_step is not None and section.is_default:
+                    self.common_step.count(stats, leg)
+            elif self.bounded and codec.name.startswith(_WITH_RATE) and values.numel():
+                self._deferred.drop(dropped_blocks(room[start:]))
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
             if self.samples and not (codec.exact or self._knows_error(codec, section)):
                 self._measure_error(codec, values, room[start : start + length], section, tally)
@@ -178,7 +206,8 @@ class Compressor:
             if section.is_default:
                 with self._lock:
                     self._controlled_bytes += length * copies
-        messages.write_directory(room, lengths)
+        if not self.bounded:
+            messages.write_directory(room, lengths)
         framing = stop - sum(lengths)
         tally.totals.wire_bytes += framing * copies
         return room[:stop]
@@ -193,15 +222,17 @@ class Compressor:
         leg: Leg = Leg.CONTRIBUTION,
         *,
         sender: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Decodes the message of a shard into out, or adds it to out.
 
         leg: as its encoder was told. sender: which rank of the job that is; None: this one, in the shadow.
-        Raises CorruptPacket, which names the sender.
+        dtype: of what was encoded; None: out's.
+        Raises CorruptPacket, which names the sender; where the host does not wait, `end_step` does.
         """
         start = time.perf_counter()
         try:
-            self._decode(message, out, shard, accumulate, leg)
+            self._decode(message, out, shard, accumulate, leg, sender, dtype or out.dtype)
         except CorruptPacket as error:
             if sender is None:
                 raise
@@ -212,23 +243,33 @@ class Compressor:
             ) from error
         tally.totals.decode_seconds += time.perf_counter() - start
 
-    def _decode(self, message: Tensor, out: Tensor, shard: Shard, accumulate: bool, leg: Leg) -> None:
+    def _decode(
+        self,
+        message: Tensor,
+        out: Tensor,
+        shard: Shard,
+        accumulate: bool,
+        leg: Leg,
+        sender: int | None,
+        dtype: torch.dtype,
+    ) -> None:
         sections = self._sections(shard, leg)
-        packets = messages.split_message(message, len(sections))
-        for section, packet in zip(sections, packets, strict=True):
+        for section, packet in zip(sections, self._split(message, shard, sections, dtype), strict=True):
             values = (
                 section.gather(out)
                 if accumulate or len(section.pieces) == 1
                 else out.new_empty(section.numel)
             )
             codec = self._codec(section.codec)
-            codec.decode(packet, values, accumulate=accumulate, side=section.side)
+            waits = not self.bounded or sender is None or codec.kernel_for(out.device) != _WITHOUT_HOST
+            errors = None if waits or sender is None else self._deferred.errors(sender, out.device)
+            codec.decode(packet, values, accumulate=accumulate, side=section.side, errors=errors)
             section.scatter(values, out)
 
     def forwarded(self, message: Tensor, shard: Shard, dtype: torch.dtype, tally: Tally, copies: int) -> None:
         """Counts that a shard's message, received from its encoder, leaves here as it is in so many copies."""
         sections = self._sections(shard, Leg.RESULT)
-        packets = messages.split_message(message, len(sections))
+        packets = self._split(message, shard, sections, dtype)
         for section, packet in zip(sections, packets, strict=True):
             raw_bytes = self._identity.max_bytes(section.numel, dtype)
             tally.sent(section, len(packet), raw_bytes, copies)
@@ -257,7 +298,7 @@ class Compressor:
         for source, message in enumerate(incoming):
             if source != rank:
                 sender = senders[source]
-                self.decode(message, total, shard, tally, accumulate=source > 0, leg=leg, sender=sender)
+                self.decode(message, total, shard, tally, source > 0, leg, sender=sender, dtype=own.dtype)
             elif source == 0:
                 total.copy_(own)
             else:
@@ -272,6 +313,7 @@ class Compressor:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs on this rank, keyed by parameter name: numbers and strings, and with error
         feedback a float32 tensor for each parameter."""
+        self._count_dropped()
         return {
             "version": _STATE_VERSION,
             "plan": self.plan.facts(),
@@ -324,7 +366,7 @@ class Compressor:
                 expected=str(_STATE_VERSION),
                 found=str(state.get("version")),
             )
-        saved, own = dict(state["plan"]), self.plan.facts()
+        saved, own = {"messages": "exact", **state["plan"]}, self.plan.facts()
         differing = [key for key in own if saved.get(key) != own[key]]
         if differing:
             raise PlanMismatch(
@@ -360,32 +402,33 @@ class Compressor:
         room: Tensor,
         section: Section,
         tally: Tally,
-        stats: PacketStats,
+        stats: PacketStats | None,
         residual_units: float,
+        capacity: int | None,
     ) -> tuple[Codec, int, Tensor]:
-        """Encodes a section's values; returns the codec that was used, the packet's bytes, and in a sampled step what
-        was encoded."""
+        """Encodes a section's values; returns the codec that was used, the packet's bytes, which are the capacity if
+        there is one, and in a sampled step what was encoded."""
         spec = self.rates.codec(section.codec, section.names) if section.is_default else section.codec
         codec = self._codec(spec)
-        bounded = self.plan.max_error is not None and section.is_default
+        is_controlled = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            return codec, int(codec.encode_into(x, room, section.side, stats)), x
+            return codec, self._written(codec, x, room, section, stats, None, capacity), x
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
             else torch.zeros_like(x, dtype=torch.float32)
         )
-        signal = x.float() + before if bounded or self.samples else None
+        signal = x.float() + before if is_controlled or self.samples else None
         while True:
-            residual = before.clone() if bounded else before
-            length = self._encode_with_residual(codec, x, room, section, stats, residual)
-            error = _relative(residual, signal) if bounded and signal is not None else 0.0
-            again = self.rates.raised(codec.name, error) if bounded else None
+            residual = before.clone() if is_controlled else before
+            length = self._encode_with_residual(codec, x, room, section, stats, residual, capacity)
+            error = _relative(residual, signal) if is_controlled and signal is not None else 0.0
+            again = self.rates.raised(codec.name, error) if is_controlled else None
             if again is None:
                 break
             codec = self._codec(again)
-        if bounded:
+        if is_controlled:
             self.rates.settled(codec.name, section.names, error)
             tally.totals.bound_misses += self._misses(error)
         if residuals is not None:
@@ -394,19 +437,71 @@ class Compressor:
             tally.erred(section, _squares(residual, section), _squares(signal, section))
         return codec, length, x if signal is None else signal.to(x.dtype)
 
+    def _written(
+        self,
+        codec: Codec,
+        x: Tensor,
+        room: Tensor,
+        section: Section,
+        stats: PacketStats | None,
+        residual: Tensor | None,
+        capacity: int | None,
+    ) -> int:
+        """Encodes into the front of room; the packet's bytes.
+
+        Rather than to lose blocks for want of room it takes fewer bits for all, where the host knows at once.
+        """
+        if capacity is None or not codec.name.startswith(_WITH_RATE):
+            count = codec.encode_into(x, room, section.side, stats, residual=residual)
+            return int(count) if capacity is None else capacity
+        before = residual.clone() if residual is not None and stats is not None else None
+        while True:
+            codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
+            again = coarser(codec.name) if stats is not None and stats.dropped_blocks else None
+            if stats is None or again is None:
+                return capacity
+            codec = self._codec(again)
+            if residual is not None and before is not None:
+                residual.copy_(before)
+
     def _encode_with_residual(
-        self, codec: Codec, x: Tensor, room: Tensor, section: Section, stats: PacketStats, residual: Tensor
+        self,
+        codec: Codec,
+        x: Tensor,
+        room: Tensor,
+        section: Section,
+        stats: PacketStats | None,
+        residual: Tensor,
+        capacity: int | None,
     ) -> int:
         """Encodes x + residual, and replaces the residual by what the packet leaves out."""
-        if codec.name.startswith(_FUSED_FEEDBACK):
-            return int(codec.encode_into(x, room, section.side, stats, residual=residual))
+        if codec.name.startswith(_WITH_RATE):
+            return self._written(codec, x, room, section, stats, residual, capacity)
         wanted = residual.add_(x)
-        length = int(codec.encode_into(wanted.to(x.dtype), room, section.side, stats))
+        length = self._written(codec, wanted.to(x.dtype), room, section, stats, None, capacity)
         decoded = torch.empty_like(wanted)
         codec.decode(room[:length], decoded, side=section.side)
         wanted.sub_(decoded)
         wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
         return length
+
+    def _split(
+        self, message: Tensor, shard: Shard, sections: Sequence[Section], dtype: torch.dtype
+    ) -> list[Tensor]:
+        if self.bounded:
+            return messages.split_bounded(message, messages.capacities_of(shard, self.plan, dtype))
+        return messages.split_message(message, len(sections))
+
+    def _wants_stats(self, section: Section, device: torch.device) -> bool:
+        """Whether a packet's statistics are taken: those of Triton's kernels cost more than the packet."""
+        needed = self.samples or (self.common_step is not None and section.is_default)
+        return needed or self._codec(section.codec).kernel_for(device) != _WITHOUT_HOST
+
+    def _count_dropped(self) -> None:
+        """Adds what the device alone has counted."""
+        dropped = self._deferred.dropped()
+        if dropped:
+            self.meter.dropped_beside(dropped)
 
     def _sections(self, shard: Shard, leg: Leg = Leg.CONTRIBUTION) -> tuple[Section, ...]:
         sections = sections_of(shard, self.plan, self._unscaled)

@@ -70,9 +70,9 @@ class AllGather(ShardedJob):
         zero. With an exact codec that is the native all-gather's result.
     own_packet: spares the encoding while the own chunk does not change, and the sizes that were agreed on before.
 
-    Packets whose sizes all ranks know travel without them, but for one byte that says whether this one still fits: a
-    rank whose weights have changed meanwhile sends as many bytes as were agreed on, and all ranks see that another
-    gather, with sizes, has to follow.
+    Bounded packets travel without their sizes. Others whose sizes all ranks know do, too, but for one byte that says
+    whether this one still fits: a rank whose weights have changed meanwhile sends as many bytes as were agreed on, and
+    all ranks see that another gather, with sizes, has to follow.
     """
 
     def __init__(
@@ -99,9 +99,10 @@ class AllGather(ShardedJob):
     def gather_and_decode(self, transport: Transport) -> None:
         """Step 2: sends it to all, decodes everyone's, and adds the counts to the meter."""
         copies = len(self._chunks) - 1
-        messages = self._gather_agreed(transport)
+        sizes = self._compressor.message_sizes(self.layout.bucket.shards, self._chunks[0].dtype)
+        messages = None if sizes is not None else self._gather_agreed(transport)
         if messages is None:
-            work = transport.gather(self._message)
+            work = transport.gather(self._message, sizes)
             messages = self._tally.receive(work, len(self._message) * copies)
             if self._own_packet.sizes is not None:
                 self._own_packet.sizes = [len(message) for message in messages]

@@ -85,10 +85,11 @@ class GroupedReduction:
 
     def scatter_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, puts the group's sum of the own shard into x, encodes it for the other groups."""
-        work = transport.exchange(self._outgoing)
+        own, shard = self._shards[self.rank], self.layout.shards[self.rank]
+        sizes = self._compressor.message_sizes([shard] * transport.world_size, self.x.dtype)
+        work = transport.exchange(self._outgoing, sizes)
         incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
         self._outgoing = []
-        own, shard = self._shards[self.rank], self.layout.shards[self.rank]
         total = self._take(4 * own.numel()).view(torch.float32)
         self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         own.copy_(total.div_(len(incoming)) if self.op == "avg" else total)
@@ -108,7 +109,8 @@ class GroupedReduction:
     def spread(self, transport: Transport) -> None:
         """Step 5: passes the packets on inside of the group, decodes those of the other shards, adds to the meter."""
         copies = transport.world_size - 1
-        received = self._spread_tally.receive(transport.gather(self._bundle), self._packet_bytes * copies)
+        work = transport.gather(self._bundle, self._bundle_sizes())
+        received = self._spread_tally.receive(work, self._packet_bytes * copies)
         for source, bundle in enumerate(received):
             if source != self.rank:
                 self._decode(bundle, source, transport.ranks[source])
@@ -126,26 +128,48 @@ class GroupedReduction:
         if not kept:
             return
         lengths = [len(packet) for packet, _ in kept]
-        start = messages.directory_bytes(len(kept))
-        room = start + sum(map(messages.padded, lengths))
-        buffer = self._compressor.buffers.take(room, self.x.device)
+        told = 0 if self._compressor.bounded else messages.directory_bytes(len(kept))
+        spans = messages.packet_spans(lengths, told)
+        end = spans[-1][1]
+        buffer = self._compressor.buffers.take(end, self.x.device)
         self._bundle_buffer.append(buffer)
-        messages.write_directory(buffer, lengths)
-        stop = start
-        for packet, shard in kept:
-            start = messages.padded(stop)
-            buffer[stop:start] = 0
-            stop = start + len(packet)
+        if told:
+            messages.write_directory(buffer, lengths)
+        written = told
+        for (packet, shard), (start, stop) in zip(kept, spans, strict=True):
+            buffer[written:start] = 0
             buffer[start:stop].copy_(packet)
+            written = stop
             self._compressor.forwarded(packet, shard, self.x.dtype, self._spread_tally, copies)
-        self._bundle, self._packet_bytes = buffer[:stop], sum(lengths)
+        self._bundle, self._packet_bytes = buffer[:end], sum(lengths)
+
+    def _packet_sizes(self, source: int) -> list[int] | None:
+        """The bytes of each packet in the bundle of a rank of the group, if they are bounded."""
+        shards = [shard for shard in self._cuts[source].shards if shard.numel]
+        return self._compressor.message_sizes(shards, self.x.dtype)
+
+    def _bundle_sizes(self) -> list[int] | None:
+        """The bytes of each rank's bundle, if they are bounded."""
+        sizes: list[int] = []
+        for source in range(len(self._shards)):
+            packets = self._packet_sizes(source)
+            if packets is None:
+                return None
+            sizes.append(messages.packet_spans(packets)[-1][1] if packets else 0)
+        return sizes
 
     def _decode(self, bundle: Tensor, source: int, sender: int) -> None:
         """The packets of a rank's shard, as it has got them from their encoders. sender: who passes them on."""
         shards = [shard for shard in self._cuts[source].shards if shard.numel]
         if not shards:
             return
-        for packet, shard in zip(messages.split_message(bundle, len(shards)), shards, strict=True):
+        sizes = self._packet_sizes(source)
+        packets = (
+            messages.split_message(bundle, len(shards))
+            if sizes is None
+            else messages.split_bounded(bundle, sizes)
+        )
+        for packet, shard in zip(packets, shards, strict=True):
             part = self._shards[source][shard.start : shard.stop]
             self._compressor.decode(packet, part, shard, self._spread_tally, leg=Leg.RESULT, sender=sender)
 

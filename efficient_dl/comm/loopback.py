@@ -73,9 +73,9 @@ class LoopbackTransport:
         self.device = torch.device("cpu")
         self._num_siblings = 0
 
-    def exchange(self, outgoing: list[Tensor]) -> LoopbackWork:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> LoopbackWork:
         """See `Transport.exchange`."""
-        return self._start(outgoing, None)
+        return self._start(outgoing, sizes)
 
     def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> LoopbackWork:
         """See `Transport.gather`."""
@@ -124,11 +124,12 @@ class LoopbackWork:
             else self._hub.receive(source, self._rank, deadline - time.monotonic())
             for source in range(self._hub.world_size)
         ]
-        found = [message.numel() for message in incoming]
-        if self._known is not None and found != list(self._known):
-            raise TransportError(
-                "messages have other sizes than all ranks have agreed on",
-                expected=str(list(self._known)),
-                found=str(found),
-            )
+        for source, message in enumerate(incoming):
+            known = message.numel() if self._known is None or source == self._rank else self._known[source]
+            if message.numel() != known:
+                raise TransportError(
+                    f"rank {source}'s message has another size than all ranks have agreed on",
+                    expected=f"{known} bytes",
+                    found=f"{message.numel()}",
+                )
         return incoming

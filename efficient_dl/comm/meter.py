@@ -23,6 +23,8 @@ _RECENT_TRANSFERS = 512
 class Totals:
     """Sums over collectives, of one rank. Packets are counted once in `encoded_*`, each copy in `wire_bytes`.
 
+    On a GPU statistics are taken of the packets of sampled steps alone: `encoded_*`, bits and blocks are of those.
+
     wire_bytes: packets and size messages sent to other ranks. raw_bytes: the same with the identity codec.
     local_bytes: uncompressed, to ranks on the same node, by a hierarchical reduction, whose wire_bytes and raw_bytes
         are of what leaves the node.
@@ -115,10 +117,12 @@ class Tally:
     def __post_init__(self) -> None:
         self.parameters = [ParameterTotals() for _ in self.layout.names]
 
-    def encoded(self, stats: PacketStats, seconds: float) -> None:
-        """Counts one packet that was made."""
+    def encoded(self, stats: PacketStats | None, seconds: float) -> None:
+        """Counts one packet that was made; without stats its time alone."""
         totals = self.totals
         totals.encode_seconds += seconds
+        if stats is None:
+            return
         totals.encoded_values += stats.numel
         totals.encoded_bytes += stats.packet_bytes
         totals.order0_bits += stats.order0_bits
@@ -199,6 +203,11 @@ class Meter:
         with self._lock:
             self.steps += 1
             self.totals.exposed_seconds += exposed_seconds
+
+    def dropped_beside(self, num_blocks: int) -> None:
+        """Counts blocks that were dropped in packets whose statistics were not taken."""
+        with self._lock:
+            self.totals.dropped_blocks += num_blocks
 
     def sent_beside(self, num_bytes: int) -> None:
         """Counts bytes that leave beside the collectives, by which ranks agree; the identity codec needs none."""

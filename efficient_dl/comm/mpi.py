@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 _MESSAGE_TAG, _SIZE_TAG = 0, 1
 CHUNK_BYTES = 2**30  # MPI counts in C ints
 _SHORTEST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 50e-6, 1e-3
+LAST_MESSAGE_SECONDS = (
+    10.0  # for what a peer sent before it closed its end; its large messages have arrived by then
+)
 _CLOSE_SECONDS = 1.0  # for the peers to close their ends, too
 _ITS_SIZE, _ITS_MESSAGE, _OUR_MESSAGE = "its size", "its message", "our message"
 
@@ -102,9 +105,9 @@ class MpiTransport:
         """See `Transport.ranks`; of the first communicator."""
         return self.link.names
 
-    def exchange(self, outgoing: list[Tensor]) -> MpiWork:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> MpiWork:
         """See `Transport.exchange`."""
-        return MpiWork(self, outgoing)
+        return MpiWork(self, outgoing, sizes)
 
     def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> MpiWork:
         """See `Transport.gather`."""
@@ -165,8 +168,9 @@ class MpiWork:
                 continue
             for what, peer in self._purposes:
                 how = self._link.left.get(peer)
-                # Of a peer that has closed its end, a message whose size came is still under way.
-                if how == Leaving.ABORTED or (how == Leaving.CLOSED and what == _ITS_SIZE):
+                # Of a peer that has closed its end, a message may still be under way.
+                is_late = what == _ITS_SIZE or time.monotonic() - last > LAST_MESSAGE_SECONDS
+                if how == Leaving.ABORTED or (how == Leaving.CLOSED and is_late):
                     self._fail(what, peer, "it has given up, or has ended")
             now = time.monotonic()
             if now > deadline:

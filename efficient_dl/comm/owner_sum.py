@@ -39,7 +39,10 @@ def sum_at_owners(
         for owner, (part, room, layout, tally) in enumerate(zip(parts, rooms, layouts, tallies, strict=True))
     ]
     own, layout, tally = parts[rank], layouts[rank], tallies[rank]
-    incoming = tally.receive(transport.exchange(outgoing), sum(map(len, outgoing)))
+    sizes = compressor.message_sizes([layout.shards[0]] * len(parts), own.dtype)
+    if sizes is not None and not own.numel():
+        sizes = [0] * len(parts)
+    incoming = tally.receive(transport.exchange(outgoing, sizes), sum(map(len, outgoing)))
     compressor.buffers.give(rooms)
     room = compressor.buffers.take(4 * own.numel(), device)
     total = room[: 4 * own.numel()].view(torch.float32)

@@ -9,11 +9,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from efficient_dl.codec import make_codec
+from efficient_dl.comm.capacity import knows_capacity
 from efficient_dl.errors import ConfigError
 
 AUTO_BITS = 2.0
 MIN_RATE, MAX_RATE = 0.125, 7.0  # bits a value, of rates that are controlled
 Scale = Literal["local", "global", "second_moment"]
+Messages = Literal["exact", "bounded"]
 MIN_MAX_ERROR = 0.0125  # at 7 bits a value the relative error is 0.010 on Gaussian values
 
 
@@ -32,6 +34,8 @@ class Plan:
     scale: what a rate's step sizes follow. "local": the spread of blocks of 256 values (codec "bits"). "global": one
         step for all packets (codec "grid"), least squared error. "second_moment": one step a packet, after division
         by √v.
+    messages: "exact": as long as their content takes, which is told first. "bounded": as long as the plan says (see
+        capacity.py), where every codec of the plan allows it; else exact all the same.
     """
 
     bits: str
@@ -43,6 +47,7 @@ class Plan:
     error_feedback: bool = False
     scale: Scale = "local"
     first_rate: float = AUTO_BITS
+    messages: Messages = "exact"
 
     @staticmethod
     def of(
@@ -54,6 +59,7 @@ class Plan:
         values_per_step: int = 0,
         error_feedback: bool = False,
         scale: Scale = "local",
+        messages: Messages = "exact",
     ) -> Plan:
         """Decides from the user's wish alone.
 
@@ -91,7 +97,40 @@ class Plan:
                 'error_feedback and scale="second_moment" exclude each other: the scale changes in every step',
                 fix="error_feedback=False",
             )
-        return Plan(wish, codec, reason, rules, max_error, bytes_per_step, error_feedback, scale, first_rate)
+        plan = Plan(
+            wish, codec, reason, rules, max_error, bytes_per_step, error_feedback, scale, first_rate, messages
+        )
+        plan.check_messages()
+        return plan
+
+    def check_messages(self) -> None:
+        """Raises ConfigError for messages that cannot be bounded, unless "auto" is still to choose the codec."""
+        if self.messages not in get_args(Messages):
+            raise ConfigError(
+                "unknown messages", expected=", ".join(get_args(Messages)), found=str(self.messages)
+            )
+        if self.messages == "exact" or self.is_bounded or self.codec == "none":
+            return
+        unknown = [f"overrides: {pattern}" for pattern, codec in self.overrides if not knows_capacity(codec)]
+        reasons = {
+            "max_error": self.max_error is not None,
+            "bytes_per_step": self.bytes_per_step is not None,
+            f"scale={self.scale!r}": self.codec.startswith("grid"),
+            f"bits={self.bits}": not knows_capacity(self.codec),
+        }
+        found = [reason for reason, is_given in reasons.items() if is_given][:1] + unknown
+        raise ConfigError(
+            'messages="bounded" needs sizes that are known beforehand',
+            expected='a number of bits a value with scale="local", "identity", "fp16" or "bf16", for all parameters',
+            found=", ".join(found),
+            fix='messages="exact"',
+        )
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether every message's size follows from this plan."""
+        codecs = [self.codec, *(codec for _, codec in self.overrides)]
+        return self.messages == "bounded" and not self.varies_rates and all(map(knows_capacity, codecs))
 
     @property
     def varies_rates(self) -> bool:

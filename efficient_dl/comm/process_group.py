@@ -66,9 +66,9 @@ class ProcessGroupTransport:
         self._losses = losses or Losses(group)
         self._losses.aborts.append(self._break)
 
-    def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> Work[list[Tensor]]:
         """See `Transport.exchange`."""
-        return self._start(outgoing, None)
+        return self._start(outgoing, sizes)
 
     def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> Work[list[Tensor]]:
         """See `Transport.gather`."""
@@ -226,7 +226,8 @@ class _AllToAllWork:
         others = [message.numel() for peer, message in enumerate(outgoing) if peer != transport.rank]
         self.sent_bytes = sum(others)
         if sizes is not None:
-            self._sizes = torch.tensor(sizes)
+            own = outgoing[transport.rank].numel()  # it takes part, too
+            self._sizes = torch.tensor([own if r == transport.rank else size for r, size in enumerate(sizes)])
             return
         self._own_sizes = torch.tensor([message.numel() for message in outgoing], device=transport.device)
         self._sizes = torch.empty_like(self._own_sizes)
@@ -236,7 +237,7 @@ class _AllToAllWork:
         self.sent_bytes += SIZE_BYTES * len(others)
 
     def wait(self, timeout: float | None = None) -> list[Tensor]:
-        """See `Work.wait`. Waits on the host for the sizes, and on the current stream for the messages."""
+        """See `Work.wait`. Waits on the host for sizes that are not known, on the current stream for the messages."""
         incoming = [
             torch.empty(int(size), dtype=torch.uint8, device=self._transport.device)
             for size in self._sizes.cpu()

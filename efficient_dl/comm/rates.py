@@ -15,6 +15,7 @@ from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
 
 _STEPS_A_BIT = 32  # rates are multiples of 1/32 bit, so that there are few codecs
 _MARGIN = 0.06  # bits above what should just do
+_COARSER = 0.75  # of the rate, from one try to the next
 _LARGEST_CHANGE = 1.3  # of the rate from one step to the next, under a budget
 
 
@@ -93,6 +94,12 @@ class Rates:
             for state in states:
                 for name, rate in state["parameters"].items():
                     self._by_name[name] = max(rate, self._by_name.get(name, MIN_RATE))
+
+
+def coarser(codec: str) -> str | None:
+    """The codec to try for a bounded packet that has lost blocks; None if there is none."""
+    rate = _rate(codec)
+    return None if rate <= MIN_RATE else _named(codec, _COARSER * rate)
 
 
 def _named(codec: str, rate: float) -> str:

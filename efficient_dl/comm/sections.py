@@ -5,7 +5,9 @@ A shard whose parameters share a codec is one packet, and that packet is the mes
     int64 length of every packet but the last | zeros to a multiple of 16 | packets, each padded to a multiple of 16
 
 with one packet for each codec, in the order in which the shard first needs them. Both ends know the plan and the
-layout, so nothing else has to be said.
+layout, so nothing else has to be said. Of bounded packets they know the lengths, too: without a directory,
+
+    packets, each but the last padded to a multiple of 16
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Side
+from efficient_dl.codec import Side, make_codec
+from efficient_dl.comm.capacity import packet_capacity
 from efficient_dl.comm.layout import Shard, joined
 from efficient_dl.comm.plan import Plan
 from efficient_dl.errors import CorruptPacket
@@ -89,6 +92,15 @@ def sections_of(shard: Shard, plan: Plan, unscaled: frozenset[str] = frozenset()
     return tuple(_section(shard, rules, rule) for rule in dict.fromkeys(rules))
 
 
+@lru_cache(maxsize=4096)
+def capacities_of(shard: Shard, plan: Plan, dtype: torch.dtype) -> tuple[int, ...]:
+    """The bytes of each section's packet in the messages of a plan that is bounded. dtype: of what is encoded."""
+    return tuple(
+        packet_capacity(make_codec(section.codec, kernel="reference"), section.numel, dtype, section.side)
+        for section in sections_of(shard, plan)
+    )
+
+
 def _rule(plan: Plan, name: str, unscaled: frozenset[str]) -> tuple[str, bool]:
     override = plan.override_for(name)
     if override is None and name in unscaled:
@@ -147,7 +159,29 @@ def split_message(message: Tensor, num_packets: int) -> list[Tensor]:
     return [*packets, message[position:]]
 
 
+def packet_spans(lengths: Sequence[int], start: int = 0) -> list[tuple[int, int]]:
+    """(start, stop) of each packet of these lengths in a message, which ends with the last of them.
+
+    start: the bytes of the directory; 0 in a bounded message.
+    """
+    spans: list[tuple[int, int]] = []
+    stop = start
+    for length in lengths:
+        start = padded(stop)
+        stop = start + length
+        spans.append((start, stop))
+    return spans
+
+
+def split_bounded(message: Tensor, capacities: Sequence[int]) -> list[Tensor]:
+    """The packets of a bounded message, views. Raises CorruptPacket for a message of another length."""
+    spans = packet_spans(capacities)
+    if message.numel() != spans[-1][1]:
+        raise _misfit(message, f"a bounded message of {spans[-1][1]} bytes")
+    return [message[start:stop] for start, stop in spans]
+
+
 def _misfit(message: Tensor, content: str) -> CorruptPacket:
     return CorruptPacket(
-        "a message's directory does not fit it", expected=content, found=f"{message.numel()} bytes in all"
+        "a message's parts do not fit it", expected=content, found=f"{message.numel()} bytes in all"
     )

@@ -98,7 +98,8 @@ class ShadowReduction:
         for _ in shards:
             self._decode(packet, shard, Leg.RESULT)
         self._compressor.buffers.give(self._buffers)
-        self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
+        if not self._compressor.bounded:
+            self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
 
     def _encode(

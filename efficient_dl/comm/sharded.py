@@ -74,10 +74,12 @@ class ReduceScatter(ShardedJob):
 
     def exchange_and_reduce(self, transport: Transport) -> None:
         """Step 2: sends them, sums up the own chunk, and adds the counts to the meter."""
-        incoming = self._tally.receive(transport.exchange(self._outgoing), sum(map(len, self._outgoing)))
-        self._outgoing = []
         own = self.layout.take(self._chunks[self.rank], self.rank)
         shard = self.layout.bucket.shards[self.rank]
+        sizes = self._compressor.message_sizes([shard] * transport.world_size, own.dtype)
+        work = transport.exchange(self._outgoing, sizes)
+        incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
+        self._outgoing = []
         total = self._take(4 * own.numel(), own.device).view(torch.float32)
         self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         if self._divisor != 1.0:

@@ -76,7 +76,8 @@ class ShadowScatter(_Shadow):
             if owner != self.rank:
                 shard = self.layout.bucket.shards[owner]
                 self._decode(self._encode(self.layout.take(chunk, owner), shard, copies=1), shard)
-        self._tally.announced((len(self._chunks) - 1) * _SIZE_MESSAGE_BYTES)
+        if not self._compressor.bounded:
+            self._tally.announced((len(self._chunks) - 1) * _SIZE_MESSAGE_BYTES)
         self._chunks = []
         self._finish()
 
@@ -117,7 +118,8 @@ class ShadowGather(_Shadow):
         out = torch.empty_like(values)
         for _ in range(copies if self._compressor.exact else copies + 1):
             self._compressor.decode(message, out, shard, self._tally)
-        self._tally.announced(copies * self._size_bytes)
+        if not self._compressor.bounded:
+            self._tally.announced(copies * self._size_bytes)
         self._finish()
 
 

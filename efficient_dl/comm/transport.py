@@ -33,9 +33,9 @@ class Transport(Protocol):
     """Moves bytes between the ranks of one group.
 
     Messages are contiguous 1-D uint8 tensors on `device`, of any length, zero included, different for each pair of
-    ranks and unknown to the receiver beforehand. All ranks call the same methods in the same order, and wait for
-    one transfer before they start the next on the same transport; what was received is valid until then, because
-    its memory is used again. After an error a transport is unusable.
+    ranks, and unknown to the receiver beforehand unless `sizes` are given. All ranks call the same methods in the same
+    order, and wait for one transfer before they start the next on the same transport; what was received is valid until
+    then, because its memory is used again. After an error a transport is unusable.
     """
 
     @property
@@ -58,10 +58,11 @@ class Transport(Protocol):
         """Where messages live."""
         ...
 
-    def exchange(self, outgoing: list[Tensor]) -> Work[list[Tensor]]:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> Work[list[Tensor]]:
         """Sends the i-th message to rank i; the result's i-th message came from rank i.
 
         The message to the rank itself is handed through, and counts as no bytes.
+        sizes: the bytes of what comes, by rank, where every rank knows what will come: then no sizes are sent.
         """
         ...
 

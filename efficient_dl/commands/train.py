@@ -47,6 +47,7 @@ _KEYS = {  # by flag, the setting that it gives
     "window": "local.window",
     "keep_examples": "local.keep_examples",
     "scale": "compression.scale",
+    "messages": "compression.messages",
     "hierarchy": "compression.hierarchy",
     "transport": "compression.transport",
     "steps": "train.steps",
@@ -101,6 +102,9 @@ def train(
     ] = None,
     scale: Annotated[
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
+    ] = None,
+    messages: Annotated[
+        str | None, typer.Option(help="exact, or bounded: as long as bits says, so that no sizes travel.")
     ] = None,
     hierarchy: Annotated[
         str | None,

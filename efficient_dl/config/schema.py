@@ -101,6 +101,11 @@ class CompressionConfig(Section):
         "what step sizes follow: blocks of 256 values, one for the model, adam's second moment; auto: global for sgd",
         words=("auto", "local", "global", "second_moment"),
     )
+    messages: str = setting(
+        "exact",
+        "bounded: as long as bits says, so that no sizes travel, and on a GPU the host waits for nothing",
+        words=("exact", "bounded"),
+    )
     hierarchy: int | str = setting(
         "plan",
         "compress between nodes only; the number of workers on each, or auto: the launcher's variables, host names; "

@@ -26,7 +26,7 @@ from efficient_dl.comm import (
     handshake,
 )
 from efficient_dl.comm.measurements import Measurements
-from efficient_dl.comm.plan import Scale
+from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
@@ -61,6 +61,7 @@ def compress_ddp(
     bytes_per_step: int | None = None,
     error_feedback: bool | Literal["auto"] = "auto",
     scale: Scale | Literal["auto"] = "auto",
+    messages: Messages = "exact",
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -98,7 +99,12 @@ def compress_ddp(
     scale: what the quantizer's step sizes follow. "local": blocks of 256 values, for Adam-like optimizers. "global":
         one step for all packets, on which the ranks agree, the least squared error for a rate, for SGD.
         "second_moment": one step a packet after division by the optimizer's √v, which all ranks know. "auto": "global"
-        for torch.optim.SGD on a CPU, else "local" (on a GPU "global" has no kernel of its own yet, and runs in torch).
+        for torch.optim.SGD on a CPU with exact messages, else "local" (on a GPU "global" has no kernel of its own yet,
+        and runs in torch).
+    messages: "exact": as long as their content takes, which ranks tell each other first. "bounded": as long as the
+        number of bits says, about 3 % above it: no sizes travel, and on a GPU the host waits for nothing; blocks for
+        which that is not enough are zeroed and counted (dropped_blocks). For bits="lossless", max_error,
+        bytes_per_step and steps of another scale than "local" there are exact ones only (docs/compression.md).
     error_feedback: add what a packet leaves out to the parameter's next one; takes 8 bytes a value on every rank.
         "auto": where scale is "global" and the optimizer is torch.optim.SGD. With Adam residuals come back as
         rare large values, which inflate its second moment (docs/experiments.md).
@@ -164,7 +170,8 @@ def compress_ddp(
         check_supported(model, parameters, check_every)
         wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
-        scale = ("global" if is_sgd and device.type == "cpu" else "local") if scale == "auto" else scale
+        if scale == "auto":
+            scale = "global" if is_sgd and device.type == "cpu" and messages == "exact" else "local"
         wishes = Plan.of(
             bits,
             overrides=overrides,
@@ -173,6 +180,7 @@ def compress_ddp(
             values_per_step=values_sent(parameters, wish.sent_share()),
             error_feedback=feeds_back(error_feedback, scaler, optimizer),
             scale=scale,
+            messages=messages,
         )
         feeds_if_lossy = error_feedback == "auto" and is_sgd and wishes.scale == "global"
         plan = dataclasses.replace(
@@ -229,7 +237,7 @@ def compress_ddp(
                     name, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
                 )
                 feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
-                return dataclasses.replace(found, error_feedback=feeds)
+                return dataclasses.replace(found, error_feedback=feeds, messages=messages)
 
             nodes = topology if topology is not None and not topology.groups else None
             several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1

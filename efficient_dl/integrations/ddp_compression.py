@@ -193,6 +193,7 @@ class Compression:
             "reason": self.plan.reason,
             "overrides": dict(self.plan.overrides),
             "scale": self.plan.scale,
+            "messages": "bounded" if self.plan.is_bounded else "exact",
             "error_feedback": self.plan.error_feedback,
             "kernel": kernel,
             "exact": self._compressor.exact,

@@ -38,6 +38,7 @@ def compress_engine(
     timeout: float | None = None,
     kernel: str | None = None,
     scale: str | None = None,
+    messages: str | None = None,
     error_feedback: bool | str | None = None,
     shadow: bool | None = None,
     max_relative_error: float | None = None,
@@ -63,6 +64,8 @@ def compress_engine(
         TransportError and names the rank.
     kernel: which kernels code CPU tensors, as in `make_codec`.
     scale: what step sizes follow: "local", "global" or "auto" (the default), as for DistributedDataParallel.
+    messages: "exact" (the default), or "bounded": of a length that the number of bits says, as for
+        DistributedDataParallel.
     error_feedback: add what a packet leaves out to the parameter's next one; True, False or "auto" (the default: with
         torch.optim.SGD and global steps). Takes 8 bytes a value on every rank, whatever the stage. A step that
         DeepSpeed skips leaves no trace.
@@ -93,6 +96,7 @@ def compress_engine(
         "timeout": timeout,
         "kernel": kernel,
         "scale": scale,
+        "messages": messages,
         "error_feedback": error_feedback,
         "shadow": shadow,
         "max_relative_error": max_relative_error,
@@ -115,6 +119,7 @@ def compress_engine(
         if "step" in vars(engine):
             raise ConfigError("the engine is compressed already", fix="call compress_engine() once")
         plan = settings.plan(engine)
+        plan.check_messages()
         names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         plug = plug_class(engine, names)
         numels = {name: p.numel() for name, p in parameters.items()} | plug.gradient_numels()

@@ -138,6 +138,7 @@ class EngineCompression:
             "codec": self.plan.codec,
             "reason": self.plan.reason,
             "scale": self.plan.scale,
+            "messages": "bounded" if self.plan.is_bounded else "exact",
             "error_feedback": self.plan.error_feedback,
             "kernel": "none" if native else self._compressor.codec.kernel_for(self._control.device),
             "exact": self._compressor.exact,

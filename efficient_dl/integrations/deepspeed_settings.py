@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
 from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS, Plan
-from efficient_dl.comm.plan import Scale
+from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, UnsupportedTensor
 
@@ -29,6 +29,7 @@ class Settings:
     timeout: float = DEFAULT_TIMEOUT_SECONDS
     kernel: str = "auto"
     scale: str = "auto"
+    messages: str = "exact"
     error_feedback: bool | str = "auto"
     shadow: bool = False
     max_relative_error: float | None = None
@@ -75,6 +76,7 @@ class Settings:
             "timeout": _is_number(self.timeout, int, float) and self.timeout > 0,
             "kernel": isinstance(self.kernel, str),
             "scale": self.scale in SCALES,
+            "messages": self.messages in get_args(Messages),
             "error_feedback": isinstance(self.error_feedback, bool) or self.error_feedback == "auto",
             "shadow": isinstance(self.shadow, bool),
             "max_relative_error": self.max_relative_error is None
@@ -89,6 +91,7 @@ class Settings:
             "kernel": "a name",
             "scale": ", ".join(SCALES)
             + '; "second_moment" needs an optimizer that no rank has only a part of',
+            "messages": " or ".join(get_args(Messages)),
             "error_feedback": 'true, false or "auto"',
             "shadow": "true or false",
             "max_relative_error": "a number above 0, such as 0.5",
@@ -113,9 +116,11 @@ class Settings:
         """What travels; "auto" goes by the engine's optimizer and device, as for DistributedDataParallel."""
         is_sgd = isinstance(engine.basic_optimizer, torch.optim.SGD)
         scale: Scale = "local"
-        if self.scale == "global" or (self.scale == "auto" and is_sgd and engine.device.type == "cpu"):
+        prefers_global = is_sgd and engine.device.type == "cpu" and self.messages == "exact"
+        if self.scale == "global" or (self.scale == "auto" and prefers_global):
             scale = "global"
         plan = Plan.of(self.bits, scale=scale, error_feedback=self.error_feedback is True)
+        plan = replace(plan, messages=cast(Messages, self.messages))
         hides_skips = bool(engine.torch_autocast_z0_gradscaler)
         if plan.error_feedback and hides_skips:
             raise ConfigError(

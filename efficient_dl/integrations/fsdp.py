@@ -16,6 +16,7 @@ from efficient_dl.comm import (
     OnAlarm,
     Plan,
 )
+from efficient_dl.comm.plan import Messages
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
@@ -47,6 +48,7 @@ def compress_fsdp(
     max_error: float | None = None,
     bytes_per_step: int | None = None,
     error_feedback: bool = False,
+    messages: Messages = "exact",
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     check_every: int = 50,
@@ -75,6 +77,8 @@ def compress_fsdp(
     error_feedback: add what a packet leaves out to the next one of the same values. On the shard axis it takes 8
         bytes a value of the whole, unsharded model on every rank, because a rank contributes to every shard; on the
         replicate axis 8 bytes a value of the own shard.
+    messages: as for DistributedDataParallel; "bounded" where a plan allows it: the reduce-scatter of 2.0 bits, not the
+        all-gather of lossless weights.
 
     Gradients are decoded and summed in float32 in rank order, the own contribution unquantized, and stay on their
     rank: on the shard axis a value is rounded by the codec once. Between replicas a shard is all-reduced as DDP's
@@ -100,7 +104,7 @@ def compress_fsdp(
     facts["alarm"] = {"max_relative_error": max_relative_error, "on_alarm": on_alarm}
     facts["modules"] = {str(number): " ".join(unit.names) for number, unit in enumerate(units)}
     try:
-        wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, error_feedback)
+        wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, error_feedback, messages)
         auto = AutoOptions(floor_bits, backward_seconds, kernel=kernel)
         auto.check()
         measured = [] if shadow else wish.automatic(units)
@@ -109,7 +113,7 @@ def compress_fsdp(
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         names = list(dict.fromkeys(name for unit in units for name in unit.names))
         by_axis = wish.compressors(units, names, kernel)
-        weights_plan = Plan.of("lossless" if weights is None else weights)
+        weights_plan = replace(Plan.of("lossless" if weights is None else weights), messages=messages)
         if by_axis[REPLICATE].plan.codec != "none":
             check_replicas(units)
     except EdlError as error:

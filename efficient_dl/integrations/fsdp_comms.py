@@ -77,13 +77,13 @@ class Lane:
 
     def gather(self, job: AllGather, compressor: Compressor) -> Future[Any]:
         """Starts an all-gather; the first after weights may have changed exchanges the sizes for all of them."""
-        if self.starts_round():
+        if self.starts_round(compressor):
             self.sharding.gather(SizeRound(self.sources, compressor, self.control.rank))
         return self.sharding.gather(job)
 
-    def starts_round(self) -> bool:
+    def starts_round(self, compressor: Compressor) -> bool:
         """Whether sizes are to be told before the next gather; asked once for each."""
-        starts = self.weights_may_have_changed and self.tells_sizes
+        starts = self.weights_may_have_changed and self.tells_sizes and not compressor.bounded
         self.weights_may_have_changed = False
         return starts
 

@@ -104,7 +104,7 @@ class FsdpCompression:
         all_ranks: sums of all ranks of the model's groups, instead of this rank's; then all of them must call it.
 
         Returns bits, weights_bits and replicas_bits (of HSDP's second axis) with their codecs and reasons, transport
-        ("process_group", the model's own and two more of its ranks), kernel, exact, shadow,
+        ("process_group", the model's own and two more of its ranks), messages, kernel, exact, shadow,
         error_feedback, world_size (of the first module's shard group), checks, disabled (None or {"step", "reason"}),
         the alarms so far, and of gradients, replicas and weights together the `summary` of the meters, as for
         DistributedDataParallel, with a row for each parameter (with error feedback also residual_norm, Euclidean);
@@ -146,6 +146,7 @@ class FsdpCompression:
             "weights_reason": self.weights_plan.reason,
             "transport": PROCESS_GROUP,
             "overrides": dict(self.plan.overrides),
+            "messages": "bounded" if self.plan.is_bounded else "exact",
             "error_feedback": any(c.residuals is not None for c in (gradients, replicas)),
             "kernel": used[0] if used else "none",
             "exact": all(compressor.exact for compressor in self._compressors.values()),

@@ -78,7 +78,7 @@ class WeightAllGather(Comm):
             return native_all_gather(output_tensor, input_tensor, group, async_op)
         if self._shadow is not None:
             self.settle()
-            if self._lane.starts_round():
+            if self._lane.starts_round(self._compressor):
                 shadow_round(self._lane.sources, self._compressor, group.size())
             size_bytes = 1 if self._lane.tells_sizes else 8
             watched = ShadowGather(

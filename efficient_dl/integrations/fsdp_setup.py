@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from efficient_dl.comm import Compressor, Plan, ProcessGroupTransport, Residuals, handshake, shard_numels
+from efficient_dl.comm.plan import Messages
 from efficient_dl.errors import ConfigError, EdlError, UnsupportedTensor
 from efficient_dl.integrations.auto import note_ignored
 from efficient_dl.integrations.fsdp_comms import GRADIENT_DTYPES, Lane
@@ -29,6 +30,7 @@ class AxisWish:
     max_error: float | None
     bytes_per_step: int | None
     error_feedback: bool
+    messages: Messages = "exact"
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def automatic(self, units: Sequence[Unit]) -> list[str]:
@@ -76,7 +78,7 @@ class AxisWish:
                     bytes_per_step=None if budget is None else max(budget * numel // max(shared, 1), 1),
                     values_per_step=numel,
                 )
-        return plans
+        return {axis: dataclasses.replace(plan, messages=self.messages) for axis, plan in plans.items()}
 
     def compressors(self, units: Sequence[Unit], names: Sequence[str], kernel: str) -> dict[str, Compressor]:
         """A compressor for each axis, with residuals where error feedback was asked for and something is left out."""
@@ -87,7 +89,10 @@ class AxisWish:
             ),
         }
         made: dict[str, Compressor] = {}
-        for axis, plan in self.plans(units).items():
+        plans = self.plans(units)
+        if not self.reasons and not any(plan.is_bounded for plan in plans.values()):
+            plans[SHARD].check_messages()
+        for axis, plan in plans.items():
             made[axis] = Compressor(plan, names, kernel)
             if self.error_feedback and plan.codec != "none" and not made[axis].exact:
                 residuals = Residuals(numels[axis](), units[0].device)

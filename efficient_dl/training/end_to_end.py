@@ -276,6 +276,7 @@ def compressed(
         bytes_per_step=settings.bytes_per_step or None,
         error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
         scale=_SCALES[settings.scale],
+        messages="bounded" if settings.messages == "bounded" else "exact",
         hierarchy=hierarchy_wish(config),
         transport="mpi" if settings.transport == "mpi" else None,
         shadow=settings.shadow,

@@ -89,6 +89,15 @@ def gather_known(transport: Transport) -> tuple[list[bool], int]:
     return [torch.equal(a, b) for a, b in zip(work.wait(), expected, strict=True)], work.sent_bytes
 
 
+def exchange_known(transport: Transport) -> tuple[list[bool], int]:
+    """All ranks know what comes from whom; what a rank hands to itself is not asked for."""
+    expected = [message(source, transport.rank) for source in range(transport.world_size)]
+    sizes = [0 if source == transport.rank else one.numel() for source, one in enumerate(expected)]
+    outgoing = [message(transport.rank, target) for target in range(transport.world_size)]
+    work = transport.exchange(outgoing, sizes)
+    return [torch.equal(a, b) for a, b in zip(work.wait(), expected, strict=True)], work.sent_bytes
+
+
 def many(transport: Transport) -> bool:
     """Transfers in a row, the faster ranks ahead of the slower ones."""
     ranks = range(transport.world_size)
@@ -137,6 +146,9 @@ def test_where_all_ranks_know_the_sizes_none_are_sent(run: Runner, world_size: i
     for rank, (arrived, sent_bytes) in enumerate(run(gather_known, world_size)):
         assert arrived == [True] * world_size
         assert sent_bytes == len(message(rank, 1)) * (world_size - 1)
+    for rank, (arrived, sent_bytes) in enumerate(run(exchange_known, world_size)):
+        assert arrived == [True] * world_size
+        assert sent_bytes == sum(len(message(rank, peer)) for peer in range(world_size) if peer != rank)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ class StageRig:
     """One ZeRO stage. Sums are read as soon as they are asked for: nothing runs beside backward."""
 
     rules = DEEPSPEED_RULES
+    all_bounded: Mapping[str, Any] = {"messages": "bounded"}
 
     def __init__(self, rank: int, stage: int, folder: Path) -> None:
         self.rank, self.size = rank, dist.get_world_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,7 @@ class TorchRig:
     """What the three have in common."""
 
     rules = RULES
+    all_bounded: Mapping[str, Any] = {"messages": "bounded"}
     wrap: Callable[[bool], nn.Module]
     damaged = "2.bias"
 
@@ -192,6 +193,8 @@ class DdpRig(TorchRig):
 
 
 class FsdpRig(TorchRig):
+    all_bounded: Mapping[str, Any] = {"messages": "bounded", "weights": "identity"}
+
     def mesh(self) -> Any:
         return None
 

@@ -118,7 +118,7 @@ def test_a_long_message_travels_in_parts(mpi: str) -> None:
     assert run_mpi_ranks(mpi, in_parts, 2) == [True, True]
 
 
-def close_one_end(transport: MpiTransport) -> tuple[str, float]:
+def close_one_end(transport: MpiTransport, knows_size: bool) -> tuple[str, float]:
     """Rank 0 sends a last message and leaves; rank 1 gets the message, and then waits for nothing."""
     own = transport.sibling()
     outgoing = [torch.full((3_000_000,), own.rank, dtype=torch.uint8)] * 2
@@ -130,16 +130,20 @@ def close_one_end(transport: MpiTransport) -> tuple[str, float]:
     time.sleep(0.3)
     assert work.wait()[0].eq(0).all()
     start = time.monotonic()
+    mpi_module.LAST_MESSAGE_SECONDS = 0.5
     try:
-        own.exchange(outgoing).wait(timeout=200)
+        own.exchange(outgoing, [3_000_000, 0] if knows_size else None).wait(timeout=200)
     except TransportError as error:
         return str(error), time.monotonic() - start
+    finally:
+        mpi_module.LAST_MESSAGE_SECONDS = 10.0
     return "no error", 0.0
 
 
-def test_a_rank_that_closed_its_end_is_waited_for_no_longer(mpi: str) -> None:
-    text, seconds = run_mpi_ranks(mpi, close_one_end, 2)[1]
-    assert "rank 1 lost rank 0 while waiting for its size" in text
+@pytest.mark.parametrize(("knows_size", "what"), [(False, "its size"), (True, "its message")])
+def test_a_rank_that_closed_its_end_is_waited_for_no_longer(mpi: str, knows_size: bool, what: str) -> None:
+    text, seconds = run_mpi_ranks(mpi, close_one_end, 2, knows_size)[1]
+    assert f"rank 1 lost rank 0 while waiting for {what}" in text
     assert seconds < SOON
 
 

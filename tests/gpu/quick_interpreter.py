@@ -6,6 +6,7 @@ anew, that every sum is computed twice, and that the language is patched at ever
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -43,9 +44,12 @@ def _patch_the_language_once_a_kernel(patch: pytest.MonkeyPatch) -> None:
         replaced.update(modules)
         return replace(function)
 
+    one_at_a_time = threading.Lock()  # what it replaces is every thread's
+
     def run_one_grid(self: Any, *arguments: Any, **options: Any) -> Any:
-        replaced.clear()
-        return run_grid(self, *arguments, **options)
+        with one_at_a_time:
+            replaced.clear()
+            return run_grid(self, *arguments, **options)
 
     patch.setattr(interpreter, "_patch_lang", replace_once)
     patch.setattr(interpreter.GridExecutor, "__call__", run_one_grid)

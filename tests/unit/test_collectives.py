@@ -158,13 +158,13 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
-    def exchange(self, outgoing: list[Tensor]) -> Any:
+    def exchange(self, outgoing: list[Tensor], sizes: Sequence[int] | None = None) -> Any:
         others = [message.numel() for peer, message in enumerate(outgoing) if peer != self._transport.rank]
-        self.sent_bytes += sum(others) + 8 * len(others)
-        return self._transport.exchange(outgoing)
+        self.sent_bytes += sum(others) + 8 * len(others) * (sizes is None)
+        return self._transport.exchange(outgoing, sizes)
 
     def gather(self, packet: Tensor, sizes: Sequence[int] | None = None) -> Any:
-        self.sent_bytes += (packet.numel() + 8) * (self._transport.world_size - 1)
+        self.sent_bytes += (packet.numel() + 8 * (sizes is None)) * (self._transport.world_size - 1)
         return self._transport.gather(packet, sizes)
 
 
