@@ -88,7 +88,7 @@ def decoded(codec: Codec, packet: torch.Tensor, like: torch.Tensor, side: Side |
 @pytest.mark.parametrize("spec", MANY_KERNELS)
 def test_all_kernels_write_the_same_bytes_and_read_each_others(spec: str, dtype: torch.dtype) -> None:
     codecs = [make_codec(spec, kernel=kernel) for kernel in KERNELS]
-    # Several tiles are slow in the reference: one dtype of each width has more of them, the others the last size but one.
+    # Several tiles are slow in the reference: one dtype of each width has more of them, the others the size before.
     skipped = 33000 if dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) else 70001
     for seed, numel in enumerate(SIZES):
         if numel == skipped:
@@ -292,7 +292,8 @@ def test_damage_without_a_checksum_never_leaves_the_output(
     codec, draw = make_codec(spec, kernel=kernel, checksum=False), random.Random(seed)
     x = gradient_like(numel, torch.float32, 8)
     side = side_for(spec, x)
-    whole = make_codec(spec, checksum=False).encode(x, side)  # all kernels' bytes, without the reference's time
+    # All kernels write these bytes, and the reference takes the most time.
+    whole = make_codec(spec, checksum=False).encode(x, side)
     for _ in range(4):
         packet = whole.clone()
         for _ in range(draw.randint(1, 4)):

@@ -62,7 +62,14 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, sent as bf16": {"zero": {"stage": 2}, "communication_data_type": "bf16"},
 }
 # Trained with the identity codec as well; in the others the lossless run alone is compared with DeepSpeed's.
-WITH_IDENTITY = ["stage 0", "stage 0, fp16", "stage 1", "stage 2", "stage 2, all-reduced", "stage 2, bf16 and float32"]
+WITH_IDENTITY = [
+    "stage 0",
+    "stage 0, fp16",
+    "stage 1",
+    "stage 2",
+    "stage 2, all-reduced",
+    "stage 2, bf16 and float32",
+]
 # Those that the rules do not run with three and four ranks.
 FEW = ["stage 2, all-reduced", "stage 2, not contiguous"]
 CONFIG: dict[str, Any] = {
@@ -176,7 +183,8 @@ def warnings_in(messages: list[str]) -> Iterator[None]:
 
 def two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
-        name: {bits: run(case, bits, rank) for bits in (None, "lossless", 2.0)} for name, case in CASES.items()
+        name: {bits: run(case, bits, rank) for bits in (None, "lossless", 2.0)}
+        for name, case in CASES.items()
     }
     for name in WITH_IDENTITY:
         results[name]["identity"] = run(CASES[name], "identity", rank)
