@@ -282,8 +282,9 @@ SCRIPT = """
             pid, status = os.wait()
             name = processes.pop(pid)
             codes[name] = os.waitstatus_to_exitcode(status)
-            if name == "in flight, rank 0":  # rank 1 waits for nothing
-                os.kill(next(pid for pid in processes if processes[pid] == "in flight, rank 1"), 9)
+            for other in processes:
+                if (name, processes[other]) == ("in flight, rank 0", "in flight, rank 1"):
+                    os.kill(other, 9)  # it waits for nothing
         print(json.dumps(codes))
         sys.exit()
 
@@ -325,6 +326,7 @@ def test_processes_that_never_close_end_by_themselves(tmp_path: Path) -> None:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == 0, errors.decode()
     codes = json.loads(printed)
     assert codes.pop("in flight, rank 0") == 7, errors.decode()
     assert codes.pop("in flight, rank 1") == -signal.SIGKILL

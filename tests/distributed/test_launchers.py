@@ -50,6 +50,7 @@ def check_run(ended: subprocess.CompletedProcess[str], out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(420)  # six fresh interpreters import torch
 def test_local_workers_that_keep_to_their_cores_and_those_of_torchrun_train_alike(tmp_path: Path) -> None:
     enough = len(os.sched_getaffinity(0)) >= 2
     bound = ["--set", f"run.bind={'cores' if enough else 'none'}"]

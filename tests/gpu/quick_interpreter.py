@@ -84,7 +84,7 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
         self.name = f"{name}{element_ty}>"
 
     def tensor_init(self: Any, handle: Any, type: Any) -> None:
-        sizes = tuple(type.shape.values) if type.is_block() else ()
+        sizes = tuple(type.shape) if type.is_block() else ()
         if sizes not in tensors:
             describe_tensor(self, handle, type)
             tensors[sizes] = self.shape, self.numel
