@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cluster.errors import EmulationError
-from cluster.faults import HurtJob, environment_of, wait_until
+from cluster.faults import HurtJob, environment_of, pids, wait_until
 
 STEPS = 120
 CHECKPOINT_EVERY = 10
@@ -177,12 +177,11 @@ def again_after(
     how: str = "the job ends",
     words: str = "",
     mend: Hurt | None = None,
-    fails: bool = True,
 ) -> Fault:
-    """The job ends in time, and the same command goes on. hurt: None for a fault inside a rank.
+    """The job ends in time, with an exit code that says so, and the same command goes on.
 
-    how: it must be said that the job ends. words: that a rank must print. mend: what is done before the new start.
-    fails: whether its exit code must say that it was not done; that it trains on afterwards says so in any case.
+    hurt: None for a fault inside a rank. how: it must be said that the job ends. words: that a rank must print.
+    mend: what is done once the job has left nothing on the first host, so that nothing stays on the other one.
     """
 
     def fault(job: HurtJob, out: Path) -> Outcome:
@@ -191,43 +190,23 @@ def again_after(
         if hurt:
             hurt(job)
         codes = job.wait(END_SECONDS)
-        wait_until(lambda: not job.left(), END_SECONDS, lambda: f"all to end: {job.left()}; {job.output()}")
+
+        def left() -> list[int]:
+            return pids(job.network.namespace(0)) if mend else job.left()
+
+        wait_until(lambda: not left(), END_SECONDS, lambda: f"all to end: {left()}; {job.output()}")
         ended = restart.ended()
-        if (fails and not any(codes)) or not any(words in text for text in job.output()):
+        if not any(codes) or not any(words in text for text in job.output()):
             raise EmulationError(f"the job ended with {codes}, without {words!r}; {job.output()}")
         if mend:
             mend(job)
+            wait_until(lambda: not job.left(), END_SECONDS, lambda: f"the rest to end: {job.left()}")
         job.begin()
         seconds, lost = restart.awaited()
         if any(job.wait(END_SECONDS)):
             raise EmulationError(f"the second job failed; {job.output()}")
         said = f"`{words}`; " if words else ""
         return Outcome(f"{said}{how}, exit {_said(codes)}; the same command goes on", seconds, lost, ended)
-
-    return fault
-
-
-def ranks_end_after(hurt: Hurt, mend: Hurt, how: str) -> Fault:
-    """All ranks end in time, what started them does not. mend: ends it. Then the same command goes on."""
-
-    def fault(job: HurtJob, out: Path) -> Outcome:
-        metrics = running(job, out)
-        restart = Restart(job, metrics)
-        hurt(job)
-        wait_until(
-            lambda: not any(job.ranks(host) for host in job.hosts()),
-            END_SECONDS,
-            lambda: f"all ranks to end; {job.output()}",
-        )
-        ended = restart.ended()
-        mend(job)
-        job.wait(END_SECONDS)
-        wait_until(lambda: not job.left(), END_SECONDS, lambda: f"the rest to end: {job.left()}")
-        job.begin()
-        seconds, lost = restart.awaited()
-        if any(job.wait(END_SECONDS)):
-            raise EmulationError(f"the second job failed; {job.output()}")
-        return Outcome(f"{how}; the same command goes on", seconds, lost, ended)
 
     return fault
 

@@ -17,7 +17,6 @@ from benchmarks.fault_behaviour import (
     ends_after,
     inside_restarted,
     link_cut_for,
-    ranks_end_after,
     refused,
     restarted_after,
     same_port,
@@ -26,7 +25,6 @@ from benchmarks.fault_behaviour import (
 )
 from benchmarks.fault_jobs import MakesJob, mpirun_job, slurm_job, torchrun_job
 from cluster.faults import HurtJob
-from cluster.mpi.job import MpirunJob
 from cluster.torchrun import Launcher, TorchrunJob
 
 _PACE_SECONDS = 0.04
@@ -75,11 +73,6 @@ def _inside(fault: str) -> tuple[str, ...]:
 def _signal_agents(job: TorchrunJob) -> None:
     for host in job.hosts():
         os.kill(job.agent(host), signal.SIGTERM)
-
-
-def _end_mpirun(job: MpirunJob) -> None:
-    job.signal_mpirun(signal.SIGKILL)
-    job.restore(1)
 
 
 _SHORT = ("run.timeout_seconds=8",)
@@ -196,27 +189,21 @@ MPIRUN: dict[str, Case] = {
     "daemon-killed": Case(
         "SIGKILL of mpirun's daemon on a host",
         AGAIN,
-        again_after(lambda job: job.kill_daemon(1), fails=False),  # Open MPI's code is 0 now and then
+        again_after(lambda job: job.kill_daemon(1)),  # Open MPI's own code is 0 now and then
     ),
-    "mpirun-killed": Case(
-        "SIGKILL of mpirun", AGAIN, again_after(lambda job: job.signal_mpirun(signal.SIGKILL))
-    ),
-    "sigterm": Case("SIGTERM to mpirun", AGAIN, again_after(lambda job: job.signal_mpirun(signal.SIGTERM))),
+    "mpirun-killed": Case("SIGKILL of mpirun", AGAIN, again_after(lambda job: job.kill_mpirun())),
+    "sigterm": Case("SIGTERM to mpirun", AGAIN, again_after(lambda job: job.signal_script(signal.SIGTERM))),
     "sigusr1": Case(
         "SIGUSR1 to mpirun",
         "a checkpoint, and the end; the same command goes on without loss",
         again_after(
-            lambda job: job.signal_mpirun(signal.SIGUSR1), "a checkpoint of the last step, and the end"
+            lambda job: job.signal_script(signal.SIGUSR1), "a checkpoint of the last step, and the end"
         ),
     ),
     "link-cut": Case(
         _CUT,
-        "all ranks end in time; once mpirun is ended, too, the same command goes on",
-        ranks_end_after(
-            lambda job: job.cut(1),
-            _end_mpirun,
-            "all ranks end; mpirun waits for its daemon, until it is killed",
-        ),
+        AGAIN,
+        again_after(lambda job: job.cut(1), mend=lambda job: job.restore(1)),
         settings=_SHORT,
     ),
     "version": Case(

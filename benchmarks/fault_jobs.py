@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from typing import TypeAlias
 from benchmarks.fault_behaviour import MODULE, REPOSITORY
 from cluster.faults import HurtJob
 from cluster.mpi.hosts import MpiHosts
-from cluster.mpi.job import MpirunJob
+from cluster.mpi.job import MpirunJob, ranks_log
 from cluster.mpi.programs import find_mpirun
 from cluster.network import EmulatedNetwork
 from cluster.scratch import scratch_folder
@@ -22,6 +23,7 @@ from cluster.slurm.job import SlurmJob
 from cluster.topology import Topology
 from cluster.torchrun import Launcher, TorchrunJob
 from efficient_dl.launching.job import Job
+from efficient_dl.launching.mpirun import mpirun
 from efficient_dl.launching.slurm import slurm
 
 RATE = "1gbit"
@@ -64,10 +66,26 @@ def slurm_job(words: Sequence[str], folder: Path, launcher: Launcher) -> Iterato
 
 @contextlib.contextmanager
 def mpirun_job(words: Sequence[str], folder: Path, launcher: Launcher) -> Iterator[HurtJob]:
-    """mpirun with a rank on each of two hosts. It restarts nothing: `launcher` says nothing here."""
-    mpirun = find_mpirun()
-    command = [sys.executable, "-m", MODULE, *words]
+    """The script of `edl launch mpirun`, a rank on each of two hosts. It restarts nothing: `launcher` is not used."""
+    found = find_mpirun()
+    separator = words.index("--")
+    python = folder / "python"  # what the script takes for Python: a faulty rank
+    faulty = shlex.join([sys.executable, "-m", MODULE, *words[:separator], "--"])
+    log = shlex.quote(str(ranks_log(folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    python.write_text(f'#!/bin/sh\nshift 2 # -m efficient_dl.cli\nexec {faulty} "$@" >>{log} 2>&1\n')
+    python.chmod(0o755)
     with EmulatedNetwork(hosts=2, rate=RATE) as network, scratch_folder(network.prefix) as files:
+        description = Job(
+            "mpirun",
+            workers=1,
+            hosts=tuple(network.names),
+            python=str(python),
+            folder=str(folder),
+            environment=_ENVIRONMENT,
+            mpi=found.kind,
+            command=tuple(words[separator + 1 :]),
+        )
         hosts = MpiHosts(network, files)
-        with MpirunJob(network, hosts, mpirun, command, MODULE, folder, _ENVIRONMENT) as job:
+        with MpirunJob(network, hosts, found, mpirun(description).text, MODULE, folder) as job:
             yield job

@@ -108,10 +108,21 @@ class MpiHosts:
         """As `run`, without waiting: the process is mpirun's own, and ending its ranks is left to the caller."""
         if num_ranks < 1:
             raise EmulationError(f"no number of ranks: {num_ranks}; at least 1")
-        front = mpirun.command(self._slots(num_ranks), self._folder / "hostfile", self._agent, num_ranks)
+        front = mpirun.command(self._slots(num_ranks), self._folder / "hostfile", num_ranks)
+        return self.start_around(mpirun, [*front, *command], environment, stdout, stderr)
+
+    def start_around(
+        self,
+        mpirun: Mpirun,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        stdout: int | IO[bytes] | None = None,
+        stderr: int | IO[bytes] | None = None,
+    ) -> subprocess.Popen[str]:
+        """As `start`, for a command that calls mpirun and names the hosts itself."""
         return subprocess.Popen(
-            self._on(0, [*front, *command]),
-            env={**self._variables(), **mpirun.environment(), **(environment or {})},
+            self._on(0, command),
+            env={**self._variables(), **mpirun.environment(self._agent), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -26,62 +26,55 @@ class Mpirun:
     kind: str
     major: int
 
-    def command(
-        self, slots: Sequence[tuple[str, int]], host_file: Path, agent: Path, num_ranks: int
-    ) -> list[str]:
-        """The command line before the program. slots: ranks by host, in order; host_file: where they are written.
+    def command(self, slots: Sequence[tuple[str, int]], host_file: Path, num_ranks: int) -> list[str]:
+        """The command line before the program. slots: ranks by host, in order; host_file: where they are written."""
+        separator = ":" if self.kind == "mpich" else " slots="
+        host_file.write_text("".join(f"{host}{separator}{count}\n" for host, count in slots))
+        option = "-f" if self.kind == "mpich" else "--hostfile"
+        return [str(self.path), option, str(host_file), "-n", str(num_ranks)]
+
+    def environment(self, agent: Path) -> dict[str, str]:
+        """What it and its ranks need to use the emulated links alone.
 
         agent: what is called as `agent [options] HOST WORDS...` where mpirun would call ssh.
         """
-        if self.kind == "mpich":
-            host_file.write_text("".join(f"{host}:{count}\n" for host, count in slots))
-            options = [
-                "-launcher",
-                "ssh",
-                "-launcher-exec",
-                str(agent),
-                "-iface",
-                INTERFACE,
-                "-f",
-                str(host_file),
-            ]
-        else:
-            host_file.write_text("".join(f"{host} slots={count}\n" for host, count in slots))
-            options = ["--hostfile", str(host_file), "--bind-to", "none", *self._openmpi_parameters(agent)]
-            options += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        return [str(self.path), *options, "-n", str(num_ranks)]
-
-    def environment(self) -> dict[str, str]:
-        """What its ranks need beside the command line."""
-        variables: dict[str, str] = {}
+        variables = self._mpich(agent) if self.kind == "mpich" else self._openmpi(agent)
         library = (
             self.path.parents[1] / "lib" / {"mpich": "libmpi.so.12", "openmpi": "libmpi.so.40"}[self.kind]
         )
         if library.exists():  # one that is not the environment's own, mpi4py would not find
             variables["MPI4PY_LIBMPI"] = str(library)
-        if self.kind == "mpich":
-            variables["MPIR_CVAR_CH4_NETMOD"] = "ofi"
-            variables |= {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": INTERFACE}
-        else:
-            variables["OMPI_MCA_mpi_yield_when_idle"] = "1"  # the hosts share this machine's cores
         return variables
 
-    def _openmpi_parameters(self, agent: Path) -> list[str]:
-        runtime = {"oob_tcp_if_include": INTERFACE, "plm_rsh_no_tree_spawn": "1", "plm_rsh_agent": str(agent)}
-        option = "--mca"
+    def _mpich(self, agent: Path) -> dict[str, str]:
+        hydra = {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(agent), "HYDRA_IFACE": INTERFACE}
+        messages = {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp", "FI_TCP_IFACE": INTERFACE}
+        return {**hydra, **messages}
+
+    def _openmpi(self, agent: Path) -> dict[str, str]:
         if self.major >= 5:
             runtime = {
-                "prte_if_include": INTERFACE,
-                "plm_ssh_no_tree_spawn": "1",
-                "plm_ssh_agent": str(agent),
+                "PRTE_MCA_prte_if_include": INTERFACE,
+                "PRTE_MCA_plm_ssh_no_tree_spawn": "1",
+                "PRTE_MCA_plm_ssh_agent": str(agent),
+                "PRTE_MCA_hwloc_default_binding_policy": "none",
             }
-            option = "--prtemca"
+        else:
+            runtime = {
+                "OMPI_MCA_oob_tcp_if_include": INTERFACE,
+                "OMPI_MCA_plm_rsh_no_tree_spawn": "1",
+                "OMPI_MCA_plm_rsh_agent": str(agent),
+                "OMPI_MCA_hwloc_base_binding_policy": "none",
+            }
         shared_memory = "sm" if self.major >= 5 else "vader"
-        messages = {"pml": "ob1", "btl": f"tcp,{shared_memory},self", "btl_tcp_if_include": INTERFACE}
-        return [
-            *(word for name, value in runtime.items() for word in (option, name, value)),
-            *(word for name, value in messages.items() for word in ("--mca", name, value)),
-        ]
+        messages = {
+            "OMPI_MCA_pml": "ob1",
+            "OMPI_MCA_btl": f"tcp,{shared_memory},self",
+            "OMPI_MCA_btl_tcp_if_include": INTERFACE,
+            "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share this machine's cores
+        }
+        root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return {**runtime, **messages, **(root if os.geteuid() == 0 else {})}
 
 
 def find_mpirun(path: str | None = None) -> Mpirun:

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from efficient_dl.codec.packet import (
     write_header,
 )
 from efficient_dl.errors import CorruptPacket, UnsupportedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
@@ -199,7 +202,7 @@ class PacketCodec:
         needed = self._check_room(x, out, side, capacity)
         _check_apart(x=x, residual=residual, out=out)
         kernel = self._kernel(x.device, side)
-        waits = not isinstance(kernel, DeviceBodyKernel)  # where it does not, the header is the device's, too
+        waits = not _is_on_device(kernel)  # where it does not, the header is the device's, too
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out[:needed])
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
@@ -236,15 +239,19 @@ class PacketCodec:
         errors: Tensor | None = None,
     ) -> None:
         """See `Codec.decode`."""
-        check_packet(packet, out, side)
-        _check_apart(packet=packet, out=out)
         kernel = self._kernel(out.device, side)
+        on_device = _is_on_device(kernel)
+        body, code = packet, 0
+        if on_device:
+            check_packet(packet, out, side)
+        else:
+            body, code = read_header(packet, self._codec_id, out, side)
+        _check_apart(packet=packet, out=out)
         flat, segments = out.detach().view(-1), _segments(side, out.numel())
-        if isinstance(kernel, DeviceBodyKernel):
+        if on_device:
             with _current(out.device):
                 self._decode_on_device(kernel, packet, out.dtype, flat, accumulate, side, errors)
             return
-        body, code = read_header(packet, self._codec_id, out, side)
         if out.numel():
             kernel.decode(body, _DTYPES[code], segments, flat, accumulate)
 
@@ -328,7 +335,7 @@ class PacketCodec:
     def _lossy(self, kernel: BodyKernel | DeviceBodyKernel) -> LossyBodyKernel:
         if self._exact:
             raise ValueError(f"codec {self._name!r} is exact: it takes no residual and no capacity")
-        if not isinstance(kernel, LossyBodyKernel):
+        if not _is_lossy(kernel):
             raise ValueError(
                 f'codec {self._name!r} takes no residual and no capacity; "bits:RATE" takes them'
             )
@@ -336,7 +343,31 @@ class PacketCodec:
 
     def _kernel(self, device: torch.device, side: Side | None = None) -> BodyKernel | DeviceBodyKernel:
         kernel = self._cpu if device.type == "cpu" else self._device(device)
-        return kernel.with_side(side) if isinstance(kernel, SideBodyKernel) else kernel
+        return kernel.with_side(side) if _takes_side(kernel) else kernel
+
+
+# Python compares an object with a protocol attribute by attribute, which takes longer than a small packet.
+_KINDS: dict[tuple[type, type], bool] = {}
+
+
+def _is(kernel: object, protocol: type) -> bool:
+    key = (type(kernel), protocol)
+    found = _KINDS.get(key)
+    if found is None:
+        found = _KINDS[key] = isinstance(kernel, protocol)
+    return found
+
+
+def _is_on_device(kernel: BodyKernel | DeviceBodyKernel) -> TypeIs[DeviceBodyKernel]:
+    return _is(kernel, DeviceBodyKernel)
+
+
+def _is_lossy(kernel: BodyKernel | DeviceBodyKernel) -> TypeGuard[LossyBodyKernel]:
+    return _is(kernel, LossyBodyKernel)
+
+
+def _takes_side(kernel: BodyKernel | DeviceBodyKernel) -> TypeIs[SideBodyKernel]:
+    return _is(kernel, SideBodyKernel)
 
 
 def _check_residual(residual: Tensor | None, x: Tensor) -> None:

@@ -42,6 +42,24 @@ class BufferPool:
             self._free += [buffer for buffer in buffers if buffer.device.type == "cpu"]
 
 
+class Rooms:
+    """What one job has taken from a pool, to be given back together."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+        self.taken: list[Tensor] = []
+
+    def take(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Returns uint8 of num_bytes, 1-D, with any content."""
+        self.taken.append(self._pool.take(num_bytes, device))
+        return self.taken[-1][:num_bytes]
+
+    def give_back(self) -> None:
+        """Nobody uses any of it any more."""
+        self._pool.give(self.taken)
+        self.taken = []
+
+
 class ReceiveBuffers:
     """Memory for one message from each rank, used again for its next one; see `BufferPool`."""
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.buffers import Rooms
 from efficient_dl.comm.common_step import Leg
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import BucketLayout, Shard
@@ -56,7 +57,7 @@ class Reduction:
         self._shards = [x[shard.start : shard.stop] for shard in layout.shards]
         self._outgoing: list[Tensor] = []
         self._packet = x.new_empty(0, dtype=torch.uint8)
-        self._buffers: list[Tensor] = []
+        self._rooms = Rooms(compressor.buffers)
 
     def encode(self) -> None:
         """Step 1: encodes the shards of the other ranks."""
@@ -75,7 +76,7 @@ class Reduction:
         sizes = self._compressor.message_sizes([own] * world_size, self.x.dtype)
         work = transport.exchange(self._outgoing, sizes)
         incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
-        self._give_back()
+        self._rooms.give_back()
         reduced = self._sum(incoming, transport.ranks).to(self.x.dtype)
         # Residuals are in units of contributions, of which an average has 1 / n.
         units = self._units * world_size if self.op == "avg" else self._units
@@ -99,24 +100,16 @@ class Reduction:
             self._compressor.decode(packet, part, shard, self._tally, leg=Leg.RESULT, sender=sender)
         if self._divisors is not None:
             self.x.mul_(self._divisors)
-        self._give_back()
+        self._rooms.give_back()
         self._compressor.meter.add(self._tally)
 
     def _encode(self, x: Tensor, shard: Shard, copies: int, residual_units: float, leg: Leg) -> Tensor:
-        room = self._take(self._compressor.max_bytes(shard, x.dtype))
+        room = self._rooms.take(self._compressor.max_bytes(shard, x.dtype), x.device)
         return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, leg)
-
-    def _take(self, num_bytes: int) -> Tensor:
-        self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))
-        return self._buffers[-1][:num_bytes]
-
-    def _give_back(self) -> None:
-        self._compressor.buffers.give(self._buffers)
-        self._buffers = []
 
     def _sum(self, incoming: list[Tensor], senders: Sequence[int]) -> Tensor:
         own, shard = self._shards[self.rank], self.layout.shards[self.rank]
-        total = self._take(4 * own.numel()).view(torch.float32)
+        total = self._rooms.take(4 * own.numel(), own.device).view(torch.float32)
         self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, senders, self._leg)
         return total.div_(len(incoming)) if self.op == "avg" else total
 

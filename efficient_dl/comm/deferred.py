@@ -34,6 +34,7 @@ class Deferred:
         with self._lock:
             if sender not in self._errors:
                 self._errors[sender] = torch.zeros(1, dtype=torch.int64, device=device)
+                _synchronize(device)  # once: `look` may run on another stream
             return self._errors[sender]
 
     def drop(self, num_blocks: Tensor) -> None:
@@ -47,7 +48,10 @@ class Deferred:
         """Waits for the device; how many blocks were dropped since the last call."""
         with self._lock:
             dropped, self._dropped = self._dropped, None
-        return 0 if dropped is None else int(dropped)
+        if dropped is None:
+            return 0
+        _synchronize(dropped.device)
+        return int(dropped)
 
     def look(self) -> None:
         """Between steps: starts to copy the counts to the host, and raises what an earlier look has brought.
@@ -69,6 +73,11 @@ class Deferred:
                     found="NaN has taken its values' place",
                     fix="go on from the last checkpoint; check that all ranks run the same release",
                 )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _started(errors: dict[int, Tensor]) -> _Look:

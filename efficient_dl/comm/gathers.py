@@ -123,7 +123,7 @@ class AllGather(ShardedJob):
         if sizes is None:
             return None
         numel, fits = len(self._message), len(self._message) == sizes[self.rank]
-        framed = self._take(sizes[self.rank] + 1, self._message.device)
+        framed = self._rooms.take(sizes[self.rank] + 1, self._message.device)
         if fits:
             framed[:numel].copy_(self._message)
         else:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.comm import sections as messages
+from efficient_dl.comm.buffers import Rooms
 from efficient_dl.comm.collectives import Op, Reduction
 from efficient_dl.comm.common_step import Leg
 from efficient_dl.comm.compressor import Compressor
@@ -57,9 +58,9 @@ class GroupedReduction:
         self._cuts = [cut_again(shard, across.world_size) for shard in self.layout.shards]
         self._tally, self._spread_tally = Tally(self.layout), Tally(self._cuts[inside.rank])
         self._outgoing: list[Tensor] = []
-        self._buffers: list[Tensor] = []
+        self._rooms = Rooms(compressor.buffers)
+        self._bundle_rooms = Rooms(compressor.buffers)
         self._bundle = x.new_empty(0, dtype=torch.uint8)
-        self._bundle_buffer: list[Tensor] = []
         self._packet_bytes = 0
         units = float(inside.world_size) if op == "avg" else 1.0
         self._across = Reduction(
@@ -80,7 +81,7 @@ class GroupedReduction:
             if owner == self.rank:
                 self._outgoing.append(self._bundle)
                 continue
-            room = self._take(self._compressor.max_bytes(shard, part.dtype))
+            room = self._rooms.take(self._compressor.max_bytes(shard, part.dtype), part.device)
             self._outgoing.append(self._compressor.encode(part, room, shard, self._tally, copies=1))
 
     def scatter_and_reduce(self, transport: Transport) -> None:
@@ -90,10 +91,10 @@ class GroupedReduction:
         work = transport.exchange(self._outgoing, sizes)
         incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
         self._outgoing = []
-        total = self._take(4 * own.numel()).view(torch.float32)
+        total = self._rooms.take(4 * own.numel(), own.device).view(torch.float32)
         self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         own.copy_(total.div_(len(incoming)) if self.op == "avg" else total)
-        self._give_back()
+        self._rooms.give_back()
         self._across.encode()
 
     def exchange_and_reduce(self, transport: Transport) -> None:
@@ -116,8 +117,7 @@ class GroupedReduction:
                 self._decode(bundle, source, transport.ranks[source])
         if self._divisors is not None:
             self.x.mul_(self._divisors)
-        self._compressor.buffers.give(self._bundle_buffer)
-        self._bundle_buffer = []
+        self._bundle_rooms.give_back()
         self._compressor.meter.add(self._tally)
         self._compressor.meter.add(self._spread_tally)
 
@@ -131,8 +131,7 @@ class GroupedReduction:
         told = 0 if self._compressor.bounded else messages.directory_bytes(len(kept))
         spans = messages.packet_spans(lengths, told)
         end = spans[-1][1]
-        buffer = self._compressor.buffers.take(end, self.x.device)
-        self._bundle_buffer.append(buffer)
+        buffer = self._bundle_rooms.take(end, self.x.device)
         if told:
             messages.write_directory(buffer, lengths)
         written = told
@@ -141,7 +140,7 @@ class GroupedReduction:
             buffer[start:stop].copy_(packet)
             written = stop
             self._compressor.forwarded(packet, shard, self.x.dtype, self._spread_tally, copies)
-        self._bundle, self._packet_bytes = buffer[:end], sum(lengths)
+        self._bundle, self._packet_bytes = buffer, sum(lengths)
 
     def _packet_sizes(self, source: int) -> list[int] | None:
         """The bytes of each packet in the bundle of a rank of the group, if they are bounded."""
@@ -172,14 +171,6 @@ class GroupedReduction:
         for packet, shard in zip(packets, shards, strict=True):
             part = self._shards[source][shard.start : shard.stop]
             self._compressor.decode(packet, part, shard, self._spread_tally, leg=Leg.RESULT, sender=sender)
-
-    def _take(self, num_bytes: int) -> Tensor:
-        self._buffers.append(self._compressor.buffers.take(num_bytes, self.x.device))
-        return self._buffers[-1][:num_bytes]
-
-    def _give_back(self) -> None:
-        self._compressor.buffers.give(self._buffers)
-        self._buffers = []
 
 
 def grouped_all_reduce(

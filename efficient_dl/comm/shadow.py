@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.buffers import Rooms
 from efficient_dl.comm.collectives import Op
 from efficient_dl.comm.common_step import Leg
 from efficient_dl.comm.compressor import Compressor
@@ -72,8 +73,8 @@ class ShadowReduction:
         self._compressor = compressor
         self._rank = rank
         self._tally = Tally(layout)
-        self._buffers: list[Tensor] = []
-        self.contribution = self._take(x.numel() * x.element_size()).view(x.dtype).copy_(x)
+        self._rooms = Rooms(compressor.buffers)
+        self.contribution = self._rooms.take(x.numel() * x.element_size(), x.device).view(x.dtype).copy_(x)
         if divisors is not None:
             self.contribution.div_(divisors)
 
@@ -97,7 +98,7 @@ class ShadowReduction:
         packet = self._encode(result, shard, copies, units, Leg.RESULT)
         for _ in shards:
             self._decode(packet, shard, Leg.RESULT)
-        self._compressor.buffers.give(self._buffers)
+        self._rooms.give_back()
         if not self._compressor.bounded:
             self._tally.announced(2 * copies * _SIZE_MESSAGE_BYTES)
         self._compressor.meter.add(self._tally)
@@ -105,7 +106,7 @@ class ShadowReduction:
     def _encode(
         self, x: Tensor, shard: Shard, copies: int, residual_units: float = 1.0, leg: Leg = Leg.CONTRIBUTION
     ) -> Tensor:
-        room = self._take(self._compressor.max_bytes(shard, x.dtype))
+        room = self._rooms.take(self._compressor.max_bytes(shard, x.dtype), x.device)
         return self._compressor.encode(x, room, shard, self._tally, copies, residual_units, leg)
 
     def _decode(self, packet: Tensor, shard: Shard, leg: Leg) -> None:
@@ -113,7 +114,3 @@ class ShadowReduction:
         out = buffer[: 4 * shard.numel].view(torch.float32)
         self._compressor.decode(packet, out, shard, self._tally, leg=leg)
         self._compressor.buffers.give([buffer])
-
-    def _take(self, num_bytes: int) -> Tensor:
-        self._buffers.append(self._compressor.buffers.take(num_bytes, self._result.device))
-        return self._buffers[-1][:num_bytes]

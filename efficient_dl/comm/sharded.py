@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.buffers import Rooms
 from efficient_dl.comm.chunks import ChunkLayout
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.layout import Shard
@@ -20,19 +21,14 @@ class ShardedJob:
         self.rank = rank
         self._compressor = compressor
         self._tally = Tally(layout.bucket)
-        self._buffers: list[Tensor] = []
+        self._rooms = Rooms(compressor.buffers)
 
     def _encode(self, values: Tensor, shard: Shard, copies: int) -> Tensor:
-        room = self._take(self._compressor.max_bytes(shard, values.dtype), values.device)
+        room = self._rooms.take(self._compressor.max_bytes(shard, values.dtype), values.device)
         return self._compressor.encode(values, room, shard, self._tally, copies)
 
-    def _take(self, num_bytes: int, device: torch.device) -> Tensor:
-        self._buffers.append(self._compressor.buffers.take(num_bytes, device))
-        return self._buffers[-1][:num_bytes]
-
     def _finish(self) -> None:
-        self._compressor.buffers.give(self._buffers)
-        self._buffers = []
+        self._rooms.give_back()
         self._compressor.meter.add(self._tally)
 
 
@@ -80,7 +76,7 @@ class ReduceScatter(ShardedJob):
         work = transport.exchange(self._outgoing, sizes)
         incoming = self._tally.receive(work, sum(map(len, self._outgoing)))
         self._outgoing = []
-        total = self._take(4 * own.numel(), own.device).view(torch.float32)
+        total = self._rooms.take(4 * own.numel(), own.device).view(torch.float32)
         self._compressor.sum(own, incoming, self.rank, shard, self._tally, total, transport.ranks)
         if self._divisor != 1.0:
             total.div_(self._divisor)

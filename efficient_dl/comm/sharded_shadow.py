@@ -55,10 +55,10 @@ class _Shadow(ShardedJob):
     @property
     def copies(self) -> list[Tensor]:
         """See `ShadowJob.copies`."""
-        return self._buffers
+        return self._rooms.taken
 
     def _decode(self, message: Tensor, shard: Shard) -> None:
-        out = self._take(4 * shard.numel, message.device).view(torch.float32)
+        out = self._rooms.take(4 * shard.numel, message.device).view(torch.float32)
         self._compressor.decode(message, out, shard, self._tally)
 
 
@@ -67,7 +67,7 @@ class ShadowScatter(_Shadow):
 
     def __init__(self, x: Tensor, layout: ChunkLayout, compressor: Compressor, rank: int) -> None:
         super().__init__(layout, compressor, rank)
-        copied = self._take(x.numel() * x.element_size(), x.device).view(x.dtype).copy_(x)
+        copied = self._rooms.take(x.numel() * x.element_size(), x.device).view(x.dtype).copy_(x)
         self._chunks = layout.chunks(copied)
 
     def run(self) -> None:
@@ -100,7 +100,7 @@ class ShadowGather(_Shadow):
     ) -> None:
         super().__init__(layout, compressor, rank)
         self._size_bytes = size_bytes
-        self._own = self._take(own.numel() * own.element_size(), own.device).view(own.dtype).copy_(own)
+        self._own = self._rooms.take(own.numel() * own.element_size(), own.device).view(own.dtype).copy_(own)
         self._own_packet = own_packet
 
     def run(self) -> None:

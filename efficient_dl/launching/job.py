@@ -156,7 +156,8 @@ class Job:
             raise _wrong("image", self.image, "backend slurm or kubernetes, which start containers")
         if self.backend == "kubernetes" and self.folder and not self.folder.startswith("/"):
             raise _wrong("folder", self.folder, "an absolute path in the container")
-        if self.runs_train and {"--resume", "--resume-or-start"} & set(self.command):
+        begins_again = self.backend not in ("local", "mpirun")
+        if begins_again and self.runs_train and {"--resume", "--resume-or-start"} & set(self.command):
             raise _wrong(
                 "command",
                 shlex.join(self.command),

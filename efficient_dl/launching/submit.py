@@ -16,6 +16,7 @@ from efficient_dl.errors import LaunchError
 from efficient_dl.launching import torchrun
 from efficient_dl.launching.job import Job
 from efficient_dl.launching.kubernetes import kubernetes
+from efficient_dl.launching.mpirun import mpirun
 from efficient_dl.launching.script import Submission
 from efficient_dl.launching.slurm import slurm
 
@@ -23,7 +24,7 @@ _BACKENDS: dict[str, Callable[[Job], Submission]] = {
     "local": torchrun.local,
     "torchrun": torchrun.hosts,
     "slurm": slurm,
-    "mpirun": torchrun.mpirun,
+    "mpirun": mpirun,
     "kubernetes": kubernetes,
 }
 _SUBMIT_SECONDS = 300  # for sbatch or kubectl

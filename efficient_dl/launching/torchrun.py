@@ -6,8 +6,8 @@ import dataclasses
 import os
 import shlex
 
-from efficient_dl.launching.job import OWN_COMMANDS, Job, is_python
-from efficient_dl.launching.script import Submission, head, lines, program_words, quoted, rank_words, torchrun
+from efficient_dl.launching.job import OWN_COMMANDS, Job
+from efficient_dl.launching.script import Submission, head, program_words, quoted, torchrun
 
 _BY_HAND = """\
 Trains on {nodes} hosts with {workers} workers each. On every host, in the same folder of a shared file system:
@@ -51,33 +51,3 @@ def hosts(job: Job) -> Submission:
     if job.nodes == 1 and not job.hosts:
         commands = (("bash", "-c", text),)
     return Submission(text, commands, reads_text=False)
-
-
-_MPIRUN = """\
-Trains on {nodes} hosts with {workers} ranks each, started by {mpi}:
-    bash mpirun.sh
-{how}
-Ranks find each other by MPI (mpi4py), or through MASTER_ADDR where that is set. With --transport mpi compressed bytes
-travel by MPI, too."""
-
-
-def mpirun(job: Job) -> Submission:
-    """Open MPI's or MPICH's mpirun; ranks take their places from its variables."""
-    ranks = str(job.nodes * job.workers)
-    names = [host.rpartition("@")[2] for host in job.hosts]
-    if job.mpi == "openmpi":
-        how = "Name the hosts by --host a:4,b:4 or --hostfile FILE, unless a scheduler does."
-        where = ["--host", ",".join(f"{name}:{job.workers}" for name in names)] if names else []
-        spread = ["--map-by", f"ppr:{job.workers}:node"] if job.nodes > 1 else []
-        words = ["-n", ranks, *spread, *where, *(part for name in job.environment for part in ("-x", name))]
-    else:
-        how = "Name the hosts by -hosts a,b or -f FILE, unless a scheduler does."
-        where = ["-hosts", ",".join(names)] if names else []
-        words = ["-n", ranks, "-ppn", str(job.workers), *where]
-    title = _MPIRUN.format(
-        nodes=job.nodes, workers=job.workers, mpi={"openmpi": "Open MPI", "mpich": "MPICH"}[job.mpi], how=how
-    )
-    python = [job.python] if is_python(job) else []
-    command = shlex.join([*python, *rank_words(job, restarts=False)])
-    text = f"{head(job, title)}\nexec {lines([shlex.join(['mpirun', *words]), shlex.join(job.options), command])}\n"
-    return Submission(text, (("bash", "-c", text),), reads_text=False)

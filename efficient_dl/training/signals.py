@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from efficient_dl.launching.ends import end_at_once
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 GRACEFUL = (signal.SIGTERM, signal.SIGUSR1)  # schedulers send them some time before they kill
 STACKS = signal.SIGUSR2  # prints the stacks of all threads, and the process goes on
@@ -153,4 +155,4 @@ def _end(number: int, late: bool = False) -> None:
             f"{_requests.grace_seconds:g} s (run.grace_seconds); the one before is intact.\n"
         )
         sys.stderr.flush()
-    os._exit(128 + number)
+    end_at_once(128 + number)

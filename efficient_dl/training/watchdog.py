@@ -11,7 +11,6 @@ import dataclasses
 import faulthandler
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from efficient_dl.errors import EdlError, RankStuck, TransportError
+from efficient_dl.launching.ends import end_at_once
 from efficient_dl.training.stacks import all_stacks, main_thread
 
 _BEAT_SECONDS = 0.5
@@ -135,7 +135,7 @@ class Watchdog:
             _print(
                 f"rank {self._rank}: rank 0 has ended, this rank has not: {self._position()}\n{all_stacks()}"
             )
-            os._exit(TransportError.exit_code)
+            end_at_once(TransportError.exit_code)
 
     def close(self) -> None:
         """Training is over."""
@@ -183,11 +183,11 @@ class Watchdog:
     def _end(self) -> None:
         """The main thread hangs, and so cannot end the process."""
         if self.verdict is None:
-            os._exit(TransportError.exit_code)
+            end_at_once(TransportError.exit_code)
         error = self.verdict.error()
         if self.verdict.printer == self._rank:
             _print(f"{type(error).__name__}: {error}")
-        os._exit(error.exit_code)
+        end_at_once(error.exit_code)
 
     def _arm_for_a_held_lock(self) -> None:
         """If no thread gets Python's lock any more, only C code can still print the stacks."""
