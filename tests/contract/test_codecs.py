@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import subprocess
 import sys
 
@@ -87,15 +88,15 @@ def decoded(codec: Codec, packet: torch.Tensor, like: torch.Tensor, side: Side |
 @pytest.mark.parametrize("spec", MANY_KERNELS)
 def test_all_kernels_write_the_same_bytes_and_read_each_others(spec: str, dtype: torch.dtype) -> None:
     codecs = [make_codec(spec, kernel=kernel) for kernel in KERNELS]
-    # Several tiles, slow in the reference, with one dtype of each width.
-    sizes = SIZES if dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) else SIZES[:-1]
-    for seed, numel in enumerate(sizes):
+    # Several tiles are slow in the reference: one dtype of each width has more of them, the others the size before.
+    skipped = 33000 if dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2) else 70001
+    for seed, numel in enumerate(SIZES):
+        if numel == skipped:
+            continue
         tensors = [gradient_like(numel, dtype, seed), any_bits(numel, dtype, seed)]
-        sides = [None, segments_of(numel, 5)]
-        cases = list(itertools.product(tensors, sides))
-        if numel > 1000:  # slow in the reference: every tensor one way, and the other way at the next size
-            cases = list(zip(tensors, sides if seed % 2 else sides[::-1], strict=True))
-        for x, segments in cases:
+        # Every tensor one way, and the other way in the next dtype and at the next size.
+        sides = [None, segments_of(numel, 5)][:: 1 if (seed + DTYPES.index(dtype)) % 2 else -1]
+        for x, segments in zip(tensors, sides, strict=True):
             side = side_for(spec, x, segments)
             packets = [codec.encode(x, side) for codec in codecs]
             values = [decoded(codec, packets[0], x, side) for codec in codecs]
@@ -209,12 +210,13 @@ def test_a_nonfinite_value_makes_its_block_nan_and_no_other(spec: str, kernel: s
 @pytest.mark.parametrize(("spec", "kernel"), with_kernels(*SPECS))
 def test_packets_fit_max_bytes_even_for_the_worst_tensors(spec: str, kernel: str) -> None:
     codec = make_codec(spec, kernel=kernel)
-    spikes = torch.zeros(5000)
-    spikes[::97] = torch.logspace(-30, 30, len(spikes[::97]))
-    for x in (spikes, any_bits(5000, torch.float32, 1), torch.full((5000,), 1e-45), torch.ones(5000)):
-        for segments in (None, Side(segments=(1,) * 5000)):
+    numel = 2000 if kernel == "reference" else 5000
+    spikes = torch.zeros(numel)
+    spikes[::37] = torch.logspace(-30, 30, len(spikes[::37]))
+    for x in (spikes, any_bits(numel, torch.float32, 1), torch.full((numel,), 1e-45), torch.ones(numel)):
+        for segments in (None, Side(segments=(1,) * numel)):
             side = side_for(spec, x, segments)
-            assert codec.encode(x, side).numel() <= codec.max_bytes(5000, torch.float32, side)
+            assert codec.encode(x, side).numel() <= codec.max_bytes(numel, torch.float32, side)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -282,23 +284,27 @@ def test_every_cut_and_every_flipped_byte_raises(spec: str, kernel: str) -> None
 
 
 @pytest.mark.parametrize(("spec", "kernel"), with_kernels(*SPECS))
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+@given(numel=st.integers(1, 3000), seed=st.integers(0, 2**32))
 def test_damage_without_a_checksum_never_leaves_the_output(
-    spec: str, kernel: str, data: st.DataObject
+    spec: str, kernel: str, numel: int, seed: int
 ) -> None:
-    codec = make_codec(spec, kernel=kernel, checksum=False)
-    x = gradient_like(data.draw(st.integers(1, 3000)), torch.float32, 8)
+    codec, draw = make_codec(spec, kernel=kernel, checksum=False), random.Random(seed)
+    x = gradient_like(numel, torch.float32, 8)
     side = side_for(spec, x)
-    packet = codec.encode(x, side)
-    for _ in range(data.draw(st.integers(1, 4))):
-        packet[data.draw(st.integers(0, packet.numel() - 1))] = data.draw(st.integers(0, 255))
-    room = torch.full((x.numel() + 512,), 3.0)
-    try:
-        codec.decode(packet, room[256:-256], side=side)
-    except CorruptPacket:
-        pass
-    assert (room[:256] == 3).all() and (room[-256:] == 3).all()
+    # All kernels write these bytes, and the reference takes the most time.
+    whole = make_codec(spec, checksum=False).encode(x, side)
+    for _ in range(4):
+        packet = whole.clone()
+        for _ in range(draw.randint(1, 4)):
+            reach = draw.choice((100, packet.numel()))  # half of the damage is where the sizes are written
+            packet[draw.randrange(min(reach, packet.numel()))] = draw.choice((0, 255, draw.randrange(256)))
+        room = torch.full((numel + 512,), 3.0)
+        try:
+            codec.decode(packet, room[256:-256], side=side)
+        except CorruptPacket:
+            pass
+        assert (room[:256] == 3).all() and (room[-256:] == 3).all()
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -336,7 +342,7 @@ for spec in ("bits:2.0", "lossless", "int8"):
     try:
         make_codec(spec, kernel="triton")
     except ConfigError as error:
-        print(error.problem)
+        print(str(error).replace("\\n", " "))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -348,7 +354,7 @@ for spec in ("bits:2.0", "lossless", "int8"):
         check=True,
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 and all("interpreter" in line for line in lines[:2])
+    assert len(lines) == 3 and all("TRITON_INTERPRET=1" in line for line in lines[:2])
     assert "no Triton kernel" in lines[2]
 
 

@@ -28,9 +28,15 @@ class Ended:
 
 
 class EdlRanks:
-    """The ranks of one `edl` command, each with its own arguments."""
+    """The ranks of one `edl` command, each with its own arguments; or of another function of these, `main`."""
 
-    def __init__(self, folder: Path, *arguments: Sequence[str], file_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: Sequence[str],
+        file_bytes: int | None = None,
+        main: Callable[[list[str]], None] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._ranks: list[BaseProcess] = []
@@ -45,7 +51,7 @@ class EdlRanks:
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             streams = (folder / f"{rank}.out", folder / f"{rank}.err")
-            process = CONTEXT.Process(target=_edl, args=(list(words), environment, streams, file_bytes))
+            process = CONTEXT.Process(target=_edl, args=(list(words), environment, streams, file_bytes, main))
             process.start()
             self._ranks.append(process)
 
@@ -95,7 +101,11 @@ def edl(folder: Path, *arguments: str, ranks: int = 2, file_bytes: int | None = 
 
 
 def _edl(
-    words: list[str], environment: dict[str, str], streams: tuple[Path, Path], file_bytes: int | None
+    words: list[str],
+    environment: dict[str, str],
+    streams: tuple[Path, Path],
+    file_bytes: int | None,
+    another: Callable[[list[str]], None] | None,
 ) -> None:
     os.environ.update(environment)
     for descriptor, path in zip((1, 2), streams, strict=True):
@@ -105,6 +115,8 @@ def _edl(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if another is not None:
+        return another(words)
     sys.argv = ["edl", *words]
     from efficient_dl.cli import main
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -254,52 +256,79 @@ def test_training_on_after_close_is_an_error() -> None:
 
 
 SCRIPT = """
-    import sys, time
+    import json, os, sys, threading, time
     import torch
     import torch.distributed as dist
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
+    import torch._dynamo  # DDP would import it, in each process
     import efficient_dl as edl
+    import efficient_dl.integrations.compress
+    from efficient_dl.comm import BucketLayout
 
-    rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    folder = sys.argv[1]
+    processes = {}
+    for how in ("nothing", "destroyed", "in flight"):
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                break
+            processes[pid] = f"{how}, rank {rank}"
+        if pid == 0:
+            break
+    if pid != 0:
+        codes = {}
+        while processes:
+            pid, status = os.wait()
+            name = processes.pop(pid)
+            codes[name] = os.waitstatus_to_exitcode(status)
+            for other in processes:
+                if (name, processes[other]) == ("in flight, rank 0", "in flight, rank 1"):
+                    os.kill(other, 9)  # it waits for nothing
+        print(json.dumps(codes))
+        sys.exit()
+
+    # Of each child, what follows is the rest of its main program: it ends as an interpreter ends.
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{how}", 2), rank=rank, world_size=2)
     model = DistributedDataParallel(nn.Linear(300, 300))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     compression = edl.compress(model, optimizer, 2.0)
     for step in range(3):
         if how == "in flight" and step == 2:
             if rank == 0:          # leave while our threads wait for rank 1
-                started = compression._backward.engine.start(torch.zeros(90300), LAYOUT)
+                layout = BucketLayout.of(["weight", "bias"], [90000, 300], 2)
+                started = compression._backward.engine.start(torch.zeros(90300), layout)
                 raise SystemExit(7)
             time.sleep(200)
         model(torch.randn(4, 300)).sum().backward()
         optimizer.step()
     if how == "destroyed":
         dist.destroy_process_group()
+    else:
+        assert threading.active_count() > 1  # ours are still there when the interpreter ends
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(250)  # two fresh interpreters import torch
-@pytest.mark.parametrize("how", ["nothing", "destroyed", "in flight"])
-def test_a_process_that_never_closes_ends_by_itself(tmp_path: Path, how: str) -> None:
-    script = textwrap.dedent(SCRIPT).replace(
-        "LAYOUT", "__import__('efficient_dl.comm').comm.BucketLayout.of(['weight', 'bias'], [90000, 300], 2)"
-    )
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "script.py")]
+@pytest.mark.timeout(250)  # a fresh interpreter imports torch
+def test_processes_that_never_close_end_by_themselves(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), how], env=environment, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    try:
-        waited_for = ranks[:1] if how == "in flight" else ranks
-        errors = [rank.communicate(timeout=200)[1].decode() for rank in waited_for]
-        codes = [rank.returncode for rank in waited_for]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == ([7] if how == "in flight" else [0, 0]), errors
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as parent:
+        try:
+            printed, errors = parent.communicate(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == 0, errors.decode()
+    codes = json.loads(printed)
+    assert codes.pop("in flight, rank 0") == 7, errors.decode()
+    assert codes.pop("in flight, rank 1") == -signal.SIGKILL
+    ended = {f"{how}, rank {rank}": 0 for how in ("nothing", "destroyed") for rank in range(2)}
+    assert codes == ended, errors.decode()

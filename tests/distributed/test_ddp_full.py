@@ -80,7 +80,6 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 COMPILED: dict[str, Callable[[], nn.Module]] = {
     "DDP of compiled": lambda: compiled_inside("aot_eager"),
-    "compiled DDP": lambda: compiled_outside("aot_eager"),
     "compiled DDP, inductor": lambda: compiled_outside("inductor"),
 }
 

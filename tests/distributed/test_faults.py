@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from efficient_dl.config import Config, with_overrides
+from efficient_dl.training import run_worker
 from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.end_to_end import Trainer
 from efficient_dl.training.run_folder import RunFolder
-from tests.distributed.edl_ranks import EdlRanks, edl, free_port
+from efficient_dl.training.worker import work
+from tests.distributed.edl_ranks import EdlRanks, edl
 
 DIGITS = ("train", "--model", "mlp-nano", "--data", "digits", "--bits", "2.0", "--set", "model.dropout=0.2")
 CONSTANT = ("--set", "optimizer.schedule=constant")  # so that the number of steps may change
@@ -44,7 +48,8 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     number: int, code: int, job: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    words = [*job, *CONSTANT, "--set", "train.checkpoint_every=0", "--out", str(out)]
+    soon = ("--set", "train.checkpoint_every=0", "--set", "train.log_every=1")
+    words = [*job, *CONSTANT, *soon, "--out", str(out)]
     ranks = EdlRanks(tmp_path, *[[*words, "--steps", "1000000"]] * 2)
     ranks.wait_for(
         lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0, 120
@@ -64,42 +69,26 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step_with_a_checkpoint(
     assert differing(weights(out, step + 3), weights(tmp_path / "whole", step + 3)) == []
 
 
-# One of two ranks hangs in the data of step 5, or stops there as a machine in trouble does.
-HANG = """
-import os, signal, sys, threading
-from efficient_dl.config import Config, with_overrides
-from efficient_dl.training import end_to_end, run_worker
-from efficient_dl.training.worker import work
+def stop_in_step_5(words: list[str]) -> None:
+    """A worker of two; rank 1 hangs in the data of step 5, or stops there as a machine in trouble does."""
+    how, *settings = words
+    batch = Trainer._batch
 
-out, how, *settings = sys.argv[1:]
-batch = end_to_end.Trainer._batch
+    def hanging(self: Trainer, part: int) -> Any:
+        if self.step == 5 and self.rank == 1:
+            if how == "hang":
+                threading.Event().wait()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return batch(self, part)
 
-def hanging(self, part):
-    if self.step == 5 and self.rank == 1:
-        if how == "hang":
-            threading.Event().wait()
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return batch(self, part)
-
-end_to_end.Trainer._batch = hanging
-base = ["model.name=mlp", "model.size=nano", "data.name=digits", "compression.bits=2.0", f"run.out={out}"]
-work(run_worker, [with_overrides(Config(), [*base, *settings])])
-"""
+    Trainer._batch = hanging  # type: ignore[method-assign]
+    base = ["model.name=mlp", "model.size=nano", "data.name=digits", "compression.bits=2.0"]
+    work(run_worker, [with_overrides(Config(), [*base, *settings])])
 
 
-def hanging_ranks(out: Path, how: str, *settings: str) -> list[subprocess.Popen[str]]:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", HANG, str(out), how, *settings],
-            env={**os.environ, **shared, "RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def hanging_ranks(folder: Path, how: str, *settings: str) -> EdlRanks:
+    words = [how, f"run.out={folder / 'run'}", *settings]
+    return EdlRanks(folder, words, words, main=stop_in_step_5)
 
 
 @pytest.mark.slow
@@ -109,13 +98,9 @@ def hanging_ranks(out: Path, how: str, *settings: str) -> list[subprocess.Popen[
 def test_a_rank_that_hangs_is_named_with_its_stack_and_ends_the_run(
     settings: list[str], tmp_path: Path
 ) -> None:
-    ranks = hanging_ranks(tmp_path / "run", "hang", *settings)
-    try:
-        printed = [rank.communicate(timeout=250)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [10, 10], printed
+    ended = hanging_ranks(tmp_path, "hang", *settings).end(timeout=250)
+    printed = [rank.err for rank in ended]
+    assert [rank.code for rank in ended] == [10, 10], printed
     assert printed[0].count("RankStuck: rank 1 makes no progress, and the others wait for it") == 1, printed
     assert "rank 1: step 6, forward, for" in printed[0]
     assert "in hanging" in printed[1] and "in backward" in printed[1], printed[1]
@@ -127,15 +112,14 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_ends_the_run(
 
 @pytest.mark.slow
 def test_a_stopped_process_is_named_as_giving_no_sign_of_life(tmp_path: Path) -> None:
-    ranks = hanging_ranks(tmp_path / "run", "stop", "run.timeout_seconds=8")
-    try:
-        printed = ranks[0].communicate(timeout=250)[1]
-    finally:
-        ranks[1].kill()
-        ranks[1].communicate()
-    assert ranks[0].returncode == 6, printed
-    assert "TransportError: no sign of life from rank 1" in printed
-    assert "last known of rank 1: step" in printed
+    ranks = hanging_ranks(tmp_path, "stop", "run.timeout_seconds=8")
+    first, second = ranks._ranks
+    first.join(250)
+    second.kill()
+    ended, _ = ranks.end()
+    assert ended.code == 6, ended
+    assert "TransportError: no sign of life from rank 1" in ended.err
+    assert "last known of rank 1: step" in ended.err
 
 
 @pytest.mark.slow

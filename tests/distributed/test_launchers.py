@@ -50,34 +50,22 @@ def check_run(ended: subprocess.CompletedProcess[str], out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_local_workers_train_and_keep_to_their_cores(tmp_path: Path) -> None:
-    out = tmp_path / "a run"
+@pytest.mark.timeout(420)  # six fresh interpreters import torch
+def test_local_workers_that_keep_to_their_cores_and_those_of_torchrun_train_alike(tmp_path: Path) -> None:
     enough = len(os.sched_getaffinity(0)) >= 2
-    bound = ("--set", f"run.bind={'cores' if enough else 'none'}")
-    ended = edl(
-        "launch",
-        "local",
-        "--workers",
-        "2",
-        "--python",
-        sys.executable,
-        "--",
-        *TRAIN,
-        *bound,
-        "--out",
-        str(out),
-    )
-    check_run(ended, out)
-
-
-@pytest.mark.slow
-def test_torchrun_on_one_host_trains(tmp_path: Path) -> None:
+    bound = ["--set", f"run.bind={'cores' if enough else 'none'}"]
+    alone, joined = tmp_path / "a run", tmp_path / "run"
+    words = ["--workers", "2", "--python", sys.executable, "--", *TRAIN, *bound, "--out", str(alone)]
+    check_run(edl("launch", "local", *words), alone)
     words = ["--nodes", "1", "--workers", "2", "--restarts", "0", "--port", str(free_port())]
     job = tmp_path / "job.toml"
     job.write_text(
-        f"command = {json.dumps([*TRAIN, '--out', str(tmp_path / 'run')])}\npython = {json.dumps(sys.executable)}\n"
+        f"command = {json.dumps([*TRAIN, '--out', str(joined)])}\npython = {json.dumps(sys.executable)}\n"
     )
-    check_run(edl("launch", "torchrun", "--job", str(job), *words), tmp_path / "run")
+    check_run(edl("launch", "torchrun", "--job", str(job), *words), joined)
+    first, second = (json.loads((out / "summary.json").read_text()) for out in (alone, joined))
+    for key in ("val_loss", "wire_bytes_per_step"):
+        assert first[key] == second[key], key
 
 
 def mpirun(name: str, python: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -495,17 +495,6 @@ def members(session: int) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-def test_torchrun_joins_and_edl_alone_give_the_same_loss(tmp_path: Path) -> None:
-    words = ["-m", "efficient_dl.cli", *DIGITS, "--steps", "3", "--bits", "2.0", "--workers", "2", "--out"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([sys.executable, *words, "alone"], [*torchrun, *words, "joined"]):
-        subprocess.run(command, check=True, cwd=tmp_path, env=without_launcher(), capture_output=True)
-    alone, joined = (RunFolder(tmp_path / name, writes=False).summary() for name in ("alone", "joined"))
-    assert alone and joined
-    assert (alone.val_loss, alone.wire_bytes_per_step) == (joined.val_loss, joined.wire_bytes_per_step)
-
-
 def without_launcher() -> dict[str, str]:
     repository = str(Path(__file__).parents[2])
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}

@@ -264,12 +264,6 @@ def test_triton_is_imported_only_when_it_is_used() -> None:
     assert run_python(code).strip() == "False"
 
 
-def test_cpu_tensors_need_the_interpreter() -> None:
-    code = "from efficient_dl.codec import make_codec\nfrom efficient_dl.errors import ConfigError\n"
-    code += "try: make_codec('bits:2.0', kernel='triton')\nexcept ConfigError as error: print(error)"
-    assert "TRITON_INTERPRET=1" in run_python(code)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, *FLOAT8])
 @pytest.mark.parametrize("spec", ["bits:0.5", "bits:1.0", "bits:2.0", "bits:4.0", "bits:7.0"])

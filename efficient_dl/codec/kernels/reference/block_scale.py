@@ -95,7 +95,8 @@ def _cost_q16(symbols: Tensor, mode: Mode) -> int:
     counts = counts[counts > 0]
     if not counts.numel():
         return 0
-    return int((counts * (log2_q16(counts.sum()) - log2_q16(counts))).sum())
+    logarithms = log2_q16(torch.cat([counts.sum(0, keepdim=True), counts]))
+    return int((counts * (logarithms[0] - logarithms[1:])).sum())
 
 
 def log2_q16(n: Tensor) -> Tensor:

@@ -174,9 +174,7 @@ def cost_q16(q: Tensor, lengths: Tensor, value_bytes: int) -> int:
     """What finite blocks cost with a table for each class, in units of 2^-16 bit. q: int64 (num_blocks, 256)."""
     classes = context_classes.classes_of(q, torch.zeros_like(lengths, dtype=torch.bool))
     rows = _rows(q, classes, lengths)
-    cost = _entropy_q16(torch.bincount(classes))
-    for counts in _counts_by_class(rows):
-        cost += _entropy_q16(counts)
+    cost = _entropy_q16(torch.bincount(classes)) + _entropy_q16(_counts_by_class(rows))
     return cost + int(rows.escaped_values().sum()) * 8 * value_bytes * _ONE_BIT
 
 
@@ -230,10 +228,10 @@ def _counts_by_class(rows: _Rows) -> Tensor:
 
 
 def _entropy_q16(counts: Tensor) -> int:
-    present = counts[counts > 0]
-    if not present.numel():
-        return 0
-    return int((present * (log2_q16(present.sum()) - log2_q16(present))).sum())
+    """What the symbols with these counts cost, or those of several tables, one a row; int64 (..., alphabet)."""
+    totals = counts.sum(-1, keepdim=True)
+    logarithms = log2_q16(torch.cat([totals, counts], -1).clamp(min=1))  # what does not occur costs nothing
+    return int((counts * (logarithms[..., :1] - logarithms[..., 1:])).sum())
 
 
 def _grouped(counts: Tensor) -> tuple[list[int], list[tuple[int, Tensor]], int]:
