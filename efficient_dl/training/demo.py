@@ -18,7 +18,7 @@ from efficient_dl.training.run_folder import RunFolder, Summary
 
 BITS = ("none", "lossless", "2.0")
 LABELS = {"none": "uncompressed", "lossless": "lossless", "2.0": "2 bits"}
-STEPS = 300  # three times this, evaluations and start included, takes 60 to 110 s on two cores
+STEPS = 200  # three times this, evaluations and start included, takes 50 to 110 s on two cores
 QUICK_STEPS = 40
 OUT = Path("runs/demo")
 MARKER = ".edl-demo"  # in each run's folder: the next demo may replace it
