@@ -35,9 +35,7 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the engine's warnings repeat what our errors say
     try:
         app()
-    except (
-        SystemExit
-    ) as end:  # done, or an error before this process has become a rank: a flag that does not exist
+    except SystemExit as end:  # done, or a flag that does not exist
         tell_end(end.code if isinstance(end.code, int) else int(end.code is not None), os.environ)
         raise
 

@@ -113,8 +113,9 @@ class DeviceBodyKernel(Protocol):
     ) -> None:
         """Launches the decoding of a packet (header included) and does not wait for it.
 
-        status: int64 (3,): error, the packet's bytes, its flags. Leaves out alone if error is not 0 at the start, and
-        makes it 4 for a body that is not valid; nothing outside of the packet and out is touched.
+        status: int64 (3,): error, the packet's bytes, its flags. Makes the error 4 for a body that is not valid; if it
+        is not 0 at the start, a kernel that reads one dtype leaves out alone, because another call may follow. Nothing
+        outside of the packet and out is touched.
         """
         ...
 

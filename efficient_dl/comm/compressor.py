@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,18 +18,17 @@ from efficient_dl.comm.common_step import CommonStep, Leg
 from efficient_dl.comm.deferred import Deferred
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
+from efficient_dl.comm.packing import WITH_RATE, WITHOUT_HOST, Packing
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
-from efficient_dl.comm.rates import Rates, coarser
+from efficient_dl.comm.rates import Rates
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
+from efficient_dl.comm.squares import relative, squares
 from efficient_dl.comm.transport import Transport
 from efficient_dl.errors import CheckpointError, CorruptPacket, PlanMismatch
 
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 3
-_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-20, 1e30  # between them float32 sums of squares are sound
-_WITH_RATE = "bits:"  # these codecs add the residual and replace it while they encode, and keep to a capacity
-_WITHOUT_HOST = "triton"  # the kernels that the host need not wait for
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
 _log = logging.getLogger(__name__)
 
@@ -94,7 +92,7 @@ class Compressor:
 
     def is_timed(self, device: torch.device) -> bool:
         """Whether the meter's seconds are those of codecs and transfers, not of what was only launched."""
-        return not (self.bounded and self.codec.kernel_for(device) == _WITHOUT_HOST)
+        return not (self.bounded and self.codec.kernel_for(device) == WITHOUT_HOST)
 
     def max_bytes(self, shard: Shard, dtype: torch.dtype) -> int:
         """The largest message of a shard; a bounded one is that long."""
@@ -185,15 +183,9 @@ class Compressor:
             stats = PacketStats() if self._wants_stats(section, x.device) else None
             begun = time.perf_counter()
             values = section.gather(x)
-            codec, length, coded = self._encode(
-                values,
-                room[start:],
-                section,
-                tally,
-                stats,
-                residual_units,
-                None if capacities is None else capacities[position],
-            )
+            capacity = None if capacities is None else capacities[position]
+            packing = Packing(values, room[start:], section, stats, capacity, self._codec, self._note_coarser)
+            codec, length, coded = self._encode(packing, tally, residual_units)
             tally.encoded(stats, time.perf_counter() - begun)
             if stats is not None:
                 if self.samples and coded.numel():
@@ -201,7 +193,7 @@ class Compressor:
                     tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
                 if self.common_step is not None and section.is_default:
                     self.common_step.count(stats, leg)
-            elif self.bounded and codec.name.startswith(_WITH_RATE) and values.numel():
+            elif self.bounded and codec.name.startswith(WITH_RATE) and values.numel():
                 self._deferred.drop(dropped_blocks(room[start:]))
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
             if self.samples and not (codec.exact or self._knows_error(codec, section)):
@@ -266,7 +258,7 @@ class Compressor:
                 else out.new_empty(section.numel)
             )
             codec = self._codec(section.codec)
-            waits = not self.bounded or sender is None or codec.kernel_for(out.device) != _WITHOUT_HOST
+            waits = not self.bounded or sender is None or codec.kernel_for(out.device) != WITHOUT_HOST
             errors = None if waits or sender is None else self._deferred.errors(sender, out.device)
             codec.decode(packet, values, accumulate=accumulate, side=section.side, errors=errors)
             section.scatter(values, out)
@@ -409,24 +401,16 @@ class Compressor:
         specs = rates if varies else [section.codec]
         return max(self._codec(spec).max_bytes(section.numel, dtype, section.side) for spec in specs)
 
-    def _encode(
-        self,
-        x: Tensor,
-        room: Tensor,
-        section: Section,
-        tally: Tally,
-        stats: PacketStats | None,
-        residual_units: float,
-        capacity: int | None,
-    ) -> tuple[Codec, int, Tensor]:
+    def _encode(self, packing: Packing, tally: Tally, residual_units: float) -> tuple[Codec, int, Tensor]:
         """Encodes a section's values; returns the codec that was used, the packet's bytes, which are the capacity if
         there is one, and in a sampled step what was encoded."""
+        x, section = packing.values, packing.section
         spec = self.rates.codec(section.codec, section.names) if section.is_default else section.codec
         codec = self._codec(spec)
         is_controlled = self.plan.max_error is not None and section.is_default
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
-            return codec, self._written(codec, x, room, section, stats, None, capacity), x
+            return codec, packing.write(codec), x
         before = (
             residuals.take(section, residual_units)
             if residuals is not None
@@ -435,8 +419,8 @@ class Compressor:
         signal = x.float() + before if is_controlled or self.samples else None
         while True:
             residual = before.clone() if is_controlled else before
-            length = self._encode_with_residual(codec, x, room, section, stats, residual, capacity)
-            error = _relative(residual, signal) if is_controlled and signal is not None else 0.0
+            length = packing.write(codec, residual)
+            error = relative(residual, signal) if is_controlled and signal is not None else 0.0
             again = self.rates.raised(codec.name, error) if is_controlled else None
             if again is None:
                 break
@@ -447,61 +431,8 @@ class Compressor:
         if residuals is not None:
             residuals.give(section, residual, residual_units)
         if signal is not None and self.samples:
-            tally.erred(section, _squares(residual, section), _squares(signal, section))
+            tally.erred(section, squares(residual, section), squares(signal, section))
         return codec, length, x if signal is None else signal.to(x.dtype)
-
-    def _written(
-        self,
-        codec: Codec,
-        x: Tensor,
-        room: Tensor,
-        section: Section,
-        stats: PacketStats | None,
-        residual: Tensor | None,
-        capacity: int | None,
-    ) -> int:
-        """Encodes into the front of room; the packet's bytes.
-
-        Rather than to lose blocks for want of room it takes fewer bits for all, where the host knows at once.
-        """
-        if capacity is None or not codec.name.startswith(_WITH_RATE):
-            count = codec.encode_into(x, room, section.side, stats, residual=residual)
-            return int(count) if capacity is None else capacity
-        if stats is None or codec.kernel_for(x.device) == _WITHOUT_HOST:
-            room[:capacity].zero_()  # what was in this memory before leaves with the packet
-            codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
-            return capacity
-        before = None if residual is None else residual.clone()
-        codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
-        while stats.dropped_blocks and (again := coarser(codec.name)) is not None:
-            self._note_coarser(section)
-            if residual is not None and before is not None:
-                residual.copy_(before)
-            codec = self._codec(again)
-            codec.encode_into(x, room, section.side, stats, residual=residual, capacity=capacity)
-        room[stats.packet_bytes : capacity].zero_()
-        return capacity
-
-    def _encode_with_residual(
-        self,
-        codec: Codec,
-        x: Tensor,
-        room: Tensor,
-        section: Section,
-        stats: PacketStats | None,
-        residual: Tensor,
-        capacity: int | None,
-    ) -> int:
-        """Encodes x + residual, and replaces the residual by what the packet leaves out."""
-        if codec.name.startswith(_WITH_RATE):
-            return self._written(codec, x, room, section, stats, residual, capacity)
-        wanted = residual.add_(x)
-        length = self._written(codec, wanted.to(x.dtype), room, section, stats, None, capacity)
-        decoded = torch.empty_like(wanted)
-        codec.decode(room[:length], decoded, side=section.side)
-        wanted.sub_(decoded)
-        wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
-        return length
 
     def _split(
         self, message: Tensor, shard: Shard, sections: Sequence[Section], dtype: torch.dtype
@@ -513,7 +444,7 @@ class Compressor:
     def _wants_stats(self, section: Section, device: torch.device) -> bool:
         """Whether a packet's statistics are taken: those of Triton's kernels cost more than the packet."""
         return (
-            self.samples or not self.bounded or self._codec(section.codec).kernel_for(device) != _WITHOUT_HOST
+            self.samples or not self.bounded or self._codec(section.codec).kernel_for(device) != WITHOUT_HOST
         )
 
     def _note_coarser(self, section: Section) -> None:
@@ -555,20 +486,4 @@ class Compressor:
         decoded = torch.empty_like(signal)
         codec.decode(packet, decoded, side=section.side)
         error = decoded.sub_(signal)
-        tally.erred(section, _squares(error, section), _squares(signal, section))
-
-
-def _squares(x: Tensor, section: Section) -> list[float]:
-    return [float(part.dot(part)) for part in x.split_with_sizes(section.segments)]
-
-
-def _relative(error: Tensor, signal: Tensor) -> float:
-    """‖error‖ / ‖signal‖; 0 without a signal, or with one that is not finite."""
-    square = float(signal.dot(signal))
-    if not _SMALLEST_SQUARE < square < _LARGEST_SQUARE:
-        largest = float(signal.abs().amax()) if signal.numel() else 0.0
-        if not 0 < largest < math.inf:
-            return 0.0
-        error, signal = error.double() / largest, signal.double() / largest
-        square = float(signal.dot(signal))
-    return math.sqrt(float(error.dot(error)) / square)
+        tally.erred(section, squares(error, section), squares(signal, section))

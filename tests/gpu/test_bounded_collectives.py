@@ -168,7 +168,7 @@ def test_the_host_waits_for_nothing_between_two_sampled_steps(
         compressor.end_step(0.0)
         return True, sampled.cpu(), result.cpu()
 
-    results = on_ranks(2, rank)
+    results = on_ranks(2, rank, timeout=120)
     for _, sampled, result in results:
         assert torch.isfinite(sampled).all() and torch.isfinite(result).all()
     if collective is not scatter:
@@ -214,7 +214,7 @@ def test_a_damaged_packet_becomes_nan_and_the_next_step_names_its_sender(device:
         compressor.end_step(0.0)
         return raised
 
-    for raised in on_ranks(2, rank):
+    for raised in on_ranks(2, rank, timeout=120):
         assert raised and all("rank 1's packet" in text for text in raised)
 
 
@@ -249,5 +249,5 @@ def test_ranks_on_different_kernels_understand_each_other(device: str) -> None:
         compressor.meter.stepped(0.0)
         return reduce_all(values(transport.rank, device), compressor, OnDevice(transport, device)).cpu()
 
-    first, second = on_ranks(2, rank)
+    first, second = on_ranks(2, rank, timeout=120)
     assert torch.equal(first, second)
