@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -26,13 +26,16 @@ from benchmarks.engines import torch_optimizer
 from benchmarks.nic import sent_bytes
 from benchmarks.peers import PEERS, POWERSGD_BUCKET_MB, register_peer
 from efficient_dl.comm import ProcessGroupTransport
-from efficient_dl.comm.planner import Decision, PlannerOptions
+from efficient_dl.comm.measurements import Measurements
+from efficient_dl.comm.planner import Decision
+from efficient_dl.comm.topology import own_cores
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import Dataset, load_data
-from efficient_dl.integrations.auto import AutoOptions, decide
+from efficient_dl.integrations.auto import AutoOptions, decide, planned_bucket_bytes
 from efficient_dl.models import build_model
 from efficient_dl.training import Worker
 from efficient_dl.training.end_to_end import sync_buffers_argument
+from efficient_dl.training.measure import compute
 from efficient_dl.training.task import task_for
 
 COMPUTE, NATIVE, AUTO = "compute", "native fp32", "auto"
@@ -52,7 +55,6 @@ MODELS = {
 _WARM_UP = 4  # DDP rebuilds its buckets after the first step, PowerSGD compresses from the third on
 _POWERSGD_START = 2
 _FEWEST_ROUNDS = 5
-_BACKWARD_TRIES = 5
 
 
 @dataclass
@@ -85,9 +87,14 @@ class Cell:
 class Contestant:
     """A model of its own, in training with one system."""
 
-    def __init__(self, name: str, config: Config, data: Dataset, backward_seconds: float) -> None:
+    def __init__(
+        self, name: str, config: Config, data: Dataset, measurements: Measurements | None = None
+    ) -> None:
         model = build_model(config.model, data.spec, seed=0)
         buckets: dict[str, Any] = {"bucket_cap_mb": POWERSGD_BUCKET_MB} if name.startswith("PowerSGD") else {}
+        if name == AUTO and measurements is not None:  # as `edl train` builds them
+            size = planned_bucket_bytes(dict(model.named_parameters()), measurements, AutoOptions())
+            buckets = {"bucket_cap_mb": size / 2**20} if size else {}
         self.ddp = DistributedDataParallel(model, **sync_buffers_argument(False), **buckets)
         self.optimizer = torch_optimizer(model, config.optimizer)
         self._loss = task_for(data.spec.kind).loss
@@ -101,7 +108,7 @@ class Contestant:
             self._closing += [hivemind_hook.HivemindHook(self.ddp, transport).close, transport.close]
         elif name in OURS:
             compression = edl.compress(
-                self.ddp, self.optimizer, name, check_every=0, backward_seconds=backward_seconds
+                self.ddp, self.optimizer, name, check_every=0, measurements=measurements
             )
             self.reason = str(compression.stats()["reason"])
             self._closing.append(compression.close)
@@ -125,10 +132,11 @@ def run_cell(worker: Worker, model: str, systems: list[str], steps: int, seconds
     steps: of each system; fewer, but five, where all of them would take longer than `seconds`.
     """
     config = with_overrides(Config(), [*MODELS[model], "run.threads=1"])
+    _have_a_share_of_the_cores(worker)
     worker.start(config.run)
     data = load_data(config.data, context=config.model.context, seed=0)
-    backward, decision = _predicted(worker, config, data)
-    contestants = {name: Contestant(name, config, data, backward) for name in (COMPUTE, *systems)}
+    measurements, decision = _predicted(worker, config, data)
+    contestants = {name: Contestant(name, config, data, measurements) for name in (COMPUTE, *systems)}
     measured = {name: Measured(reason=one.reason) for name, one in contestants.items()}
     names = list(contestants)
     begin = time.perf_counter()
@@ -155,28 +163,30 @@ def run_cell(worker: Worker, model: str, systems: list[str], steps: int, seconds
     return Cell(measured, {one.bits: one.exposed_seconds for one in decision.predictions})
 
 
-def _predicted(worker: Worker, config: Config, data: Dataset) -> tuple[float, Decision]:
-    """Backward's seconds without communication, on the slowest rank, and the planner's predictions."""
+def _predicted(worker: Worker, config: Config, data: Dataset) -> tuple[Measurements, Decision]:
+    """What the planner knows, and its predictions for DistributedDataParallel's own buckets."""
     model = build_model(config.model, data.spec, seed=0)
     loss = task_for(data.spec.kind).loss
     inputs, targets = data.train_batch(0, worker.rank, worker.size, config.data.batch_size)
-    tries: list[float] = []
-    for _ in range(_BACKWARD_TRIES + 1):
-        model.zero_grad()
-        dist.barrier()
-        start = time.perf_counter()
-        loss(model(inputs), targets).backward()
-        tries.append(time.perf_counter() - start)
-    backward = _slowest(statistics.median(tries[1:]))
+    alone = compute(model, torch.device("cpu"), lambda: loss(model(inputs), targets).backward())
+    loss(model(inputs), targets).backward()  # codecs are measured on a real gradient
     transport = ProcessGroupTransport(_world()).sibling()
     try:
         family = "grid" if config.optimizer.name == "sgd" else "bits"
-        options = AutoOptions(backward_seconds=backward, family=family, planner=PlannerOptions())
-        _, decision = decide(dict(model.named_parameters()), transport, transport, None, options)
+        options = AutoOptions(backward_seconds=alone.seconds, ready=alone.ready, family=family)
+        found = decide(dict(model.named_parameters()), transport, transport, None, options)
         dist.barrier()
     finally:
         transport.close()
-    return backward, decision
+    return found
+
+
+def _have_a_share_of_the_cores(worker: Worker) -> None:
+    """Hosts that are emulated on one machine have cores of their own, or share one among few, as long as it has any."""
+    cores = own_cores()
+    first = worker.rank * len(cores) // worker.size
+    last = max((worker.rank + 1) * len(cores) // worker.size, first + 1)
+    os.sched_setaffinity(0, cores[first:last])
 
 
 def _slowest(seconds: float) -> float:

@@ -42,7 +42,7 @@ def train_all(worker: Worker, model: str, systems: list[str], steps: int, every:
     try:
         for system in systems:
             progress.note(system)
-            contestant = Contestant(system, config, data, backward_seconds=0.0)
+            contestant = Contestant(system, config, data)
             for step in range(steps):
                 for group in contestant.optimizer.param_groups:
                     group["lr"] = learning_rate(config.optimizer, step, steps)

@@ -31,7 +31,7 @@ from efficient_dl.comm.topology import group_sizes
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import load_data
 from efficient_dl.models import build_model
-from efficient_dl.training.measure import compute_seconds
+from efficient_dl.training.measure import compute
 from efficient_dl.training.task import task_for
 
 BENCH = "scaling"
@@ -50,17 +50,19 @@ def measured_here(model: str, batch: int) -> tuple[Measurements, Shapes]:
     network = build_model(config.model, data.spec, seed=0)
     loss = task_for(data.spec.kind).loss
     inputs, targets = data.train_batch(0, 0, 1, batch)
-    backward = compute_seconds(
-        network, torch.device("cpu"), lambda: loss(network(inputs), targets).backward()
-    )
+    alone = compute(network, torch.device("cpu"), lambda: loss(network(inputs), targets).backward())
     loss(network(inputs), targets).backward()
-    parameters = list(network.parameters())
+    named = dict(network.named_parameters())
+    parameters = list(named.values())
     sample, segments = sample_gradient(parameters)
     names = codecs_for(2.0)
     packet = packet_cost(names[-1], sample)
     speeds = [codec_speed(name, sample, segments, _SHARDS, packet) for name in names]
     line = Line(0.0, 1.0)
-    found = Measurements((1, 1), line, line, None, None, (), merged([speeds]), backward, True, packet)
+    ready = tuple(alone.ready[name] for name in named)
+    found = Measurements(
+        (1, 1), line, line, None, None, (), merged([speeds]), alone.seconds, True, packet, ready=ready
+    )
     return found, Shapes(tuple(p.numel() for p in parameters))
 
 

@@ -66,6 +66,8 @@ class Measurements:
     codecs: those that may be chosen, from the exact ones to the fewest bits.
     packet: of all of them; that of the one with the fewest bits.
     backward_seconds: of a step without communication, forward pass included; 0.0 if nobody has measured it.
+    ready: of each parameter that is planned for, in the model's order, the share of backward_seconds after which its
+        gradient is there, on the rank where it comes last; () if nobody has measured it.
     contended: whether codecs and backward take processor time from each other.
     assumed: what was not measured but given, one phrase; "" if nothing was.
     """
@@ -81,6 +83,7 @@ class Measurements:
     contended: bool
     packet: PacketCost = PacketCost()
     assumed: str = ""
+    ready: tuple[float, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -125,6 +128,7 @@ class Measurements:
             found["links"] = tuple(NodeLink(**link) for link in found["links"])
             found["codecs"] = tuple(CodecSpeed(**codec) for codec in found["codecs"])
             found["packet"] = PacketCost(**found["packet"])
+            found["ready"] = tuple(found.get("ready", ()))  # what older runs have recorded has none
             return Measurements(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(

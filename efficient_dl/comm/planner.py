@@ -1,13 +1,12 @@
 """Which compression pays here, if any: a pure function of measurements, with its prediction and its reason.
 
 A step is predicted from two resources that work side by side, the processor and the link. With K the processor's
-seconds (backward, what of the codec is not hidden, and the messages' latencies), x the link's seconds for all bytes, α
-the first bucket's share of all values and β the last one's:
+seconds (forward, backward, what of the codec is not hidden, and the messages' latencies), x the link's seconds for all
+bytes, rᵢ the share of a step after which bucket i is there, and vᵢ the share of all values in it and the later ones:
 
-    step = max(K + β x, α K + x)
+    step = max over buckets of (rᵢ K + vᵢ x)
 
-Either the processor is the bottleneck and the last bucket's transfer follows, or the link is, which can begin when the
-first bucket is ready. exposed = step − backward.
+From some bucket on the link is busy without a pause; of the last one, rᵢ = 1. exposed = step − backward.
 
 Bytes that a rank sends, of V values at b bytes on n ranks:
     native      2 (n − 1) / n · V · itemsize, by torch's all-reduce as measured
@@ -24,7 +23,8 @@ latency is that of our exchange divided by its n − 1.
 The rule: of all choices within `tolerance` of the fastest one, the least compressing. So nothing is chosen that is
 predicted to be slower than the native all-reduce, and native wins ties.
 
-Why this form of a step: it is homogeneous in (K, x), so that T1 / T2 of two choices is monotone in the link's speed.
+Why this form of a step: it is homogeneous in (K, x) with the same rᵢ and vᵢ for all choices, so that T1 / T2 of two
+choices is monotone in the link's speed.
 A faster link can then never lead to more compression, nor a slower codec to leave the native all-reduce; tests hold
 both (tests/unit/test_planner.py). A hierarchy against a flat reduction is another question: where a link is so fast
 that the hierarchy no longer pays, each rank sends more bytes, and more compression can pay again.

@@ -7,10 +7,9 @@ ranks at the same moment, as in training.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeL
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import ProcessGroupTransport
-from efficient_dl.comm.topology import Topology
+from efficient_dl.comm.topology import Topology, own_cores
 from efficient_dl.comm.transport import SIZE_BYTES, Transport
 
 _SMALL_BYTES = 1024
@@ -34,6 +33,9 @@ _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
 _GLANCE_TRIES, _GLANCE_SECONDS = 3, 0.03  # of a look during a run (look.py)
 _PACKET_TRIES = 15
+_COLD_BYTES = (
+    64 << 20
+)  # read and written before a codec is timed: in training a gradient has left the caches, too
 SAMPLE_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
 _LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
 _MOST_SHIFTS = 7  # of pairs of nodes: with more than 8 nodes a sample
@@ -60,6 +62,7 @@ def probe(
     control: ProcessGroupTransport | None = None,
     kernel: str = "auto",
     native_one_way: bool = False,
+    ready: Sequence[float] = (),
 ) -> Measurements:
     """Measures on all ranks, which call it together; all get the same numbers.
 
@@ -67,7 +70,8 @@ def probe(
     topology: which ranks share a node. control: makes the groups inside of nodes and between them, where nodes have
         several ranks each; without it these are not measured.
     sample: 1-D gradient, or what resembles one, of the parameters that a bucket holds; segments: their numels.
-    backward_seconds: this rank's; the slowest one's counts.
+    backward_seconds: this rank's; the slowest one's counts. ready: shares of it, one a parameter, after which gradients
+        are there on this rank, in the same order on all; the largest count.
 
     Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
     """
@@ -79,7 +83,9 @@ def probe(
             [one.codec, one.encode_seconds, one.decode_seconds, one.bytes_per_value] for one in speeds
         ],
         "backward": backward_seconds,
-        "idle": (os.cpu_count() or 1) - torch.get_num_threads() * len(topology.node_of(transport.rank)),
+        "ready": list(ready),
+        "cores": own_cores(),
+        "threads": torch.get_num_threads(),
         "gpu": transport.device.type == "cuda",
     }
     everyone = gather_json(own, transport)
@@ -99,9 +105,17 @@ def probe(
         codecs=merged([[CodecSpeed(*one) for one in theirs["codecs"]] for theirs in everyone]),
         backward_seconds=max(theirs["backward"] for theirs in everyone),
         # A codec beside backward needs a core that backward leaves idle; on a GPU both want the same processors.
-        contended=any(theirs["gpu"] or theirs["idle"] < 1 for theirs in everyone),
+        contended=any(theirs["gpu"] for theirs in everyone)
+        or any(_is_full([everyone[rank] for rank in node]) for node in topology.nodes),
         packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
+        ready=tuple(map(max, zip(*(theirs["ready"] for theirs in everyone), strict=True))),
     )
+
+
+def _is_full(ranks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether backward on the ranks of a node leaves none of their cores idle."""
+    cores = {core for rank in ranks for core in rank["cores"]}
+    return len(cores) <= sum(rank["threads"] for rank in ranks)
 
 
 def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
@@ -199,6 +213,7 @@ class _Timed:
             for part, side in zip(parts, sides, strict=True)
         ]
         self._totals = [torch.zeros_like(part, dtype=torch.float32) for part in parts]
+        self._other = torch.zeros(_COLD_BYTES, dtype=torch.uint8, device=parts[0].device)
 
     def run(self, tries: int) -> tuple[float, float, int]:
         """Seconds to encode, and to decode and add, medians; and the packets' bytes."""
@@ -206,15 +221,18 @@ class _Timed:
         decoding: list[float] = []
         num_bytes = 0
         for _ in range(tries):
+            self._other.add_(1)
             start = _now(self._parts[0].device)
             packets = [
                 room[: int(self._codec.encode_into(part, room, side))]
                 for part, room, side in zip(self._parts, self._room, self._sides, strict=True)
             ]
             middle = _now(self._parts[0].device)
+            encoding.append(middle - start)
+            self._other.add_(1)
+            middle = _now(self._parts[0].device)
             for packet, total, side in zip(packets, self._totals, self._sides, strict=True):
                 self._codec.decode(packet, total, accumulate=True, side=side)
-            encoding.append(middle - start)
             decoding.append(_now(self._parts[0].device) - middle)
             num_bytes = sum(map(len, packets))
         return statistics.median(encoding), statistics.median(decoding), num_bytes

@@ -9,9 +9,11 @@ from functools import lru_cache
 
 from efficient_dl.comm.measurements import CodecSpeed, Measurements
 from efficient_dl.comm.topology import group_sizes
+from efficient_dl.errors import ConfigError
 
 FIRST_BUCKET_BYTES = 1 << 20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
 BUCKET_BYTES = 25 << 20  # DistributedDataParallel's own bucket_cap_mb
+FORWARD_SHARE = 1 / 3  # of a step: twice as many multiplications follow in the backward pass
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,47 @@ def bucket_numels(numels: Sequence[int], itemsize: int = 4, bucket_bytes: int = 
 
 @lru_cache(maxsize=256)
 def _buckets_of(numels: tuple[int, ...], itemsize: int, bucket_bytes: int) -> tuple[int, ...]:
-    buckets: list[int] = [0]
-    for numel in reversed(numels):
+    return tuple(
+        sum(numels[index] for index in bucket) for bucket in _members(numels, itemsize, bucket_bytes)
+    )
+
+
+def _members(numels: Sequence[int], itemsize: int, bucket_bytes: int) -> list[list[int]]:
+    """The parameters in each bucket."""
+    buckets: list[list[int]] = [[]]
+    filled = 0
+    for index in reversed(range(len(numels))):
         first = len(buckets) == 1 and not bucket_bytes
-        if buckets[-1] * itemsize >= (FIRST_BUCKET_BYTES if first else bucket_bytes or BUCKET_BYTES):
-            buckets.append(0)
-        buckets[-1] += numel
-    return tuple(buckets)
+        if filled * itemsize >= (FIRST_BUCKET_BYTES if first else bucket_bytes or BUCKET_BYTES):
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(index)
+        filled += numels[index]
+    return buckets
+
+
+def gradual(numels: Sequence[int], begin: float) -> tuple[float, ...]:
+    """Shares of a step after which each parameter's gradient is there, if they come evenly from `begin` on."""
+    total, done = max(sum(numels), 1), 0
+    shares: list[float] = []
+    for numel in reversed(numels):
+        done += numel
+        shares.append(begin + (1 - begin) * done / total)
+    return tuple(reversed(shares))
+
+
+@lru_cache(maxsize=256)
+def _stages(
+    numels: tuple[int, ...], itemsize: int, bucket_bytes: int, ready: tuple[float, ...]
+) -> tuple[tuple[float, float], ...]:
+    """Of each bucket: the share of a step after which it is there, and the share of all values in it and after it."""
+    stages: list[tuple[float, float]] = []
+    latest, left, total = 0.0, sum(numels), sum(numels)
+    for bucket in _members(numels, itemsize, bucket_bytes):
+        latest = max(latest, *(ready[index] for index in bucket))  # buckets leave in order
+        stages.append((latest, left / total))
+        left -= sum(numels[index] for index in bucket)
+    return (*stages[:-1], (1.0, stages[-1][1]))  # the last one has nothing beside it
 
 
 def codec_bits(codec: str) -> float:
@@ -96,7 +132,7 @@ def all_routes(
 
 @dataclass(frozen=True)
 class Route:
-    """One choice's part in a step's formula (see comm/planner.py): K, x, α and β."""
+    """One choice's part in a step's formula (see comm/planner.py): K, x, and (rᵢ, vᵢ) of each bucket."""
 
     bits: str
     hierarchy: bool
@@ -104,16 +140,13 @@ class Route:
     sent_bytes: float
     processor_seconds: float
     transfer_seconds: float
-    first: float
-    last: float
+    stages: tuple[tuple[float, float], ...]
     group_size: int = 0
 
     def step_seconds(self, factor: float = 1.0) -> float:
         """The prediction if the links between nodes were so many times as fast."""
         transfer = self.transfer_seconds / factor
-        return max(
-            self.processor_seconds + self.last * transfer, self.first * self.processor_seconds + transfer
-        )
+        return max(ready * self.processor_seconds + left * transfer for ready, left in self.stages)
 
 
 def _route(
@@ -134,8 +167,16 @@ def _route(
     packets: how many a rank encodes, decodes and sends for each bucket.
     """
     buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
-    first, last = buckets[0] / model.numel, buckets[-1] / model.numel
     backward = measurements.backward_seconds
+    ready = measurements.ready or gradual(model.numels, FORWARD_SHARE if backward else 0.0)
+    if len(ready) != len(model.numels):
+        raise ConfigError(
+            "these measurements are of another model",
+            expected=f"{len(model.numels)} parameters that are trained",
+            found=f"times of {len(ready)} gradients",
+            fix="measure again",
+        )
+    stages = _stages(model.numels, model.itemsize, options.bucket_bytes, ready)
     encoded, decoded, sent = packets
     cost = measurements.packet
     sent_bytes += len(buckets) * sent * cost.num_bytes
@@ -143,10 +184,11 @@ def _route(
     if measurements.contended:
         processor = backward + codec_seconds
     else:
+        last = stages[-1][1]
         processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
     processor += bucket_seconds * len(buckets)
     return Route(
-        bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, first, last, group_size
+        bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, stages, group_size
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,3 +196,11 @@ def _grouped(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     for rank, key in enumerate(keys):
         groups[key].append(rank)
     return tuple(map(tuple, groups.values()))
+
+
+def own_cores() -> list[int]:
+    """Numbers of the cores on which this process may run."""
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except (OSError, AttributeError):
+        return list(range(os.cpu_count() or 1))

@@ -30,12 +30,15 @@ class AutoOptions:
     """What decides how "auto" decides; equal on all ranks.
 
     floor_bits: the fewest bits a value. backward_seconds: of a step without communication, forward pass included;
-        0.0: not known, then all communication is taken to be exposed. family: "bits" or "grid", what rates mean here.
+        0.0: not known, then all communication is taken to be exposed. ready: by parameter, the share of
+        backward_seconds after which its gradient is there; empty: not known, then evenly from a third on.
+        family: "bits" or "grid", what rates mean here.
     exact: whether "lossless" may be chosen. planner: what else the planner may choose.
     """
 
     floor_bits: float = DEFAULT_FLOOR_BITS
     backward_seconds: float = 0.0
+    ready: Mapping[str, float] = field(default_factory=dict)
     family: str = "bits"
     exact: bool = True
     kernel: str = "auto"
@@ -79,7 +82,7 @@ def decide(
     will carry compressed bytes. topology: None: the nodes are looked for. known: what was measured before among as many
     ranks; then nothing is measured. Raises TransportError if a rank is gone.
     """
-    trained = _trained(parameters)
+    trained = list(_trained(parameters).values())
     if not trained:
         raise ConfigError(
             "there is nothing to plan for", found="no trainable parameter that can be compressed"
@@ -103,6 +106,7 @@ def decide(
                 topology,
                 options,
                 lambda x: dist.all_reduce(x, group=control.group),
+                [options.ready[name] for name in _trained(parameters)] if options.ready else [],
             )
     decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
     if control.rank == 0:
@@ -117,12 +121,12 @@ def _permitted(known: Measurements, options: AutoOptions) -> Measurements:
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
     """What is planned for: the parameters whose gradients a codec takes."""
-    trained = _trained(parameters)
+    trained = list(_trained(parameters).values())
     return Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
 
 
-def _trained(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    return [p for p in parameters.values() if p.requires_grad and p.dtype in _DTYPES and p.numel()]
+def _trained(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p for name, p in parameters.items() if p.requires_grad and p.dtype in _DTYPES and p.numel()}
 
 
 def measured(
@@ -133,6 +137,7 @@ def measured(
     topology: Topology | None,
     options: AutoOptions,
     native: Callable[[Tensor], object],
+    ready: Sequence[float] = (),
 ) -> Measurements:
     """What `probe` measures for these options; arguments as `probe` and `decide` take them.
 
@@ -150,7 +155,16 @@ def measured(
         control if options.planner.hierarchy else None,
         options.kernel,
         options.planner.native_one_way,
+        ready,
     )
+
+
+def planned_bucket_bytes(
+    parameters: Mapping[str, Tensor], measurements: Measurements, options: AutoOptions
+) -> int:
+    """The size of buckets that is best by far for what the planner chooses; 0: DDP's own."""
+    decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
+    return decision.bucket_bytes
 
 
 def bucket_bytes(model: DistributedDataParallel) -> int:

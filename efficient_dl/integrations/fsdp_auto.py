@@ -15,6 +15,7 @@ from efficient_dl.comm import Compressor, ProcessGroupTransport, gather_json
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, plan_for
 from efficient_dl.comm.probe import SAMPLE_NUMEL, sample_gradient
+from efficient_dl.comm.routes import gradual
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor, measured
 from efficient_dl.integrations.fsdp_comms import Lane
 from efficient_dl.integrations.fsdp_setup import REPLICATE, SHARD
@@ -124,6 +125,8 @@ def _decided(
     if other is not None:  # the first of these groups measures for all of them
         found = Measurements.from_json(gather_json(found.to_json(), other)[0])
     model = Shapes(tuple(filter(None, numels)), sample[0].element_size())
+    if one == WEIGHTS:  # wanted from the first moment of a step on, not from the end of its forward pass
+        found = replace(found, ready=gradual(model.numels, 0.0))
     return plan_for(found, model, options.floor_bits, planner)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from efficient_dl.comm.topology import own_cores
 from efficient_dl.errors import LaunchError
 from efficient_dl.launching import binding
 
@@ -61,10 +61,7 @@ def check_gpus(everyone: Sequence[tuple[str, str]]) -> None:
 
 def usable_cores(device: torch.device, bound: bool) -> tuple[str, tuple[int, ...]]:
     """This machine, and the cores that this process may use; bound: of those, the GPU's neighbours."""
-    try:
-        cores = sorted(os.sched_getaffinity(0))
-    except (OSError, AttributeError):
-        cores = list(range(os.cpu_count() or 1))
+    cores = own_cores()
     if bound and device.type == "cuda":
         cores = binding.near_gpu(cores, _pci(torch.cuda.get_device_properties(device)))
     return machine(), tuple(cores)

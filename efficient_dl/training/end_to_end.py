@@ -19,9 +19,11 @@ from efficient_dl.comm.plan import Scale
 from efficient_dl.config import Config
 from efficient_dl.config.schema import BITS_WORDS
 from efficient_dl.data import Dataset
+from efficient_dl.integrations.auto import AutoOptions, planned_bucket_bytes
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_replanning import ChosenPlan
+from efficient_dl.integrations.nodes import ways
 from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
@@ -49,7 +51,7 @@ class Trainer(RunLoop):
     def _prepare(self) -> None:
         """Measure the computation alone, then wrap the model: DDP, and the compression in its all-reduce."""
         measure.reset_peak_memory(self.device)
-        self.compute_seconds = self.measured_compute()
+        self.compute_seconds = self.measured_compute().seconds
         self.ddp = DistributedDataParallel(
             self.model, device_ids=[self.device] if self._on_gpu else None, **self._ddp_arguments()
         )
@@ -60,13 +62,22 @@ class Trainer(RunLoop):
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
 
-    def measured_compute(self) -> float:
-        """Seconds of a step's forward and backward passes without communication; all ranks measure together."""
-        return measure.compute_seconds(self.model, self.device, lambda: self.backward(self.model))
+    def measured_compute(self) -> measure.Compute:
+        """A step's forward and backward passes without communication; all ranks measure together."""
+        return measure.compute(self.model, self.device, lambda: self.backward(self.model))
 
     def _ddp_arguments(self) -> dict[str, Any]:
         # DDP sends rank 0's buffers in every forward pass; only those that training changes are worth that.
-        return sync_buffers_argument(bool(self.trained_buffers))
+        arguments: dict[str, Any] = sync_buffers_argument(bool(self.trained_buffers))
+        if self.measurements is not None and (size := self._bucket_bytes(self.measurements)):
+            arguments["bucket_cap_mb"] = size / 2**20
+        return arguments
+
+    def _bucket_bytes(self, measurements: Measurements) -> int:
+        """What the planner wants; a resumed run has the same measurements, and so the same buckets."""
+        planner = ways(hierarchy_wish(self.config), self.world_size)
+        options = AutoOptions(self.config.compression.floor_bits, planner=planner)
+        return planned_bucket_bytes(dict(self.model.named_parameters()), measurements, options)
 
     def _settle_buckets(self) -> None:
         """Let DDP arrange its buckets before the first step, so that every step of every run has the same ones.

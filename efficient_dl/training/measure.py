@@ -7,7 +7,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,17 @@ from torch import nn
 
 _WARM_UP = 2
 _REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A step's forward and backward passes without communication.
+
+    seconds: the median. ready: the share of them after which each parameter's gradient is there, by name, a median.
+    """
+
+    seconds: float
+    ready: Mapping[str, float]
 
 
 class StepClock:
@@ -65,24 +77,53 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     model.zero_grad(set_to_none=True)
 
 
-def compute_seconds(model: nn.Module, device: torch.device, backward: Callable[[], object]) -> float:
-    """The median time of a step's forward and backward passes without any communication.
+def compute(model: nn.Module, device: torch.device, backward: Callable[[], object]) -> Compute:
+    """Times a step's forward and backward passes without any communication.
 
     backward: runs all passes of one step on the bare model (not wrapped by DDP), whose gradients this discards.
     All ranks do this at the same moment, before training, so that they share cores and memory as they will later.
     """
-    clock = StepClock(device)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    marks: dict[str, _Mark] = {}
+    hooks = [
+        one.register_post_accumulate_grad_hook(lambda _, name=name: marks.__setitem__(name, _Mark(device)))
+        for name, one in trained.items()
+    ]
+    seconds: list[float] = []
+    shares: list[dict[str, float]] = []
     with untouched(model, device):
         for repeat in range(_WARM_UP + _REPEATS):
             if dist.is_initialized():
                 dist.barrier()
-            if repeat < _WARM_UP:
-                backward()
-            else:
-                with clock.step():
-                    backward()
+            marks.clear()
+            begin = _Mark(device)
+            backward()
+            took = _Mark(device).since(begin)
             model.zero_grad(set_to_none=True)
-    return clock.median()
+            if repeat >= _WARM_UP:
+                seconds.append(took)
+                shares.append({name: min(mark.since(begin) / took, 1.0) for name, mark in marks.items()})
+    for hook in hooks:
+        hook.remove()
+    ready = {name: statistics.median(one.get(name, 1.0) for one in shares) for name in trained}
+    return Compute(statistics.median(seconds), ready)
+
+
+class _Mark:
+    """A moment, as the device that computes comes to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def since(self, earlier: _Mark) -> float:
+        """Seconds; on a GPU this waits for it."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
 
 
 def reset_peak_memory(device: torch.device) -> None:

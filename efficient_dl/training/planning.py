@@ -17,7 +17,7 @@ from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, codec_bi
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
-from efficient_dl.integrations.auto import AutoOptions, decide
+from efficient_dl.integrations.auto import AutoOptions, decide, shapes_of
 from efficient_dl.integrations.nodes import ways
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
@@ -58,12 +58,13 @@ def measured_plan(
     else: None, "auto", the number of workers on each node, "groups" or "groups:SIZE".
     """
     trainer = Trainer(config, data, device, progress)
-    seconds = trainer.measured_compute()
+    compute = trainer.measured_compute()
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     is_sgd = isinstance(trainer.optimizer.parts[-1], torch.optim.SGD)
     options = AutoOptions(
         config.compression.floor_bits,
-        seconds,
+        compute.seconds,
+        compute.ready,
         family="grid" if is_sgd and device.type == "cpu" else "bits",
         planner=ways(hierarchy, dist.get_world_size()),
     )
@@ -75,10 +76,7 @@ def measured_plan(
         trainer.backward(trainer.model)  # codecs are measured on a real gradient
         nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
         measurements, decision = decide(parameters, control, control, nodes, options)
-    model = Shapes(
-        tuple(p.numel() for p in parameters.values()), next(iter(parameters.values())).element_size()
-    )
-    return Planned(measurements, model, decision)
+    return Planned(measurements, shapes_of(parameters), decision)
 
 
 def is_planned(config: Config) -> bool:
@@ -121,6 +119,8 @@ def decided(
     planned = measured_plan(config, data, device, progress, hierarchy_wish(config) if changes else None)
     bits = planned.decision.bits
     note = f"bits auto: {planned.decision.reason}"
+    if changes and planned.decision.bucket_bytes:
+        note += f"; in buckets of {planned.decision.bucket_bytes >> 20} MiB"
     if changes:
         return Decided(config, note, planned.measurements, planned)
     chosen = _with_bits(config, float(bits) if bits not in ("none", "lossless") else bits)

@@ -23,6 +23,7 @@ from efficient_dl.comm.measurements import (
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
 from efficient_dl.comm.probe import codecs_for, link_turns
+from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
 
 MEGABIT = 1e6 / 8
@@ -110,11 +111,12 @@ def test_what_is_chosen_is_never_predicted_slower_than_native_nor_under_the_floo
     assert decision == plan_for(found, model, floor, options)
 
 
-@given(measured(), models, st.floats(1.0, 1e4), ways)
+@given(measured(), models, st.floats(1.0, 1e4), ways, st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
 def test_a_faster_link_never_leads_to_more_compression(
-    found: Measurements, model: Shapes, factor: float, options: PlannerOptions
+    found: Measurements, model: Shapes, factor: float, options: PlannerOptions, begin: float
 ) -> None:
+    found = replace(found, ready=gradual(model.numels, begin))
     slow = plan_for(found, model, options=options)
     fast = plan_for(found.with_faster_links(factor), model, options=options)
     assert compression(fast) <= compression(slow)
@@ -179,6 +181,27 @@ def test_a_step_without_overlap_is_backward_plus_codec_plus_transfer() -> None:
     assert two == pytest.approx(0.5 + 4e-4 + coded + 250_000 * 0.2505 / (100 * MEGABIT))
 
 
+def test_a_bucket_leaves_when_its_last_gradient_is_there() -> None:
+    """Buckets, from the last parameter on: 300,000 values, more than 1 MiB; then the others."""
+    model, speed = Shapes((500_000, 200_000, 300_000)), 100 * MEGABIT
+    found = replace(network(100, backward=1.0), ready=(0.95, 0.7, 0.9))
+    native = plan_for(found, model, options=PlannerOptions(bucket_bytes=1 << 20)).predictions[0]
+    computed = 1.0 + 2 * 2e-4
+    assert native.step_seconds == pytest.approx(
+        max(0.9 * computed + 4_000_000 / speed, computed + 2_800_000 / speed)
+    )
+    even = plan_for(replace(found, ready=()), model, options=PlannerOptions(bucket_bytes=1 << 20))
+    forward = computed / 3
+    assert even.predictions[0].step_seconds == pytest.approx(
+        max(forward + 0.3 * (computed - forward) + 4_000_000 / speed, computed + 2_800_000 / speed)
+    )
+
+
+def test_times_of_another_models_gradients_are_refused() -> None:
+    with pytest.raises(ConfigError, match="another model"):
+        plan_for(replace(network(100), ready=(0.5, 1.0)), MODEL)
+
+
 def test_gradients_that_travel_one_way_are_half_the_bytes_and_codec_time() -> None:
     found = network(100, backward=0.0, hosts=2)
     there_and_back = plan_for(found, MODEL).predictions
@@ -239,8 +262,11 @@ def test_a_hierarchy_is_chosen_where_the_ranks_of_a_node_share_a_slow_link() -> 
 
 def test_measurements_survive_json_and_refuse_what_they_are_not() -> None:
     shared = assumed_network(network(100), 50 * MEGABIT, nodes=2, ranks_per_node=2, latency_seconds=1e-4)
-    for one in (network(123.4), shared):
+    for one in (network(123.4), shared, replace(shared, ready=(0.25, 1.0))):
         assert Measurements.from_json(json.loads(json.dumps(one.to_json()))) == one
+    older = network(1).to_json()
+    del older["ready"]
+    assert Measurements.from_json(older) == network(1)
     for broken in ({"version": 99}, {**network(1).to_json(), "links": [{}]}, {}):
         with pytest.raises(ConfigError, match="no measurements of this version"):
             Measurements.from_json(broken)
