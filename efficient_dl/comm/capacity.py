@@ -23,6 +23,11 @@ def knows_capacity(codec: str) -> bool:
     return codec.partition(":")[0] in ("bits", *_CONSTANT)
 
 
+def largest_growth(num_bytes: float, packets: int) -> float:
+    """By how many bytes packets, so many of so many bytes in all, are longer at most than what their rate says."""
+    return num_bytes / _MARGIN_SHARE + packets * (_MARGIN_BYTES + _ALIGNMENT)
+
+
 def packet_capacity(codec: Codec, numel: int, dtype: torch.dtype, side: Side) -> int:
     """The bytes of every packet of so many values, the header included; the same on all ranks.
 

@@ -66,6 +66,7 @@ class Measurements:
     codecs: those that may be chosen, from the exact ones to the fewest bits.
     packet: of all of them; that of the one with the fewest bits.
     backward_seconds: of a step without communication, forward pass included; 0.0 if nobody has measured it.
+    told_seconds: what our exchange takes longer because nobody knows messages' sizes before they come.
     ready: of each parameter that is planned for, in the model's order, the share of backward_seconds after which its
         gradient is there, on the rank where it comes last; () if nobody has measured it.
     contended: whether codecs and backward take processor time from each other.
@@ -84,6 +85,7 @@ class Measurements:
     packet: PacketCost = PacketCost()
     assumed: str = ""
     ready: tuple[float, ...] = ()
+    told_seconds: float = 0.0
 
     @property
     def world_size(self) -> int:

@@ -78,6 +78,7 @@ class Prediction:
     break_even: bytes per second of the slowest link below which this beats the native all-reduce; 0.0: never,
         inf: on every link.
     group_size: of how many ranks each group is, where they reduce in groups; else 0.
+    bounded_seconds: the step's with bounded messages; 0.0: they are not possible, or not allowed.
     """
 
     bits: str
@@ -89,6 +90,7 @@ class Prediction:
     sent_bytes: float
     break_even: float
     group_size: int = 0
+    bounded_seconds: float = 0.0
 
     @property
     def plan(self) -> tuple[str, bool, int]:
@@ -102,6 +104,7 @@ class Decision:
 
     bits: as `compress` takes it: "none" steps aside. predictions: of every choice, the least compressing first.
     bucket_bytes: for DistributedDataParallel's bucket_cap_mb; 0: torch's own buckets are within the tolerance.
+    bounded: whether messages' sizes follow from the plan; where exact ones take longer by more than the tolerance.
     """
 
     bits: str
@@ -110,6 +113,7 @@ class Decision:
     reason: str
     predictions: tuple[Prediction, ...]
     group_size: int = 0
+    bounded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it; a break-even that is infinite is None."""
@@ -156,7 +160,10 @@ def plan_for(
     limit = best * (1 + options.tolerance)
     chosen = next(one for one in predictions if one.step_seconds <= limit)
     bucket_bytes = _buckets(measurements, model, floor_bits, options, chosen)
-    decision = Decision(chosen.bits, chosen.hierarchy, bucket_bytes, "", predictions, chosen.group_size)
+    bounded = 0 < chosen.bounded_seconds * (1 + options.tolerance) < chosen.step_seconds
+    decision = Decision(
+        chosen.bits, chosen.hierarchy, bucket_bytes, "", predictions, chosen.group_size, bounded
+    )
     return replace(decision, reason=_reason(decision, measurements, floor_bits))
 
 
@@ -180,6 +187,7 @@ def predict(
             one.sent_bytes,
             math.inf if one.bits == "none" else _break_even(one, native, measurements.slowest_link),
             one.group_size,
+            one.bounded.step_seconds() if one.bounded else 0.0,
         )
         for one in all_routes(measurements, model, floor_bits, options)
     )
@@ -248,6 +256,8 @@ def _reason(decision: Decision, measurements: Measurements, floor_bits: float) -
             else f"it pays below {_mbits(chosen.break_even)}"
         )
     why += _messages(chosen, measurements)
+    if decision.bounded:
+        why += f"; with bounded messages {_ms(chosen.bounded_seconds)}, as no sizes are told"
     assumed = f"; {measurements.assumed}" if measurements.assumed else ""
     return (
         f"{wording(chosen)}: a step of {_ms(chosen.step_seconds)} is predicted ({others}); the links have {speed}, "

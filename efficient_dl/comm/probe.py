@@ -33,6 +33,7 @@ _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
 _GLANCE_TRIES, _GLANCE_SECONDS = 3, 0.03  # of a look during a run (look.py)
 _PACKET_TRIES = 15
+_TOLD_TRIES = 15
 _COLD_BYTES = (
     64 << 20
 )  # read and written before a codec is timed: in training a gradient has left the caches, too
@@ -99,6 +100,7 @@ def probe(
         ranks_per_node,
         native=native_line(native, transport, sample.dtype, native_one_way),
         exchange=exchange_line(transport, transport),
+        told_seconds=_told_seconds(transport),
         between=between,
         inside=inside,
         links=_node_links(transport, topology),
@@ -299,6 +301,15 @@ def exchange_line(transport: Transport, everyone: Transport, glance: bool = Fals
         return lambda: transport.exchange([message] * transport.world_size).wait()
 
     return _line(send, everyone, glance)
+
+
+def _told_seconds(transport: Transport) -> float:
+    """What an exchange of small messages takes longer because their sizes are told first."""
+    message = torch.zeros(_SMALL_BYTES, dtype=torch.uint8, device=transport.device)
+    outgoing, sizes = [message] * transport.world_size, [_SMALL_BYTES] * transport.world_size
+    told = _timed(lambda: transport.exchange(outgoing).wait(), transport, _TOLD_TRIES)
+    known = _timed(lambda: transport.exchange(outgoing, sizes).wait(), transport, _TOLD_TRIES)
+    return max(min(told) - min(known), 0.0)
 
 
 def native_line(

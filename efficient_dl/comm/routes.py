@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from efficient_dl.comm.capacity import knows_capacity, largest_growth
 from efficient_dl.comm.measurements import CodecSpeed, Measurements
 from efficient_dl.comm.topology import group_sizes
 from efficient_dl.errors import ConfigError
@@ -23,6 +24,7 @@ class PlannerOptions:
     tolerance: how much slower than the fastest choice one with less compression may be; 0.02 is 2 %.
     bucket_bytes: of DistributedDataParallel; 0: its own 25 MiB, the first one 1 MiB.
     flat, hierarchy: which of our reductions can be had; a hierarchy only where nodes have several ranks each.
+    bounded: whether messages may have sizes that follow from the plan (capacity.py), where the codec allows it.
     groups: whether ranks may reduce in groups, where each has a node to itself, or where flat is not allowed.
         group_size: of how many; 0: what is fastest. Groups are chosen only where they are faster than our other
         reductions by more than the tolerance.
@@ -34,6 +36,7 @@ class PlannerOptions:
     bucket_bytes: int = 0
     flat: bool = True
     hierarchy: bool = False
+    bounded: bool = False
     groups: bool = False
     group_size: int = 0
     native: bool = True
@@ -132,7 +135,10 @@ def all_routes(
 
 @dataclass(frozen=True)
 class Route:
-    """One choice's part in a step's formula (see comm/planner.py): K, x, and (rᵢ, vᵢ) of each bucket."""
+    """One choice's part in a step's formula (see comm/planner.py): K, x, and (rᵢ, vᵢ) of each bucket.
+
+    bounded: the same with messages whose sizes follow from the plan; None: not possible.
+    """
 
     bits: str
     hierarchy: bool
@@ -142,6 +148,7 @@ class Route:
     transfer_seconds: float
     stages: tuple[tuple[float, float], ...]
     group_size: int = 0
+    bounded: Route | None = None
 
     def step_seconds(self, factor: float = 1.0) -> float:
         """The prediction if the links between nodes were so many times as fast."""
@@ -161,10 +168,12 @@ def _route(
     hierarchy: bool = False,
     packets: tuple[int, int, int] = (0, 0, 0),
     group_size: int = 0,
+    told: float = 0.0,
 ) -> Route:
     """speed: bytes per second. bucket_seconds: what each bucket takes whatever its size.
 
-    packets: how many a rank encodes, decodes and sends for each bucket.
+    packets: how many a rank encodes, decodes and sends for each bucket. told: how often sizes are told in a bucket, in
+    units of an exchange among all; 0: never.
     """
     buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
     backward = measurements.backward_seconds
@@ -187,9 +196,15 @@ def _route(
         last = stages[-1][1]
         processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
     processor += bucket_seconds * len(buckets)
-    return Route(
+    route = Route(
         bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, stages, group_size
     )
+    if not (options.bounded and told):
+        return route
+    grown = sent_bytes + largest_growth(sent_bytes, len(buckets) * sent)
+    silent = processor - min(told * measurements.told_seconds, bucket_seconds) * len(buckets)
+    bounded = replace(route, sent_bytes=grown, transfer_seconds=grown / speed, processor_seconds=silent)
+    return replace(route, bounded=bounded)
 
 
 def native_route(measurements: Measurements, model: Shapes, options: PlannerOptions) -> Route:
@@ -220,6 +235,7 @@ def _flat(measurements: Measurements, model: Shapes, codec: CodecSpeed, options:
         coded,
         ways * line.latency_seconds,
         packets=_packets(ranks, ways),
+        told=_told(codec, ways),
     )
 
 
@@ -263,6 +279,7 @@ def _grouped(
         2 * peers / others * line.latency_seconds,
         packets=(peers + 1, peers + ranks, peers + others),
         group_size=size,
+        told=_told(codec, 2 * peers / others),
     )
 
 
@@ -285,6 +302,11 @@ def _fastest(
             if best.step_seconds() < limit:
                 return best
     return min(ways, key=lambda one: one.step_seconds(), default=None)
+
+
+def _told(codec: CodecSpeed, times: float) -> float:
+    """How often sizes are told; 0.0 of a codec whose packets have no size that follows from the plan."""
+    return times if knows_capacity(codec.codec) else 0.0
 
 
 def _packets(ranks: int, ways: int) -> tuple[int, int, int]:

@@ -104,7 +104,10 @@ def train(
         str | None, typer.Option(help="What step sizes follow: auto, local, global or second_moment.")
     ] = None,
     messages: Annotated[
-        str | None, typer.Option(help="exact, or bounded: as long as bits says, so that no sizes travel.")
+        str | None,
+        typer.Option(
+            help="exact, or bounded: as long as bits says, so that no sizes travel; auto: what is faster."
+        ),
     ] = None,
     hierarchy: Annotated[
         str | None,

@@ -102,9 +102,10 @@ class CompressionConfig(Section):
         words=("auto", "local", "global", "second_moment"),
     )
     messages: str = setting(
-        "exact",
-        "bounded: as long as bits says, so that no sizes travel, and on a GPU the host waits for nothing",
-        words=("exact", "bounded"),
+        "auto",
+        "bounded: as long as bits says, so that no sizes travel, and on a GPU the host waits for nothing; exact: as "
+        "long as it takes; auto: exact, but with bits auto what is faster",
+        words=("auto", "exact", "bounded"),
     )
     hierarchy: int | str = setting(
         "plan",

@@ -25,6 +25,7 @@ from efficient_dl.comm import (
     Transport,
     handshake,
 )
+from efficient_dl.comm.capacity import knows_capacity
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
@@ -33,7 +34,7 @@ from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
-from efficient_dl.integrations.ddp_replanning import Replanner, ReplanOptions, flat
+from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner, ReplanOptions, flat
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     check_hierarchy,
@@ -61,7 +62,7 @@ def compress_ddp(
     bytes_per_step: int | None = None,
     error_feedback: bool | Literal["auto"] = "auto",
     scale: Scale | Literal["auto"] = "auto",
-    messages: Messages = "exact",
+    messages: Messages | Literal["auto"] = "auto",
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -99,12 +100,13 @@ def compress_ddp(
     scale: what the quantizer's step sizes follow. "local": blocks of 256 values, for Adam-like optimizers. "global":
         one step for all packets, on which the ranks agree, the least squared error for a rate, for SGD.
         "second_moment": one step a packet after division by the optimizer's √v, which all ranks know. "auto": "global"
-        for torch.optim.SGD on a CPU with exact messages, else "local" (on a GPU "global" has no kernel of its own yet,
-        and runs in torch).
+        for torch.optim.SGD on a CPU unless messages are bounded, else "local" (on a GPU "global" has no kernel of its
+        own yet, and runs in torch).
     messages: "exact": as long as their content takes, which ranks tell each other first. "bounded": as long as the
         number of bits says, about 3 % above it: no sizes travel, and on a GPU the host waits for nothing; blocks for
         which that is not enough are zeroed and counted (dropped_blocks). For bits="lossless", max_error,
-        bytes_per_step and steps of another scale than "local" there are exact ones only (docs/compression.md).
+        bytes_per_step and steps of another scale than "local" there are exact ones only (docs/compression.md). "auto":
+        exact, but with bits="auto" bounded where that is predicted to be faster by more than 2 %.
     error_feedback: add what a packet leaves out to the parameter's next one; takes 8 bytes a value on every rank.
         "auto": where scale is "global" and the optimizer is torch.optim.SGD. With Adam residuals come back as
         rare large values, which inflate its second moment (docs/experiments.md).
@@ -171,7 +173,7 @@ def compress_ddp(
         wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         if scale == "auto":
-            scale = "global" if is_sgd and device.type == "cpu" and messages == "exact" else "local"
+            scale = "global" if is_sgd and device.type == "cpu" and messages != "bounded" else "local"
         wishes = Plan.of(
             bits,
             overrides=overrides,
@@ -180,7 +182,7 @@ def compress_ddp(
             values_per_step=values_sent(parameters, wish.sent_share()),
             error_feedback=feeds_back(error_feedback, scaler, optimizer),
             scale=scale,
-            messages=messages,
+            messages="exact" if messages == "auto" else messages,
         )
         feeds_if_lossy = error_feedback == "auto" and is_sgd and wishes.scale == "global"
         plan = dataclasses.replace(
@@ -206,7 +208,11 @@ def compress_ddp(
             exact=scale != "second_moment",
             kernel=kernel,
             planner=dataclasses.replace(
-                ways(hierarchy, control.world_size), bucket_bytes=bucket_bytes(model)
+                ways(hierarchy, control.world_size),
+                bucket_bytes=bucket_bytes(model),
+                bounded=messages == "auto"
+                and scale == "local"
+                and all(knows_capacity(codec) for _, codec in plan.overrides),
             ),
         )
         auto.check()
@@ -229,15 +235,17 @@ def compress_ddp(
         replanner = None
         if is_auto:
 
-            def chosen(name: str) -> Plan:
+            def meant(choice: ChosenPlan) -> Plan:
                 """The user's wishes with the bits that were chosen; the native all-reduce takes none of them."""
-                if name == "none":
-                    return Plan.of(name)
+                if choice.bits == "none":
+                    return Plan.of("none")
                 found = Plan.of(
-                    name, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
+                    choice.bits, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
                 )
                 feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
-                return dataclasses.replace(found, error_feedback=feeds, messages=messages)
+                bounded = choice.bounded if messages == "auto" else messages == "bounded"
+                kind: Messages = "bounded" if bounded else "exact"
+                return dataclasses.replace(found, error_feedback=feeds, messages=kind)
 
             nodes = topology if topology is not None and not topology.groups else None
             several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1
@@ -246,7 +254,7 @@ def compress_ddp(
             if decision.bits == "none":
                 ignored = note_ignored(overrides=overrides, transport=transport)
                 decision = dataclasses.replace(decision, reason=decision.reason + ignored)
-            compressor.follow(chosen(decision.bits))
+            compressor.follow(meant(ChosenPlan.of(decision, 0, decision.reason)))
             options = (
                 replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan and can_replan)
             )
@@ -257,13 +265,14 @@ def compress_ddp(
                 decision,
                 shapes_of(parameters),
                 auto,
-                chosen,
+                meant,
                 control,
                 carrier,
                 Levels.of(nodes, control) if nodes is not None and several else None,
                 options,
             )
-            handshake(dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True)), control)
+            agreed = dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True))
+            handshake({**agreed, "bounded": decision.bounded}, control)
         compression = Compression(
             model,
             optimizer,

@@ -260,7 +260,7 @@ class Compression:
         with them added to the gradients, so that nothing is lost.
         """
         assert self._replanner is not None
-        plan = dataclasses.replace(self._replanner.plan(chosen.bits), reason=chosen.reason)
+        plan = dataclasses.replace(self._replanner.plan(chosen), reason=chosen.reason)
         self._guards.rest()
         self._compressor.follow(plan)
         self.plan = plan

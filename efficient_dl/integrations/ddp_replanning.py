@@ -32,13 +32,17 @@ _NANO = 1_000_000_000
 
 @dataclass(frozen=True)
 class ChosenPlan:
-    """A plan that came into force after an optimizer step, 0: the run's first one. bits: as `compress` takes it."""
+    """A plan that came into force after an optimizer step, 0: the run's first one.
+
+    bits: as `compress` takes it. bounded: whether messages' sizes follow from it.
+    """
 
     step: int
     bits: str
     hierarchy: bool
     reason: str
     group_size: int = 0
+    bounded: bool = False
 
     @property
     def label(self) -> str:
@@ -54,13 +58,17 @@ class ChosenPlan:
     @staticmethod
     def of(decision: Decision, step: int, reason: str) -> ChosenPlan:
         """What was decided, to come into force after a step."""
-        return ChosenPlan(step, decision.bits, decision.hierarchy, reason, decision.group_size)
+        return ChosenPlan(
+            step, decision.bits, decision.hierarchy, reason, decision.group_size, decision.bounded
+        )
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> ChosenPlan:
         """Undoes `to_json`; further keys are ignored."""
-        size = values.get("group_size", 0)
-        return ChosenPlan(values["step"], values["bits"], values["hierarchy"], values["reason"], size)
+        size, bounded = values.get("group_size", 0), values.get("bounded", False)
+        return ChosenPlan(
+            values["step"], values["bits"], values["hierarchy"], values["reason"], size, bounded
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Replanner:
     All that decides is gathered from all ranks first, and what follows is integers and IEEE arithmetic in the same
     order; so all ranks come to the same result after the same step. Looks touch no generator, gradient or parameter.
 
-    plan: what bits ("none", "lossless", "2.0") mean with the user's other wishes. model: what is planned for.
+    plan: what was chosen means with the user's other wishes. model: what is planned for.
     levels: idle transports of the hierarchy, where one can be had.
     """
 
@@ -88,7 +96,7 @@ class Replanner:
         decision: Decision,
         model: Shapes,
         auto: AutoOptions,
-        plan: Callable[[str], Plan],
+        plan: Callable[[ChosenPlan], Plan],
         control: ProcessGroupTransport,
         carrier: Transport,
         levels: Levels | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -15,7 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from efficient_dl.comm import parameter_scalars, total_scalars
 from efficient_dl.comm.measurements import Measurements
-from efficient_dl.comm.plan import Scale
+from efficient_dl.comm.plan import Messages, Scale
+from efficient_dl.comm.planner import PlannerOptions
 from efficient_dl.config import Config
 from efficient_dl.config.schema import BITS_WORDS
 from efficient_dl.data import Dataset
@@ -75,7 +77,7 @@ class Trainer(RunLoop):
 
     def _bucket_bytes(self, measurements: Measurements) -> int:
         """What the planner wants; a resumed run has the same measurements, and so the same buckets."""
-        planner = ways(hierarchy_wish(self.config), self.world_size)
+        planner = planner_options(self.config, hierarchy_wish(self.config), self.world_size)
         options = AutoOptions(self.config.compression.floor_bits, planner=planner)
         return planned_bucket_bytes(dict(self.model.named_parameters()), measurements, options)
 
@@ -255,6 +257,11 @@ class Trainer(RunLoop):
         return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
 
 
+def planner_options(config: Config, hierarchy: int | str | None, world_size: int) -> PlannerOptions:
+    """What "auto" may choose in a run; hierarchy: as `compress_ddp` takes it."""
+    return dataclasses.replace(ways(hierarchy, world_size), bounded=config.compression.messages == "auto")
+
+
 def hierarchy_wish(config: Config) -> int | str | None:
     """What `compress_ddp` takes as hierarchy; where the planner decides, nodes are looked for if one can be had."""
     settings = config.compression
@@ -287,7 +294,7 @@ def compressed(
         bytes_per_step=settings.bytes_per_step or None,
         error_feedback=_ERROR_FEEDBACK[settings.error_feedback],
         scale=_SCALES[settings.scale],
-        messages="bounded" if settings.messages == "bounded" else "exact",
+        messages=_MESSAGES[settings.messages],
         hierarchy=hierarchy_wish(config),
         transport="mpi" if settings.transport == "mpi" else None,
         shadow=settings.shadow,
@@ -312,4 +319,8 @@ _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).
 _SYNC_BUFFERS = "forward_sync_buffers" if _RENAMED else "broadcast_buffers"
 PLAN_EVENT = "plan"  # of rows of metrics.jsonl: bits = "auto" goes over to another plan after their step
 _SCALES: dict[str, Scale | Literal["auto"]] = {"auto": "auto", **{scale: scale for scale in get_args(Scale)}}
+_MESSAGES: dict[str, Messages | Literal["auto"]] = {
+    "auto": "auto",
+    **{one: one for one in get_args(Messages)},
+}
 _ERROR_FEEDBACK: dict[str, bool | Literal["auto"]] = {"auto": "auto", "on": True, "off": False}

@@ -18,10 +18,9 @@ from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import AutoOptions, decide, shapes_of
-from efficient_dl.integrations.nodes import ways
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
-from efficient_dl.training.end_to_end import Trainer, hierarchy_wish
+from efficient_dl.training.end_to_end import Trainer, hierarchy_wish, planner_options
 from efficient_dl.training.run_folder import recorded_plan
 
 
@@ -66,7 +65,7 @@ def measured_plan(
         compute.seconds,
         compute.ready,
         family="grid" if is_sgd and device.type == "cpu" else "bits",
-        planner=ways(hierarchy, dist.get_world_size()),
+        planner=planner_options(config, hierarchy, dist.get_world_size()),
     )
     world = dist.group.WORLD
     assert world is not None

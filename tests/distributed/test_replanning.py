@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -77,6 +78,31 @@ def sparing(rank: int) -> tuple[list[dict[str, Any]], int]:
 def test_nothing_is_looked_at_without_an_allowance() -> None:
     for plans, looks in run_ranks(sparing, 2):
         assert [one["bits"] for one in plans] == ["2.0"] and looks == 0
+
+
+def bounded(rank: int) -> tuple[str, str, bool, bool]:
+    """Planned where sizes are dear to tell; gone on with where they are cheap."""
+    links = network((1, 1), 0.5, backward=0.5, family="bits")
+    native, exchange = (
+        dataclasses.replace(line, latency_seconds=seconds)
+        for line, seconds in ((links.native, 0.3), (links.exchange, 0.1))
+    )
+    dear = dataclasses.replace(links, native=native, exchange=exchange, told_seconds=0.09)
+    model, optimizer, compression = made(dear, NEVER, scale="local")
+    train(rank, model, optimizer, 0, 10)
+    state, first = compression.state_dict(), compression.stats()["messages"]
+    compression.close()
+    model, optimizer, compression = made(links, NEVER, scale="local")
+    fresh = compression.stats()["messages"]
+    compression.load_state_dict(state)
+    train(rank, model, optimizer, 10, 20)
+    stats = compression.stats()
+    compression.close()
+    return first, fresh, stats["messages"] == "bounded", stats["plans"][-1]["bounded"]
+
+
+def test_bounded_messages_are_planned_where_they_pay_and_a_resumed_run_keeps_them() -> None:
+    assert run_ranks(bounded, 2) == [("bounded", "exact", True, True)] * 2
 
 
 def broken_look(rank: int, nodes: tuple[int, ...]) -> None:

@@ -291,6 +291,34 @@ def test_the_floor_is_among_the_codecs_and_nothing_lies_under_it() -> None:
     assert codecs_for(6) == ("lossless", "bits:6.0")
 
 
+def test_messages_are_bounded_where_telling_their_sizes_takes_more_than_the_tolerance() -> None:
+    options = PlannerOptions(bounded=True)
+    slow = Line(0.06, 100 * MEGABIT)
+    cheap = replace(network(100), told_seconds=1e-5)
+    dear = replace(network(100), exchange=slow, told_seconds=0.05)
+    assert not plan_for(cheap, MODEL, options=options).bounded
+    decision = plan_for(dear, MODEL, options=options)
+    assert decision.bounded and decision.bits == "2.0"
+    assert "with bounded messages" in decision.reason
+    told = [one.bits for one in decision.predictions if one.bounded_seconds]
+    assert told == ["4.0", "2.0"]  # the native all-reduce tells no sizes, and lossless packets have to
+    assert not plan_for(dear, MODEL).bounded
+    assert json.loads(json.dumps(decision.to_json()))["bounded"] is True
+
+
+@given(measured(), models, st.floats(0, 0.1))
+@settings(max_examples=60, deadline=None)
+def test_bounded_messages_are_only_ever_chosen_for_less_time(
+    found: Measurements, model: Shapes, told: float
+) -> None:
+    allowed = plan_for(replace(found, told_seconds=told), model, options=PlannerOptions(bounded=True))
+    exact = plan_for(found, model)
+    assert allowed.plan == exact.plan  # what travels does not depend on it
+    if allowed.bounded:
+        assert allowed.chosen.bounded_seconds * 1.02 < allowed.chosen.step_seconds
+        assert told > 0
+
+
 def many(hosts: int, latency: float = 5e-4, megabits: float = 1000.0) -> Measurements:
     found = replace(network(megabits), packet=PacketCost(4e-5, 3e-5, 144.0))
     return assumed_network(found, megabits * MEGABIT, hosts, 1, latency)
