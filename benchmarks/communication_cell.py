@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,6 @@ from benchmarks.peers import PEERS, POWERSGD_BUCKET_MB, register_peer
 from efficient_dl.comm import ProcessGroupTransport
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision
-from efficient_dl.comm.topology import own_cores
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import Dataset, load_data
 from efficient_dl.integrations.auto import AutoOptions, decide, planned_bucket_bytes
@@ -132,7 +130,6 @@ def run_cell(worker: Worker, model: str, systems: list[str], steps: int, seconds
     steps: of each system; fewer, but five, where all of them would take longer than `seconds`.
     """
     config = with_overrides(Config(), [*MODELS[model], "run.threads=1"])
-    _have_a_share_of_the_cores(worker)
     worker.start(config.run)
     data = load_data(config.data, context=config.model.context, seed=0)
     measurements, decision = _predicted(worker, config, data)
@@ -179,14 +176,6 @@ def _predicted(worker: Worker, config: Config, data: Dataset) -> tuple[Measureme
     finally:
         transport.close()
     return found
-
-
-def _have_a_share_of_the_cores(worker: Worker) -> None:
-    """Hosts that are emulated on one machine have cores of their own, or share one among few, as long as it has any."""
-    cores = own_cores()
-    first = worker.rank * len(cores) // worker.size
-    last = max((worker.rank + 1) * len(cores) // worker.size, first + 1)
-    os.sched_setaffinity(0, cores[first:last])
 
 
 def _slowest(seconds: float) -> float:

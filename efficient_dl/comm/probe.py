@@ -23,7 +23,7 @@ from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeL
 from efficient_dl.comm.meter import Tally
 from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import ProcessGroupTransport
-from efficient_dl.comm.topology import Topology, own_cores
+from efficient_dl.comm.topology import Topology, machine, own_cores
 from efficient_dl.comm.transport import SIZE_BYTES, Transport
 
 _SMALL_BYTES = 1024
@@ -85,6 +85,7 @@ def probe(
         ],
         "backward": backward_seconds,
         "ready": list(ready),
+        "machine": machine(),
         "cores": own_cores(),
         "threads": torch.get_num_threads(),
         "gpu": transport.device.type == "cuda",
@@ -107,17 +108,21 @@ def probe(
         codecs=merged([[CodecSpeed(*one) for one in theirs["codecs"]] for theirs in everyone]),
         backward_seconds=max(theirs["backward"] for theirs in everyone),
         # A codec beside backward needs a core that backward leaves idle; on a GPU both want the same processors.
-        contended=any(theirs["gpu"] for theirs in everyone)
-        or any(_is_full([everyone[rank] for rank in node]) for node in topology.nodes),
+        contended=any(theirs["gpu"] for theirs in everyone) or _has_full_machine(everyone),
         packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
         ready=tuple(map(max, zip(*(theirs["ready"] for theirs in everyone), strict=True))),
     )
 
 
-def _is_full(ranks: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether backward on the ranks of a node leaves none of their cores idle."""
-    cores = {core for rank in ranks for core in rank["cores"]}
-    return len(cores) <= sum(rank["threads"] for rank in ranks)
+def _has_full_machine(everyone: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether backward leaves none of a machine's cores idle: of those that its ranks may use."""
+    machines = {theirs["machine"] for theirs in everyone}
+    for one in machines:
+        ranks = [theirs for theirs in everyone if theirs["machine"] == one]
+        cores = {core for rank in ranks for core in rank["cores"]}
+        if len(cores) <= sum(rank["threads"] for rank in ranks):
+            return True
+    return False
 
 
 def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,15 @@ def _grouped(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     for rank, key in enumerate(keys):
         groups[key].append(rank)
     return tuple(map(tuple, groups.values()))
+
+
+def machine() -> str:
+    """What identifies this machine: its boot. Containers and emulated hosts on it share its cores."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def own_cores() -> list[int]:

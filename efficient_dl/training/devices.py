@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from efficient_dl.comm.topology import own_cores
+from efficient_dl.comm.topology import machine, own_cores
 from efficient_dl.errors import LaunchError
 from efficient_dl.launching import binding
-
-
-def machine() -> str:
-    """What identifies this machine: its boot."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:

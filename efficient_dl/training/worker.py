@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from efficient_dl.comm.topology import machine
 from efficient_dl.config import Config, RunConfig
 from efficient_dl.errors import EdlError, LaunchError, PlanMismatch, TransportError
 from efficient_dl.launching import interfaces
@@ -100,7 +101,7 @@ class Worker:
         Raises LaunchError if the device is not there, TransportError if the group cannot be made.
         """
         device = self.together("device", lambda: devices.choose_device(run.device, self.local_rank))
-        gpus = self.gather("gpus", (devices.machine(), devices.gpu_of(device)))
+        gpus = self.gather("gpus", (machine(), devices.gpu_of(device)))
         self.together("gpus", lambda: devices.check_gpus(gpus))
         bound = run.bind == "cores"
         cores = self.gather("cores", devices.usable_cores(device, bound))
@@ -192,7 +193,7 @@ def _with_own_keys(worker: Worker) -> Worker:
 def _know_peers(worker: Worker) -> Worker:
     """The worker with its local rank, if its launcher does not tell it, after choosing the network interface."""
     meeting = worker.meeting
-    here = (devices.machine(), interfaces.reach(meeting.host, meeting.port))
+    here = (machine(), interfaces.reach(meeting.host, meeting.port))
     everyone: list[tuple[str, interfaces.Reach]] = worker.gather("peers", here)
     ways = [way for _, way in everyone]
     given = os.environ.get(interfaces.GLOO)
