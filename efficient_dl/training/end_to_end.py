@@ -76,7 +76,9 @@ class Trainer(RunLoop):
         return arguments
 
     def _bucket_bytes(self, measurements: Measurements) -> int:
-        """What the planner wants; a resumed run has the same measurements, and so the same buckets."""
+        """What the planner wants, 0: DDP's own. A resumed run has the same measurements, and so the same buckets."""
+        if not measurements.ready:
+            return 0  # recorded by a version that left buckets to DDP
         planner = planner_options(self.config, hierarchy_wish(self.config), self.world_size)
         options = AutoOptions(self.config.compression.floor_bits, planner=planner)
         return planned_bucket_bytes(dict(self.model.named_parameters()), measurements, options)
