@@ -44,15 +44,21 @@ def _patch_the_language_once_a_kernel(patch: pytest.MonkeyPatch) -> None:
         replaced.update(modules)
         return replace(function)
 
-    one_at_a_time = threading.Lock()  # what it replaces is every thread's
+    one_at_a_time = threading.RLock()  # what it replaces is every thread's
+    rewrite = interpreter.InterpretedFunction.rewrite
 
     def run_one_grid(self: Any, *arguments: Any, **options: Any) -> Any:
         with one_at_a_time:
             replaced.clear()
             return run_grid(self, *arguments, **options)
 
+    def rewrite_one(self: Any) -> Any:
+        with one_at_a_time:  # two threads that parse at once can raise SystemError in Python 3.11
+            return rewrite(self)
+
     patch.setattr(interpreter, "_patch_lang", replace_once)
     patch.setattr(interpreter.GridExecutor, "__call__", run_one_grid)
+    patch.setattr(interpreter.InterpretedFunction, "rewrite", rewrite_one)
 
 
 def _leave_out_checks_that_nobody_reads(patch: pytest.MonkeyPatch) -> None:
