@@ -63,10 +63,13 @@ def look(
             codecs=merged([[CodecSpeed(*one) for one in theirs["codecs"]] for theirs in everyone]),
             packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
         )
+    exchange = exchange_line(transport, transport, glance=True)
+    slower = exchange.latency_seconds / max(known.exchange.latency_seconds, 1e-9)
     return replace(
         known,
         native=native_line(native, transport, _DTYPES[itemsize], glance=True),
-        exchange=exchange_line(transport, transport, glance=True),
+        exchange=exchange,
+        told_seconds=known.told_seconds * slower,
         between=exchange_line(levels.exchange, transport, glance=True) if levels else known.between,
         inside=exchange_line(levels.scatter, transport, glance=True) if levels else known.inside,
         links=(),

@@ -64,16 +64,18 @@ class Pipeline(Generic[J]):
     def close(self, timeout: float = 10.0) -> bool:
         """Lets the queued jobs finish and ends the threads; False if one of them is still stuck after timeout.
 
-        Called in one of the threads, where Python may collect garbage, too, it does not wait for that one.
+        Called in one of the threads, where Python may collect garbage, too, it does not wait: that thread's job, and those
+        behind it, go on after it returns.
         """
         deadline = time.monotonic() + timeout
         if not self._closed:
             self._closed = True
             self._entry.put(None)
-        others = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for thread in others:
+        if threading.current_thread() in self._threads:
+            return True
+        for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
-        return not any(thread.is_alive() for thread in others)
+        return not any(thread.is_alive() for thread in self._threads)
 
 
 _Inbox = queue.SimpleQueue[tuple[J, Future[J]] | None]

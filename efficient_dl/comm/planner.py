@@ -24,9 +24,9 @@ The rule: of all choices within `tolerance` of the fastest one, the least compre
 predicted to be slower than the native all-reduce, and native wins ties.
 
 Why this form of a step: it is homogeneous in (K, x) with the same rᵢ and vᵢ for all choices, so that T1 / T2 of two
-choices is monotone in the link's speed.
-A faster link can then never lead to more compression, nor a slower codec to leave the native all-reduce; tests hold
-both (tests/unit/test_planner.py). A hierarchy against a flat reduction is another question: where a link is so fast
+choices is monotone in the link's speed. With buckets of a given size a faster link can then never lead to more
+compression, nor a slower codec to leave the native all-reduce; tests hold both (tests/unit/test_planner.py).
+A hierarchy against a flat reduction is another question: where a link is so fast
 that the hierarchy no longer pays, each rank sends more bytes, and more compression can pay again.
 """
 

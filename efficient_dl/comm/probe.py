@@ -115,7 +115,9 @@ def probe(
 
 
 def _has_full_machine(everyone: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether backward leaves none of a machine's cores idle: of those that its ranks may use."""
+    """Whether backward leaves a rank, or all ranks of a machine together, none of the cores that they may use."""
+    if any(len(theirs["cores"]) <= theirs["threads"] for theirs in everyone):
+        return True
     machines = {theirs["machine"] for theirs in everyone}
     for one in machines:
         ranks = [theirs for theirs in everyone if theirs["machine"] == one]
@@ -195,7 +197,8 @@ def codec_speed(
     layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
     shards = [shard for shard in layout.shards if shard.numel]
     parts = [sample[shard.start : shard.stop] for shard in shards]
-    encode, decode, num_bytes = _Timed(codec, [shard.side for shard in shards], parts, kernel).run(tries)
+    timed = _Timed(codec, [shard.side for shard in shards], parts, kernel, _COLD_BYTES)
+    encode, decode, num_bytes = timed.run(tries)
     numel, packets = sample.numel(), len(shards)
     return CodecSpeed(
         codec,
@@ -206,10 +209,10 @@ def codec_speed(
 
 
 class _Timed:
-    """A codec on given tensors."""
+    """A codec on given tensors. cold: bytes of other memory to touch before each timing."""
 
     def __init__(
-        self, codec: str, sides: Sequence[Side | None], parts: Sequence[Tensor], kernel: str
+        self, codec: str, sides: Sequence[Side | None], parts: Sequence[Tensor], kernel: str, cold: int = 0
     ) -> None:
         self._codec = make_codec(codec, kernel=kernel)
         self._sides, self._parts = sides, parts
@@ -220,7 +223,7 @@ class _Timed:
             for part, side in zip(parts, sides, strict=True)
         ]
         self._totals = [torch.zeros_like(part, dtype=torch.float32) for part in parts]
-        self._other = torch.zeros(_COLD_BYTES, dtype=torch.uint8, device=parts[0].device)
+        self._other = torch.zeros(cold, dtype=torch.uint8, device=parts[0].device)
 
     def run(self, tries: int) -> tuple[float, float, int]:
         """Seconds to encode, and to decode and add, medians; and the packets' bytes."""

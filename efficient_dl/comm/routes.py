@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -67,16 +67,18 @@ def bucket_numels(numels: Sequence[int], itemsize: int = 4, bucket_bytes: int = 
 
 @lru_cache(maxsize=256)
 def _buckets_of(numels: tuple[int, ...], itemsize: int, bucket_bytes: int) -> tuple[int, ...]:
-    return tuple(
-        sum(numels[index] for index in bucket) for bucket in _members(numels, itemsize, bucket_bytes)
-    )
+    last_first = range(len(numels) - 1, -1, -1)
+    members = _members(numels, last_first, itemsize, bucket_bytes)
+    return tuple(sum(numels[index] for index in bucket) for bucket in members)
 
 
-def _members(numels: Sequence[int], itemsize: int, bucket_bytes: int) -> list[list[int]]:
-    """The parameters in each bucket."""
+def _members(
+    numels: Sequence[int], order: Iterable[int], itemsize: int, bucket_bytes: int
+) -> list[list[int]]:
+    """The parameters in each bucket, which fill in this order."""
     buckets: list[list[int]] = [[]]
     filled = 0
-    for index in reversed(range(len(numels))):
+    for index in order:
         first = len(buckets) == 1 and not bucket_bytes
         if filled * itemsize >= (FIRST_BUCKET_BYTES if first else bucket_bytes or BUCKET_BYTES):
             buckets.append([])
@@ -103,7 +105,10 @@ def _stages(
     """Of each bucket: the share of a step after which it is there, and the share of all values in it and after it."""
     stages: list[tuple[float, float]] = []
     latest, left, total = 0.0, sum(numels), sum(numels)
-    for bucket in _members(numels, itemsize, bucket_bytes):
+    arrival = sorted(
+        range(len(numels) - 1, -1, -1), key=lambda index: ready[index]
+    )  # as DDP rebuilds its buckets
+    for bucket in _members(numels, arrival, itemsize, bucket_bytes):
         latest = max(latest, *(ready[index] for index in bucket))  # buckets leave in order
         stages.append((latest, left / total))
         left -= sum(numels[index] for index in bucket)
@@ -175,7 +180,6 @@ def _route(
     packets: how many a rank encodes, decodes and sends for each bucket. told: how often sizes are told in a bucket, in
     units of an exchange among all; 0: never.
     """
-    buckets = _buckets_of(model.numels, model.itemsize, options.bucket_bytes)
     backward = measurements.backward_seconds
     ready = measurements.ready or gradual(model.numels, FORWARD_SHARE if backward else 0.0)
     if len(ready) != len(model.numels):
@@ -188,21 +192,21 @@ def _route(
     stages = _stages(model.numels, model.itemsize, options.bucket_bytes, ready)
     encoded, decoded, sent = packets
     cost = measurements.packet
-    sent_bytes += len(buckets) * sent * cost.num_bytes
-    codec_seconds += len(buckets) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
+    sent_bytes += len(stages) * sent * cost.num_bytes
+    codec_seconds += len(stages) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
     if measurements.contended:
         processor = backward + codec_seconds
     else:
         last = stages[-1][1]
         processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
-    processor += bucket_seconds * len(buckets)
+    processor += bucket_seconds * len(stages)
     route = Route(
         bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, stages, group_size
     )
     if not (options.bounded and told):
         return route
-    grown = sent_bytes + largest_growth(sent_bytes, len(buckets) * sent)
-    silent = processor - min(told * measurements.told_seconds, bucket_seconds) * len(buckets)
+    grown = sent_bytes + largest_growth(sent_bytes, len(stages) * sent)
+    silent = processor - min(told * measurements.told_seconds, bucket_seconds) * len(stages)
     bounded = replace(route, sent_bytes=grown, transfer_seconds=grown / speed, processor_seconds=silent)
     return replace(route, bounded=bounded)
 

@@ -106,7 +106,8 @@ def train(
     messages: Annotated[
         str | None,
         typer.Option(
-            help="exact, or bounded: as long as bits says, so that no sizes travel; auto: what is faster."
+            help="exact, or bounded: as long as bits says, so that no sizes travel; auto: what is faster, "
+            "with bits auto."
         ),
     ] = None,
     hierarchy: Annotated[

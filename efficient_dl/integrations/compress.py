@@ -57,6 +57,8 @@ def compress(
     known = inspect.signature(adapter).parameters
     given = {"bits": bits, "optimizer": optimizer}
     options |= {name: value for name, value in given.items() if value is not None}
+    if kind != "DistributedDataParallel" and options.get("messages") == "auto":
+        del options["messages"]  # their planner has exact ones alone
     for option in options:
         if option not in known:
             names = [name for name in known if name not in ("model", "engine")]

@@ -224,7 +224,12 @@ def compress_ddp(
     facts["transport"] = transport_name(transport)
     facts["hierarchy"] = wish.fact()
     is_auto = plan.bits == "auto" and not plan.varies_rates and not shadow and control.world_size > 1
-    told = {**auto.facts(), "replan": str(replan), "measurements": _digest(measurements)}
+    told = {
+        **auto.facts(),
+        "replan": str(replan),
+        "measurements": _digest(measurements),
+        "messages": messages,
+    }
     facts["auto"] = told if is_auto else None
     handshake(facts, control)
     topology = wish.topology()

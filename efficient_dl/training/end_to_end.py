@@ -261,7 +261,10 @@ class Trainer(RunLoop):
 
 def planner_options(config: Config, hierarchy: int | str | None, world_size: int) -> PlannerOptions:
     """What "auto" may choose in a run; hierarchy: as `compress_ddp` takes it."""
-    return dataclasses.replace(ways(hierarchy, world_size), bounded=config.compression.messages == "auto")
+    settings = config.compression
+    bounded = settings.messages == "auto" and config.local.mode == "end-to-end"
+    bounded = bounded and settings.scale in ("auto", "local") and not settings.overrides
+    return dataclasses.replace(ways(hierarchy, world_size), bounded=bounded)
 
 
 def hierarchy_wish(config: Config) -> int | str | None:

@@ -91,7 +91,9 @@ def compute(model: nn.Module, device: torch.device, backward: Callable[[], objec
     ]
     seconds: list[float] = []
     shares: list[dict[str, float]] = []
-    with untouched(model, device):
+    with contextlib.ExitStack() as removing, untouched(model, device):
+        for hook in hooks:
+            removing.callback(hook.remove)
         for repeat in range(_WARM_UP + _REPEATS):
             if dist.is_initialized():
                 dist.barrier()
@@ -103,8 +105,6 @@ def compute(model: nn.Module, device: torch.device, backward: Callable[[], objec
             if repeat >= _WARM_UP:
                 seconds.append(took)
                 shares.append({name: min(mark.since(begin) / took, 1.0) for name, mark in marks.items()})
-    for hook in hooks:
-        hook.remove()
     ready = {name: statistics.median(one.get(name, 1.0) for one in shares) for name in trained}
     return Compute(statistics.median(seconds), ready)
 

@@ -116,6 +116,11 @@ def decided(
         note = "bits auto: planned as before; a resumed run measures nothing at its start"
         return Decided(config, note, known)
     planned = measured_plan(config, data, device, progress, hierarchy_wish(config) if changes else None)
+    if changes and (size := planned.decision.bucket_bytes):
+        options = planner_options(config, hierarchy_wish(config), dist.get_world_size())
+        options = dataclasses.replace(options, bucket_bytes=size)
+        decision = plan_for(planned.measurements, planned.model, floor, options)  # as DDP's will be
+        planned = dataclasses.replace(planned, decision=decision)
     bits = planned.decision.bits
     note = f"bits auto: {planned.decision.reason}"
     if changes and planned.decision.bucket_bytes:

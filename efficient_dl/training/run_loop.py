@@ -23,6 +23,7 @@ from efficient_dl.training.signals import Stopped
 from efficient_dl.training.task import task_for
 from efficient_dl.training.watch import Unwatched, Watch
 
+_MESSAGES = "compression.messages"
 _NO_PLAN = ("compression.check_every", "compression.replan")  # what does not decide how gradients are sent
 
 
@@ -178,6 +179,8 @@ class RunLoop(ABC):
     def _same_plan(self, checkpoint: Checkpoint) -> bool:
         """Whether gradients were sent in the same way as now, so that the compression's state goes on; notes if not."""
         before, now = checkpoint.about["settings"], self.config.settings()
+        if before.get(_MESSAGES) in (None, "exact") and now[_MESSAGES] == "auto":
+            before = {**before, _MESSAGES: "auto"}  # a state brings its own along
         same = all(
             before.get(key) == now[key]
             for key in now

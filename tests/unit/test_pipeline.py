@@ -95,6 +95,16 @@ def test_an_exception_ends_its_job_and_all_behind_it(pipelines: Callable[..., Pi
     assert ran == [0]
 
 
+def test_a_stage_that_closes_its_own_pipeline_does_not_wait_for_itself(
+    pipelines: Callable[..., Pipeline[Job]],
+) -> None:
+    """As the garbage collector does where it comes by in a stage's thread."""
+    made: list[Pipeline[Job]] = []
+    made.append(pipelines(lambda job: made[0].close(100) and None, lambda job: None))
+    made[0].submit(Job(0)).result(100)
+    assert made[0].close(100)
+
+
 def test_close_finishes_what_is_queued_and_refuses_more(pipelines: Callable[..., Pipeline[Job]]) -> None:
     pipeline = pipelines(lambda job: time.sleep(0.02), lambda job: None)
     futures = [pipeline.submit(Job(number)) for number in range(3)]
