@@ -30,7 +30,7 @@ from torch import nn
 from benchmarks.closed_form_data import DATA, SWEEP_ROWS, Split
 from benchmarks.rows import Row, RowFile
 from benchmarks.studies import StudyRow, as_dicts, cases_of, listed, paired, seeds_of, systems_of
-from benchmarks.verdicts import says
+from benchmarks.verdicts import says, span
 from efficient_dl import closed_form as cf
 from efficient_dl.closed_form.base import Classifier
 from efficient_dl.closed_form.gram import Strength
@@ -339,7 +339,7 @@ def verdict(rows: list[dict[str, Any]] | list[StudyRow]) -> str:
         / statistics.mean(seeds_of(rows, name, BEST, "cpu_seconds").values())
         for name in TOYS
     ]
-    toys += f", against {min(factors):.0f} to {max(factors):.0f} × the seconds of SGD on {listed(patient)}"
+    toys += f", against {span(factors, '.0f')} × the seconds of SGD on {listed(patient)}"
     digits = {
         system: statistics.mean(seeds_of(rows, "digits", system, "accuracy").values())
         for system in systems_of(rows, "digits")

@@ -64,8 +64,8 @@ class Pipeline(Generic[J]):
     def close(self, timeout: float = 10.0) -> bool:
         """Lets the queued jobs finish and ends the threads; False if one of them is still stuck after timeout.
 
-        Called in one of the threads, where Python may collect garbage, too, it does not wait: that thread's job, and those
-        behind it, go on after it returns.
+        Called in one of the threads, where Python may collect garbage, too, it does not wait: that thread's job, and
+        those behind it, go on after it returns.
         """
         deadline = time.monotonic() + timeout
         if not self._closed:
