@@ -93,6 +93,7 @@ CLAIMS: dict[str, Claim] = {
             "none published",
             "benchmarks.depth",
             "depth.jsonl",
+            "benchmarks.plot_depth",
         ),
         Claim(
             "T5",
@@ -111,6 +112,7 @@ CLAIMS: dict[str, Claim] = {
             ".8534, XGBoost .8532, 57 OpenML sets (RFRBoost, ICML 2025)",
             "benchmarks.closed_form",
             "closed_form.jsonl",
+            "benchmarks.plot_closed_form",
         ),
         Claim(
             "redundancy",
