@@ -15,17 +15,10 @@ pytestmark = [pytest.mark.netns, pytest.mark.slow]
 MEGABIT = 1e6 / 8
 
 
-@pytest.mark.timeout(650)
+@pytest.mark.timeout(250)
 def test_the_measured_bandwidth_is_the_shaped_one_within_15_percent(tmp_path: Path) -> None:
-    """Slow enough that the link, and not this machine's load, decides in one of three tries."""
-    for _ in range(3):
-        speeds = measured_speeds(tmp_path / "plan.json")
-        if speeds == pytest.approx([40 * MEGABIT] * len(speeds), rel=0.15):
-            return
-    pytest.fail(f"{speeds} bytes a second, three times, instead of {40 * MEGABIT}")
-
-
-def measured_speeds(file: Path) -> list[float]:
+    """Slow enough that the link, and not this machine's load, decides."""
+    file = tmp_path / "plan.json"
     command = ["probe", "--model", "mlp-nano", "--data", "digits", "--json", str(file)]
     with EmulatedNetwork(hosts=2, rate="40mbit") as network:
         run = network.run(
@@ -37,4 +30,6 @@ def measured_speeds(file: Path) -> list[float]:
     assert run.exit_code == 0, run.output
     found = json.loads(file.read_text())["measurements"]
     assert found["ranks_per_node"] == [1, 1]
-    return [line["bytes_per_second"] for line in (found["exchange"], found["native"], *found["links"])]
+    speeds = [found["exchange"], found["native"], *found["links"]]
+    for speed in speeds:
+        assert speed["bytes_per_second"] == pytest.approx(40 * MEGABIT, rel=0.15)
