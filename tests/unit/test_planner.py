@@ -22,7 +22,7 @@ from efficient_dl.comm.measurements import (
     extrapolated,
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
-from efficient_dl.comm.probe import codecs_for, link_turns
+from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns
 from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
 
@@ -282,6 +282,26 @@ def test_every_pair_of_nodes_is_measured_once_and_no_node_does_two_things_at_onc
         assert len(busy) == len(set(busy))
     pairs = [pair for turn in turns for pair in turn]
     assert sorted(pairs) == [(a, b) for a in range(nodes) for b in range(nodes) if a != b]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "full"),
+    [
+        ([("a", [0, 1], 1)], False),
+        ([("a", [0, 1], 2)], True),
+        ([("a", [0, 1], 1), ("a", [0, 1], 1)], True),  # two hosts, emulated on one machine
+        ([("a", [0, 1], 1), ("b", [0, 1], 1)], False),
+        (
+            [("a", [0], 1), ("a", list(range(8)), 1)],
+            True,
+        ),  # the first is bound to the core that it computes on
+    ],
+)
+def test_cores_are_idle_where_a_machines_ranks_leave_some(
+    ranks: list[tuple[str, list[int], int]], full: bool
+) -> None:
+    told = [{"machine": one, "cores": cores, "threads": threads} for one, cores, threads in ranks]
+    assert _has_full_machine(told) == full
 
 
 def test_the_floor_is_among_the_codecs_and_nothing_lies_under_it() -> None:
