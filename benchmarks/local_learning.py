@@ -1,8 +1,9 @@
 """Do partitions that learn by local losses reach what backprop reaches, and with how much less memory?
 
-python -m benchmarks.local_learning --out benchmarks/results/local_learning.jsonl          # hours on 2 cores
+python -m benchmarks.local_learning --out benchmarks/results/local_learning.jsonl          # three hours on a core
 python -m benchmarks.local_learning --case mlp --seeds 5 --out ...                         # one of mlp, gpt, vgg8b
-python -m benchmarks.local_learning --budget flops --systems "simultaneous, window 1" ...  # as much work as backprop
+python -m benchmarks.local_learning --budget flops --out ...                               # as much work as backprop
+python -m benchmarks.local_learning --seeds 0 --rounds 5 --out ...                         # seconds of a step, idle
 python -m benchmarks.local_learning --quick                                                # a minute
 Runs whose rows are in --out already are not repeated, so an interrupted benchmark goes on where it stopped.
 """
@@ -34,6 +35,7 @@ REFERENCE = "backprop"
 ONCE = ("backprop, checkpointing", "backprop, accumulation")
 LOCAL = ("sequential", "simultaneous, window 1", "simultaneous, window 2")
 MATCH, LITTLE_MEMORY = 0.01, 0.5  # of the loss; of what backprop saves: what the claim's verdict asks for
+BUDGETS = ("tokens", "flops")  # what the systems get alike
 METRIC = {"tokens": "bits_per_byte", "images": "accuracy"}
 
 CASES = {
@@ -43,9 +45,9 @@ CASES = {
         DataConfig(name="fashion-mnist", batch_size=64),
         cuts=("layers.1", "layers.2"),
         heads="linear",
-        steps=100,
+        steps=600,
         lr=1e-3,
-        eval_batches=40,
+        eval_batches=150,
     ),
     "gpt": Case(
         "gpt",
@@ -53,9 +55,9 @@ CASES = {
         DataConfig(name="stdlib", batch_size=8),
         cuts=("blocks.1", "blocks.2", "blocks.3"),
         heads="causal:1",
-        steps=150,
+        steps=600,
         lr=3e-3,
-        eval_batches=48,
+        eval_batches=96,
     ),
     "vgg8b": Case(
         "vgg8b",
@@ -63,9 +65,9 @@ CASES = {
         DataConfig(name="fashion-mnist", batch_size=64),
         cuts=("features.1", "features.3", "features.6"),
         heads="predsim",
-        steps=100,
+        steps=300,
         lr=1e-3,
-        eval_batches=16,
+        eval_batches=60,
     ),
 }
 
@@ -81,6 +83,7 @@ def main(
     budget: Annotated[
         str, typer.Option(help="what all systems get alike: tokens, or flops (backprop's)")
     ] = "tokens",
+    rounds: Annotated[int, typer.Option(help="of short runs in turn, for the seconds of a step", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="instead of the case's; of backprop where flops are equal")] = 0,
     heads: Annotated[str, typer.Option(help="instead of the case's")] = "",
     cuts: Annotated[str, typer.Option(help="instead of the case's: pieces, with commas")] = "",
@@ -92,8 +95,8 @@ def main(
     names = [one.strip() for one in systems.split(";") if one.strip()] or list(SYSTEMS)
     if unknown := [one for one in names if one not in SYSTEMS]:
         raise typer.BadParameter(f"no system {unknown[0]!r}; there are {'; '.join(SYSTEMS)}")
-    if budget not in ("tokens", "flops"):
-        raise typer.BadParameter(f"no budget {budget!r}: tokens or flops")
+    if budget not in BUDGETS:
+        raise typer.BadParameter(f"no budget {budget!r}: {' or '.join(BUDGETS)}")
     names = [REFERENCE, *(one for one in names if one != REFERENCE)]
     file = RowFile(out)
     for key in case.split(","):
@@ -109,10 +112,18 @@ def main(
             lr=lr or chosen.lr,
             cuts=tuple(cuts.split(",")) if cuts else chosen.cuts,
         )
-        compare(chosen, names, range(first_seed, first_seed + seeds), budget, file, out)
+        compare(chosen, names, range(first_seed, first_seed + seeds), budget, file, out, rounds)
 
 
-def compare(case: Case, names: list[str], seeds: range, budget: str, file: RowFile, out: Path | None) -> None:
+def compare(
+    case: Case,
+    names: list[str],
+    seeds: range,
+    budget: str,
+    file: RowFile,
+    out: Path | None,
+    rounds: int = 0,
+) -> None:
     """Runs what is missing in the rows, appends it, and prints the table of this case."""
     data = load_data(case.data, context=case.model.context, seed=0)
     known = _known(out)
@@ -127,19 +138,35 @@ def compare(case: Case, names: list[str], seeds: range, budget: str, file: RowFi
                 continue
             trainer = SYSTEMS[name](case, data, seed)
             torch.manual_seed(seed)
-            seconds = trainer.train(steps)
+            taken = len(trainer.train(steps))
             found = evaluate(trainer)
             values = [
                 *((metric, value, _unit(metric), metric == "accuracy") for metric, value in found.items()),
-                ("step_seconds", statistics.median(seconds), "s", False),
-                ("steps", float(len(seconds)), "optimizer steps, over all stages", False),
-                ("total_flops", costs[name].flops * len(seconds), "by torch's counter", False),
+                ("steps", float(taken), "optimizer steps, over all stages", False),
+                ("total_flops", costs[name].flops * taken, "by torch's counter", False),
             ]
             for metric, value, unit, higher in values:
                 file.add(Row(BENCH, label, name, metric, value, unit, higher))
                 known[label, name, metric] = value
-            print(f"{label}: {name}: {found}, {statistics.median(seconds):.3f} s a step", flush=True)
+            print(f"{label}: {name}: {found}", flush=True)
+    time_steps(case, names, rounds, known, file)
     _report(case, names, seeds, budget, costs, known, METRIC[data.spec.kind])
+
+
+def time_steps(
+    case: Case, names: list[str], rounds: int, known: dict[tuple[str, str, str], float], file: RowFile
+) -> None:
+    """The seconds of a step, in rounds in which the systems take turns, each round beginning with another one."""
+    data = load_data(case.data, context=case.model.context, seed=0)
+    for turn in range(rounds):
+        label = f"{case.title}, round {turn}"
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            if (label, name, "step_seconds") in known:
+                continue
+            seconds = SYSTEMS[name](case, data, 0).step_seconds()
+            file.add(Row(BENCH, label, name, "step_seconds", seconds, "s, a mean over stages", False))
+            known[label, name, "step_seconds"] = seconds
 
 
 def _steps(case: Case, costs: dict[str, Costs], name: str, budget: str) -> int:
@@ -183,6 +210,16 @@ def _mean(values: dict[int, float]) -> str:
     return f"{statistics.mean(values.values()):.4f}" if values else ""
 
 
+def _times(case: Case, name: str, known: dict[tuple[str, str, str], float]) -> str:
+    """A step's seconds in units of backprop's, by rounds: the median."""
+    ratios = [
+        value / known[label, REFERENCE, metric]
+        for (label, system, metric), value in known.items()
+        if metric == "step_seconds" and system == name and label.startswith(f"{case.title}, round ")
+    ]
+    return f"{statistics.median(ratios):.2f} ×" if ratios else ""
+
+
 def _unit(metric: str) -> str:
     return {"val_loss": "nats", "bits_per_byte": "bits", "accuracy": "fraction"}[metric]
 
@@ -215,7 +252,7 @@ def _report(
         "saved",
         "memory",
         "flops",
-        "s/step",
+        "time",
     ):
         table.add_column(name, justify="left" if name == "system" else "right", no_wrap=True)
     reference = values(REFERENCE, "val_loss")
@@ -235,7 +272,7 @@ def _report(
             f"{costs[name].saved_bytes / costs[REFERENCE].saved_bytes:.2f} ×",
             f"{costs[name].memory_bytes / costs[REFERENCE].memory_bytes:.2f} ×",
             f"{costs[name].flops / costs[REFERENCE].flops:.2f} ×",
-            _mean(values(name, "step_seconds")),
+            _times(case, name, known),
         )
     Console(width=max(150, Console().width)).print(table)
 
@@ -247,7 +284,8 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
     file = RowFile(None)
     for key, case in CASES.items():
         if not quick:
-            compare(case, list(SYSTEMS), range(5), "tokens", file, None)
+            for budget in BUDGETS:
+                compare(case, list(SYSTEMS), range(5), budget, file, None, rounds=3)
         elif key != "vgg8b":
             compare(shrunk(case), [REFERENCE, *LOCAL], range(2), "tokens", file, None)
     return [as_dict(row) for row in file.rows]

@@ -34,6 +34,7 @@ CLIP = 1.0  # of a partition's gradient, or of the whole one's
 PARTS = 4  # micro-batches of "accumulation"
 HEAD_WEIGHT = 0.3  # of an auxiliary loss in deep supervision: Szegedy et al. 2015, arXiv 1409.4842
 PROBE_STEPS = 2
+TIMED_STEPS = 8  # of a stage; the first two are not counted
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,9 @@ class Costs:
 
 
 class Trainer:
-    """A model and what a system does with it.
+    """A model and what a system does with it. stages: of training, which share its steps; most systems have one."""
 
-    stages: for each stage of training, what one step does; most systems have one. The stages share the steps.
-    """
+    stages = 1
 
     def __init__(self, case: Case, data: Dataset, seed: int) -> None:
         self.case, self.seed, self.data = case, seed, data
@@ -133,6 +133,14 @@ class Trainer:
             self.step(inputs, targets)
             seconds.append(time.perf_counter() - began)
         return seconds
+
+    def step_seconds(self) -> float:
+        """A step's seconds on this machine now: the median of a few, a mean over stages."""
+        seconds = self.train(self.stages * TIMED_STEPS)
+        return statistics.mean(
+            statistics.median(seconds[stage * TIMED_STEPS + 2 : (stage + 1) * TIMED_STEPS])
+            for stage in range(self.stages)
+        )
 
 
 class Backprop(Trainer):
@@ -239,14 +247,18 @@ class FrozenRandom(Simultaneous):
 class Sequential(Simultaneous):
     """One partition after the other, each for an equal share of the steps, then frozen."""
 
+    def __init__(self, case: Case, data: Dataset, seed: int) -> None:
+        super().__init__(case, data, seed)
+        self.stages = len(case.cuts) + 1
+
     def train(self, steps: int) -> list[float]:
-        share = steps // (len(self.case.cuts) + 1)
+        share = steps // self.stages
         seconds: list[float] = []
         began = 0.0
 
         def batches() -> Iterator[Batch]:
             nonlocal began
-            for step in range(share * (len(self.case.cuts) + 1)):
+            for step in range(share * self.stages):
                 batch = self.batch(step)
                 began = time.perf_counter()
                 self.set_rate(step % share, share)
