@@ -196,6 +196,11 @@ class LocalConfig(Section):
         "auxiliary heads: linear, auglocal, auglocal:DEPTH, predsim (images), causal:BLOCKS (tokens); "
         "auto: auglocal for images, causal:1 for tokens",
     )
+    cache_features: bool = setting(
+        False,
+        "keep what frozen partitions make of each sample in the run's folder, compressed without loss, and read it in "
+        "later epochs; layerwise, sequential, images without augmentation",
+    )
     keep_examples: float = setting(
         1.0,
         "the share of its examples that a partition hands on to the next one, which learns from no others; layerwise, "

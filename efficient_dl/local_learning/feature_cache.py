@@ -50,8 +50,9 @@ class FeatureCache:
     """What a frozen prefix makes of each sample, kept in one file of a folder that no other process uses.
 
     A sample is known by the hash of its input, so that epochs may come in any order and batches in any composition; it
-    must come again bit for bit, which augmented samples do not. What is read has the bits of what was written. Features
-    of one sample may differ in their last bits between batch sizes, so a run with the cache need not equal one without.
+    must come again bit for bit, which augmented samples do not. A sample's features are those that its first batch had,
+    bit for bit, in every later one. They may differ in their last bits between batches, so a run with the cache need
+    not equal one without; it equals one with the cache that was stopped and resumed with the same folder.
     In memory: one batch, and about 150 bytes a sample for the index. On disk: one packet of the codec "lossless" and 32
     bytes a sample.
 
@@ -113,7 +114,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def features(self, inputs: Tensor) -> Tensor:
-        """prefix(inputs), read where all samples are known, else computed, and what is new written.
+        """prefix(inputs): read where all samples are known, else computed, and what is new written.
 
         inputs: (batch, ...), any dtype. The result is on their device.
         """
@@ -123,7 +124,10 @@ class FeatureCache:
             return self._read(keys).to(inputs.device)
         self.stats.misses += 1
         features: Tensor = self._prefix(inputs)
+        known = [row for row, key in enumerate(keys) if key in self._index]
         self._write(keys, features.cpu().contiguous())
+        if known:
+            features[known] = self._read([keys[row] for row in known]).to(features.device)
         return features
 
     def _read(self, keys: list[bytes]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from efficient_dl.local_learning.streams import Streams
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """(inputs, targets) of a micro-batch of the pass, on the device; on every rank the same for the same number."""
+Features = Callable[[Tensor], Tensor]
+"""What partitions make of a batch's inputs."""
 
 
 @dataclass
@@ -63,8 +66,16 @@ class Host:
         self._window = window
         self._autocast = autocast
         self._selection = selection
+        self._frozen_features: Features | None = None
         if selection is not None:
             self._check_selection()
+
+    def read_frozen(self, features: Features) -> None:
+        """From now on training takes what the frozen partitions before the first that trains make of a batch from here.
+
+        features: of a batch's inputs, such as `FeatureCache.features` of those partitions; all on this rank.
+        """
+        self._frozen_features = features
 
     def _check_selection(self) -> None:
         if self._window == 2 or any(
@@ -150,6 +161,10 @@ class Host:
         inputs, targets = batches(micro_batch)
         made: tuple[int, Tensor] | None = None  # by which partition, and what
         pending: _Pending | None = None
+        if self._frozen_features is not None and isinstance(here[0], Frozen):
+            here = list(itertools.dropwhile(lambda one: isinstance(one, Frozen), here))
+            with self._autocast():
+                made = here[0].index - 1, self._frozen_features(inputs)
         for position, one in enumerate(here):
             index = one.index
             before = made[1] if made is not None and made[0] == index - 1 else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,7 @@ from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.local_learning.block import LocalBlock
 from efficient_dl.local_learning.blocks import Blocks
+from efficient_dl.local_learning.feature_cache import FeatureCache
 from efficient_dl.local_learning.held import Frozen, Held, Trained
 from efficient_dl.local_learning.host import Host
 from efficient_dl.local_learning.measure import set_mode, unchanged
@@ -146,6 +149,7 @@ class LocalLearner:
         *,
         plateau: PlateauRule | None = None,
         stage_steps: int = 100,
+        features: Path | None = None,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> list[int]:
         """One partition after the other: `steps` steps each, or fewer at a plateau; then it is frozen.
@@ -154,6 +158,9 @@ class LocalLearner:
         eval mode, their parameters without requires_grad.
 
         batches: one for each step, as many as all partitions need. plateau: looked at every `stage_steps` steps.
+        features: a folder for what the frozen partitions make of each sample, compressed without loss: a sample passes
+        through them once while a partition trains, then it is read. Worth it where samples come again bit for bit,
+        as in epochs without augmentation (`FeatureCache`); nothing stays in the folder.
         progress: called with (partition, its step, its loss) after every step. Returns the steps that each took.
         """
         if self._selection is not None:
@@ -166,7 +173,8 @@ class LocalLearner:
         source = iter(batches)
         for index in range(len(self.partitions)):
             self._stage([index])
-            taken.append(self._train_one(index, source, steps, plateau, stage_steps, progress))
+            with self._reading(features if index else None, index):
+                taken.append(self._train_one(index, source, steps, plateau, stage_steps, progress))
         self._stage([])
         return taken
 
@@ -242,6 +250,21 @@ class LocalLearner:
                 if plateau.converged(stages):
                     return step + 1
         return steps
+
+    @contextlib.contextmanager
+    def _reading(self, folder: Path | None, index: int) -> Iterator[None]:
+        """Inside, what the partitions before this one make of a sample is kept in the folder."""
+        if folder is None:
+            yield
+            return
+        frozen = nn.Sequential(*(self.partitions[before].module for before in range(index)))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="features-", dir=folder) as own,
+            FeatureCache(Path(own), frozen.eval(), augmented=False) as cache,
+        ):
+            self._host.read_frozen(cache.features)
+            yield
 
     def _stage(self, training: Iterable[int]) -> None:
         """From now on these partitions train; those before the last of them are passed through, the rest is idle."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -122,6 +125,15 @@ class LocalTrainer(RunLoop):
                 found=f"local.mode={config.local.mode}, local.schedule={config.local.schedule}",
                 fix="--window 1, or --mode layerwise",
             )
+        found = (config.local.mode, config.local.schedule, config.data.augment, self.data.spec.kind)
+        if config.local.cache_features and found != ("layerwise", "sequential", False, "images"):
+            raise ConfigError(
+                "features are worth keeping where what makes them is frozen, and samples come again bit for bit",
+                expected="local.mode=layerwise, local.schedule=sequential, data.augment=false, images",
+                found="local.mode={}, local.schedule={}, data.augment={}, {}".format(*found),
+                where="local.cache_features",
+                fix="local.cache_features=false",
+            )
         if config.compression.shadow and config.local.activations != "identity":
             raise ConfigError(
                 "compression.shadow applies uncompressed results, local.activations would be compressed",
@@ -182,9 +194,8 @@ class LocalTrainer(RunLoop):
             self.stage.renew(decision, self._passes(decision.until_step))
         else:
             self._save_at(between_stages=True)
-            self.traffic_before = self.traffic_before.plus(self.stage.traffic())
-            self.stage.finish()
-            self.stage, self.waited = None, 0.0
+            self._finish_stage()
+            self.waited = 0.0
             wanted = wanted_from(decision, self.state_names)
             self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
 
@@ -224,6 +235,7 @@ class LocalTrainer(RunLoop):
             self.device,
             self.data.fingerprint,
             self._autocast,
+            self._features if self.config.local.cache_features else None,
         )
         self.compute_seconds = sum(
             self.coordinator.costs[index].seconds(decision.training[index])
@@ -231,6 +243,27 @@ class LocalTrainer(RunLoop):
             / len(decision.assignment.ranks[index])
             for index in decision.assignment.of_rank(self.rank)
         )
+
+    @property
+    def _features(self) -> Path:
+        """Of what this rank's frozen partitions make of samples; it stays where a run is stopped, for the resume."""
+        return self.folder.path / "features" / f"rank_{self.rank}"
+
+    def _finish_stage(self) -> None:
+        """Nothing is left on its way, and nothing of the features that only this stage could read."""
+        assert self.stage is not None
+        self.traffic_before = self.traffic_before.plus(self.stage.traffic())
+        self.stage.finish()
+        if self.stage.features is not None:
+            kept = self.stage.features.stats
+            self.progress.note(
+                f"features of what is frozen: {kept.hits} batches read, {kept.misses} computed; "
+                f"{kept.feature_bytes / 1e6:.1f} MB kept in {kept.packet_bytes / 1e6:.1f} MB"
+            )
+            shutil.rmtree(self._features, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._features.parent.rmdir()  # once the last rank has left it
+        self.stage = None
 
     def _passes(self, until_step: int) -> list[int]:
         """The micro-batches of every pass from here to a stage's end: steps, and evaluations after them."""
@@ -400,9 +433,7 @@ class LocalTrainer(RunLoop):
 
     def _close(self) -> None:
         if self.stage is not None:
-            self.traffic_before = self.traffic_before.plus(self.stage.traffic())
-            self.stage.finish()
-            self.stage = None
+            self._finish_stage()
         self.coordinator.close()
         self.groups.close()
         self.transport.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from efficient_dl.coordinator.assignment import Decision
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.local_learning.blocks import Blocks
+from efficient_dl.local_learning.feature_cache import FeatureCache
 from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
 from efficient_dl.local_learning.host import Host
 from efficient_dl.local_learning.selection import Selection
@@ -75,6 +78,7 @@ class Stage:
     blocks: of a fresh copy of the model, of which this keeps what it holds.
     state: by name, what its partitions start from: a checkpoint's tensors; None: the run's beginning.
     passes: micro-batches of every pass of the stage, steps and evaluations, on all ranks the same.
+    features: a folder of this rank's for what a frozen beginning makes of samples; None: it is computed every time.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Stage:
         device: torch.device,
         fingerprint: str,
         autocast: Callable[[], Any],
+        features: Path | None,
     ) -> None:
         self.decision = decision
         self._config, self._device, self._fingerprint = config, device, fingerprint
@@ -102,6 +107,7 @@ class Stage:
         self._streamed = ChannelTotals()  # by streams that have ended
         for index in assignment.of_rank(dist.get_rank()):
             self.held.append(self._make(index, blocks, groups.made.get(assignment.ranks[index]), state))
+        self.features = self._cache(features)
         self._open(passes)
         self._before = {index: compression.stats() for index, compression in self.compressions.items()}
 
@@ -177,6 +183,8 @@ class Stage:
         self._streams.stop()
         for compression in self.compressions.values():
             compression.abort()
+        if self.features is not None:
+            self.features.close()
 
     def _open(self, passes: Sequence[int]) -> None:
         local, rank = self._config.local, dist.get_rank()
@@ -192,10 +200,21 @@ class Stage:
             self._autocast,
             selection_of(self._config),
         )
+        if self.features is not None:
+            self.host.read_frozen(self.features.features)
 
     def _close(self) -> None:
         for compression in self.compressions.values():
             compression.close()
+        if self.features is not None:
+            self.features.close()
+
+    def _cache(self, folder: Path | None) -> FeatureCache | None:
+        """Of what the frozen partitions make that are before all that train."""
+        bodies = [body_of(one) for one in itertools.takewhile(lambda one: isinstance(one, Frozen), self.held)]
+        if folder is None or not 0 < len(bodies) < len(self.held):
+            return None
+        return FeatureCache(folder, nn.Sequential(*bodies).eval(), augmented=self._config.data.augment)
 
     def _make(
         self,

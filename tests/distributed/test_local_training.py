@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from efficient_dl.config import Config, DataSpec, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, TransportError
+from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.models import build_model
 from efficient_dl.training import Summary, run
 from efficient_dl.training.checkpoint import CheckpointFolder
@@ -132,6 +133,16 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
             "model.dropout=0.1",
         ],
     ),
+    "layerwise-sequential-features": (
+        2,
+        [
+            *RESNET,
+            "data.batch_size=350",  # so that samples come again
+            "local.mode=layerwise",
+            "local.schedule=sequential",
+            "local.cache_features=true",
+        ],
+    ),
     "layerwise-window-2-gpt": (
         2,
         [*GPT, "local.mode=layerwise", "local.window=2", "local.partitions=3", "train.accumulate=2"],
@@ -145,6 +156,33 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
         [*RESNET, "local.mode=layerwise", "local.heads=predsim", "local.penalty=0.01", "optimizer.name=sgd"],
     ),
 }
+
+
+def reading(rank: int, out: Path) -> tuple[list[dict[str, torch.Tensor]], CacheStats, list[Path]]:
+    """What was trained without and with kept features, how many were read in the last stage, what is left of them."""
+    stats: list[CacheStats] = []
+    close = FeatureCache.close
+
+    def closing(self: FeatureCache) -> None:
+        stats.append(self.stats)
+        close(self)
+
+    FeatureCache.close = closing  # type: ignore[method-assign]
+    settings = ["local.mode=layerwise", "local.schedule=sequential", "data.batch_size=1000", "train.steps=8"]
+    both = [
+        trained(rank, out / word, *RESNET, *settings, f"local.cache_features={word}")[1]
+        for word in ("false", "true")
+    ]
+    FeatureCache.close = close  # type: ignore[method-assign]
+    return both, stats[-1], [*out.glob("*/features/**/*")]
+
+
+def test_kept_features_train_as_computed_ones_do(tmp_path: Path) -> None:
+    (((computed, read), stats, left),) = run_ranks(reading, 1, tmp_path)
+    assert stats.hits > 0
+    assert left == []
+    for name, value in computed.items():
+        torch.testing.assert_close(read[name], value, rtol=1e-3, atol=1e-5)
 
 
 @contextlib.contextmanager
@@ -193,9 +231,8 @@ def resume_differences(rank: int, folder: Path, settings: list[str], crash_at: i
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resume_equals_never_stopping(tmp_path: Path, case: str) -> None:
     world_size, settings = RESUMED[case]
-    crash_at = (
-        4 if "local.schedule=sequential" in settings else 3
-    )  # where partitions move, or inside of a stage
+    # Where partitions move, inside of a stage, or where half of a stage's features are kept.
+    crash_at = 6 if case.endswith("features") else 4 if "local.schedule=sequential" in settings else 3
     for differences in run_ranks(resume_differences, world_size, tmp_path, settings, crash_at):
         assert differences == []
 
@@ -256,6 +293,10 @@ REFUSED = {
     "window 2 apart": (["local.mode=partitionwise", "local.window=2"], "window 2 needs"),
     "too many partitions": (["local.mode=layerwise", "local.partitions=99"], "99"),
     "a head of another task": (["local.mode=layerwise", "local.heads=predsim"], "predsim"),
+    "features of tokens": (
+        ["local.mode=layerwise", "local.schedule=sequential", "local.cache_features=true"],
+        "features are worth keeping",
+    ),
     "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
 }
 

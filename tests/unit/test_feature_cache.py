@@ -75,6 +75,25 @@ def test_the_cache_survives_its_process(tmp_path: Path) -> None:
     assert prefix.samples == 8
 
 
+class Shifting(nn.Module):
+    """A prefix whose features differ a little from batch to batch, as kernels for other sizes make them."""
+
+    calls = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1.0
+        return x + self.calls
+
+
+def test_a_sample_keeps_the_features_of_its_first_batch(tmp_path: Path) -> None:
+    x, y = batch(1, 4), batch(2, 4)
+    with FeatureCache(tmp_path, Shifting().eval(), augmented=False) as cache:
+        cache.features(x)
+        mixed = cache.features(torch.cat([y, x]))
+        assert same_bits(mixed, torch.cat([y + 2.0, x + 1.0]))
+        assert same_bits(cache.features(y), y + 2.0)
+
+
 def test_new_samples_of_a_batch_are_added(tmp_path: Path) -> None:
     with FeatureCache(tmp_path, Counted(), augmented=False) as cache:
         cache.features(batch(1))

@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import efficient_dl as edl
 from efficient_dl.coordinator.plateau import PlateauRule
 from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.local_learning.heads import make_head
 from efficient_dl.local_learning.saved import SavedTensors
 
@@ -265,6 +267,23 @@ def test_sequential_training_is_that_of_each_block_by_hand() -> None:
             reference.optimizers[k].step()
             reference.optimizers[k].zero_grad()
     same(mine, by_hand)
+
+
+def test_kept_features_train_as_computed_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[CacheStats] = []
+    close = FeatureCache.close
+
+    def closing(cache: FeatureCache) -> None:
+        caches.append(cache.stats)
+        close(cache)
+
+    monkeypatch.setattr(FeatureCache, "close", closing)
+    computed, read = chain(), chain()
+    learner_of(computed).train_sequentially(itertools.cycle([batch(0), batch(1)]), 6)
+    learner_of(read).train_sequentially(itertools.cycle([batch(0), batch(1)]), 6, features=tmp_path)
+    same(computed, read)
+    assert [(one.misses, one.hits) for one in caches] == [(2, 4), (2, 4)]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_plateau_ends_a_partition_early() -> None:
