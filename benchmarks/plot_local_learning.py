@@ -5,6 +5,7 @@ python -m benchmarks.plot_local_learning benchmarks/results/local_learning.jsonl
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ import typer
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.local_learning import BENCH, REFERENCE
+from benchmarks.local_learning import BENCH, BUDGETS, REFERENCE
 from benchmarks.local_systems import SYSTEMS
 from benchmarks.pairs import paired_difference
 
@@ -24,7 +25,7 @@ def main(
     rows: Annotated[Path, typer.Argument(help="rows of benchmarks.local_learning", exists=True)],
     out: Annotated[Path, typer.Argument(help="the picture to write, .svg, .png or .pdf")],
 ) -> None:
-    """One picture a case: saved bytes against the relative difference in loss, 95 % interval over paired seeds."""
+    """A row a budget, a column a case: saved bytes against the relative difference in loss, with its 95 % interval."""
     costs: dict[tuple[str, str], float] = {}
     losses: dict[tuple[str, str], dict[int, float]] = {}
     for line in rows.read_text().splitlines():
@@ -37,9 +38,17 @@ def main(
             case, _, seed = row["case"].rpartition(", seed ")
             losses.setdefault((case, row["system"]), {})[int(seed)] = row["value"]
     cases = list(dict.fromkeys(case for case, _ in losses))
-    figure, panels = plt.subplots(1, len(cases), figsize=(5.2 * len(cases), 4), squeeze=False)
+    budgets = [one for one in BUDGETS if any(case.endswith(f"equal {one}") for case in cases)]
+    columns = list(dict.fromkeys(case.rpartition(", equal ")[0] for case in cases))
+    figure, panels = plt.subplots(
+        len(budgets), len(columns), figsize=(5.2 * len(columns), 4 * len(budgets)), squeeze=False
+    )
     colours = dict(zip(SYSTEMS, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
-    for panel, case in zip(panels[0], cases, strict=True):
+    for panel, (budget, column) in zip(panels.flat, itertools.product(budgets, columns), strict=True):
+        case = f"{column}, equal {budget}"
+        if case not in cases:
+            panel.set_axis_off()
+            continue
         title = next(one for one, system in costs if system == REFERENCE and case.startswith(one + ", "))
         for system, colour in colours.items():
             if (case, system) not in losses:
