@@ -8,12 +8,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -33,13 +32,16 @@ WARMUP_SHARE = 0.1  # of the steps; then half a cosine to a tenth of the rate
 CLIP = 1.0  # of a partition's gradient, or of the whole one's
 PARTS = 4  # micro-batches of "accumulation"
 HEAD_WEIGHT = 0.3  # of an auxiliary loss in deep supervision: Szegedy et al. 2015, arXiv 1409.4842
-PROBE_STEPS = 2
+CALIBRATION_BATCHES = 20  # for the running statistics of what is frozen at random: the momentum is a tenth
 TIMED_STEPS = 8  # of a stage; the first two are not counted
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all systems have in common. cuts: the pieces that begin partitions 1 to K - 1."""
+    """What all systems have in common. cuts: the pieces that begin partitions 1 to K - 1.
+
+    lr: of AdamW; tuned: each system has one of its own, found from this one on.
+    """
 
     name: str
     model: ModelConfig
@@ -49,31 +51,35 @@ class Case:
     steps: int
     lr: float
     eval_batches: int
+    tuned: bool = True
 
     @property
     def title(self) -> str:
         window = f" x {self.model.context}" if self.model.name == "gpt" else ""
         return (
             f"{self.model.name}-{self.model.size} on {self.data.name}, {self.data.batch_size}{window} a batch, "
-            f"{len(self.cuts) + 1} partitions, heads {self.heads}"
+            f"partitions from {' and '.join(self.cuts)}, heads {self.heads}"
         )
 
     @property
     def training(self) -> str:
-        return f"{self.title}, {self.steps} steps, adamw {self.lr:g}"
+        rate = "tuned" if self.tuned else f"{self.lr:g}"
+        return f"{self.title}, {self.steps} steps, adamw {rate}, {self.eval_batches} batches held out"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one step, measured on a new model: a mean over stages for what trains one partition after the other.
+    """Of one step: a mean (flops) or the most over stages for what trains one partition after the other.
 
-    saved_bytes: the most that autograd held at once, parameters left out. memory_bytes: by how much the process grew
-    at most, model and optimizer included, by the kernel's count.
+    saved_bytes: the most that autograd held at once, parameters left out. live_bytes: the most by which the bytes of
+    all tensors grew during the step: what is saved, gradients, what is computed again, and work spaces.
+    state_bytes: of parameters, heads and the optimizers' state, between steps.
     """
 
     flops: float
     saved_bytes: int
-    memory_bytes: int
+    live_bytes: int
+    state_bytes: int
 
 
 class Trainer:
@@ -173,6 +179,9 @@ class Accumulation(Backprop):
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         for x, y in zip(inputs.chunk(PARTS), targets.chunk(PARTS), strict=True):
+            x = (
+                x.clone()
+            )  # a part of the batch, as a loader would hand it over, not a view that holds all of it
             (cross_entropy(self.model(x), y) * (len(x) / len(inputs))).backward()
         self.apply()
 
@@ -236,12 +245,28 @@ class SimultaneousWindow2(Simultaneous):
     window = 2
 
 
-class FrozenRandom(Simultaneous):
-    """Only the last partition is trained; those before stay as they began."""
+class SimultaneousThrifty(Simultaneous):
+    """The same as window 1, bit for bit, in less memory: each piece keeps its input alone and runs again."""
 
     def __init__(self, case: Case, data: Dataset, seed: int) -> None:
         super().__init__(case, data, seed)
+        for piece in self.learner.partitions.pieces:
+            checkpointed(piece.module)
+
+
+class FrozenRandom(Simultaneous):
+    """Only the last partition is trained; those before stay as they began, but for batch norm's statistics."""
+
+    def __init__(self, case: Case, data: Dataset, seed: int) -> None:
+        super().__init__(case, data, seed)
+        with torch.no_grad():
+            self.model.train()
+            for step in range(CALIBRATION_BATCHES if self.has_statistics() else 0):
+                self.model(self.batch(step)[0])
         self.learner.freeze(*range(len(case.cuts)))
+
+    def has_statistics(self) -> bool:
+        return any(name.endswith("running_mean") for name, _ in self.model.named_buffers())
 
 
 class Sequential(Simultaneous):
@@ -290,6 +315,11 @@ SYSTEMS: dict[str, type[Trainer]] = {
     "sequential": Sequential,
     "simultaneous, window 1": Simultaneous,
     "simultaneous, window 2": SimultaneousWindow2,
+    "simultaneous, window 1, checkpointing": SimultaneousThrifty,
+}
+SAME = {  # what computes the same bits as another system in the same steps
+    "backprop, checkpointing": "backprop",
+    "simultaneous, window 1, checkpointing": "simultaneous, window 1",
 }
 
 
@@ -302,42 +332,27 @@ class _Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        formula = flop_registry.get(_ATTENTION.get(func.overloadpacket, func.overloadpacket))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+_ATEN = torch.ops.aten
+_ATTENTION = {  # torch has the formula for GPUs alone
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 
 
 def measure_costs(case: Case, data: Dataset, system: str) -> Costs:
     """What a step costs; every probe is a process of its own, forked from this one."""
-    if system != "sequential":
-        return _probe(case, data, SYSTEMS[system])
-    stages: list[Costs] = []
-    for index in range(len(case.cuts) + 1):
-        stage = type(f"Stage{index}", (_Stage,), {"index": index})
-        stages.append(_probe(case, data, stage))
-    return Costs(
-        statistics.mean(one.flops for one in stages),
-        max(one.saved_bytes for one in stages),
-        max(one.memory_bytes for one in stages),
-    )
-
-
-@cache
-def _load_lazily_imported() -> None:
-    """torch imports much at the first step of an optimizer: here, not in every probe, whose memory it would fill."""
-    layer = checkpointed(nn.Linear(2, 2))
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.ones(1, 2, requires_grad=True)).sum().backward()
-    nn.utils.clip_grad_norm_(layer.parameters(), CLIP)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _probe(case: Case, data: Dataset, kind: Callable[[Case, Dataset, int], Trainer]) -> Costs:
-    _load_lazily_imported()
-    flops, saved = _forked(lambda: _count(kind(case, data, 0)))
-    (memory,) = _forked(lambda: [_growth(lambda: kind(case, data, 0))])
-    return Costs(flops, int(saved), int(memory))
+    kinds = [SYSTEMS[system]]
+    if system == "sequential":
+        kinds = [type(f"Stage{index}", (_Stage,), {"index": index}) for index in range(len(case.cuts) + 1)]
+    measured = [_forked(lambda kind=kind: _count(kind(case, data, 0))) for kind in kinds]
+    flops, saved, live, state = zip(*measured, strict=True)
+    return Costs(statistics.mean(flops), int(max(saved)), int(max(live)), int(max(state)))
 
 
 def _count(trainer: Trainer) -> list[float]:
@@ -351,24 +366,30 @@ def _count(trainer: Trainer) -> list[float]:
         trainer.step(inputs, targets)
     with SavedTensors(trainer.model, parameters) as saved:
         trainer.step(inputs, targets)
-    return [float(flops.total), float(saved.peak_bytes)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.step(inputs, targets)
+    held = {id(one): one for one in [*trainer.model.parameters(), *trainer.model.buffers(), *parameters]}
+    states = [
+        value
+        for one in trainer.optimizers
+        for state in one.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    state_bytes = sum(one.numel() * one.element_size() for one in [*held.values(), *states])
+    return [float(flops.total), float(saved.peak_bytes), _live_peak(profiled), float(state_bytes)]
 
 
-def _growth(make: Callable[[], Trainer]) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
-    before = _status("VmRSS")
-    trainer = make()
-    trainer.model.train()
-    for step in range(PROBE_STEPS):
-        trainer.step(*trainer.batch(step))
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024.0 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+def _live_peak(profiled: profile) -> float:
+    """By how many bytes more tensors were held at most than at the beginning, from the allocator's events."""
+    events = profiled.events()
+    assert events is not None
+    changes = [(one.time_range.start, one.cpu_memory_usage) for one in events if one.name == "[memory]"]
+    held = most = 0.0
+    for _, change in sorted(changes):
+        held += change
+        most = max(most, held)
+    return most
 
 
 def _forked(run: Callable[[], Sequence[float]]) -> list[float]:

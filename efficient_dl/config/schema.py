@@ -196,10 +196,12 @@ class LocalConfig(Section):
         "auxiliary heads: linear, auglocal, auglocal:DEPTH, predsim (images), causal:BLOCKS (tokens); "
         "auto: auglocal for images, causal:1 for tokens",
     )
-    cache_features: bool = setting(
-        False,
-        "keep what frozen partitions make of each sample in the run's folder, compressed without loss, and read it in "
-        "later epochs; layerwise, sequential, images without augmentation",
+    cache_bytes: int = setting(
+        0,
+        "of a worker's disk, in the run's folder, for what frozen partitions make of each image, read in later epochs; "
+        "layerwise, sequential, without augmentation; 0: computed every time",
+        low=0,
+        high=2**60,
     )
     keep_examples: float = setting(
         1.0,

@@ -76,6 +76,7 @@ class ScheduleOptions:
     activation_share, gradient_share: of the bytes of outputs and of gradients, what is sent after compression.
     release_frozen: the outputs of a frozen beginning of the chain are read from a cache, hence no rank holds it.
     move_gain: by what share a step must become faster before partitions move to other ranks.
+    window: 2: a partition's activations also wait for the next one's loss.
     """
 
     kind: Kind
@@ -91,6 +92,7 @@ class ScheduleOptions:
     gradient_share: float = 1.0
     release_frozen: bool = False
     move_gain: float = 0.05
+    window: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

@@ -14,22 +14,26 @@ def held_bytes(
     """Of a rank that holds the partitions `held` (ascending): what stays, and the most of what comes and goes.
 
     Parameters stay, and for what trains also gradients and the optimizer's state, heads included. Activations exist
-    of one partition at a time, because each runs backward before the next runs forward. Where a partition's input
+    of one partition at a time (with window 2 of two neighbours), because each runs backward before the next runs
+    forward, or right after it. Where a partition's input
     comes from elsewhere, or its output goes to another rank, a queue of micro-batches stands between.
     options.reserved_bytes comes on top.
     """
     if not held:
         return 0
-    resident, passing = options.reserved_bytes, 0
+    resident, passing, waiting = options.reserved_bytes, 0, 0
     for index in held:
         cost = costs[index]
         if training[index]:
             copies = 2.0 + options.optimizer_bytes_per_parameter_byte
             resident += round((cost.parameter_bytes + cost.head_parameter_bytes) * copies)
-            passing = max(passing, cost.activation_bytes + cost.head_activation_bytes + cost.output_bytes)
+            own = cost.activation_bytes + cost.head_activation_bytes + cost.output_bytes
+            passing = max(passing, waiting + own)
+            waiting = own if options.window == 2 else 0
         else:
             resident += cost.parameter_bytes
             passing = max(passing, cost.output_bytes)
+            waiting = 0
         if index > 0 and index - 1 not in held:
             resident += options.queue_micro_batches * costs[index - 1].output_bytes
         if index + 1 not in held and any(training[index + 1 :]):

@@ -36,6 +36,7 @@ class CacheStats:
     """Batches that were read and computed; samples written; bytes of the features written and of their packets.
 
     dropped_bytes: of a record at the end that a crash had cut short; its sample is computed again.
+    samples_left_out: that came when there was no more room (max_bytes); one may count several times.
     """
 
     hits: int = 0
@@ -44,6 +45,7 @@ class CacheStats:
     feature_bytes: int = 0
     packet_bytes: int = 0
     dropped_bytes: int = 0
+    samples_left_out: int = 0
 
 
 class FeatureCache:
@@ -56,7 +58,8 @@ class FeatureCache:
     In memory: one batch, and about 150 bytes a sample for the index. On disk: one packet of the codec "lossless" and 32
     bytes a sample.
 
-    prefix: in eval mode. augmented: whether the data is, from its configuration. max_bytes: of the file.
+    prefix: in eval mode. augmented: whether the data is, from its configuration. max_bytes: of the file;
+    samples beyond are computed every time.
     Raises ConfigError for augmented data, a prefix in training mode, a folder with features of another prefix or one
     in use; DiskFull; CorruptPacket for a damaged file.
 
@@ -92,7 +95,7 @@ class FeatureCache:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock()
-            self._fingerprint = _fingerprint(prefix)
+            self._fingerprint = fingerprint(prefix)
             self._open()
         except BaseException:
             os.close(self._file)
@@ -167,20 +170,17 @@ class FeatureCache:
             )
         for key, row in zip(keys, features, strict=True):
             if key not in self._index:
+                # By what a packet takes at most, so that a resumed run leaves out what the first one did.
+                longest = self._end + _HEADER_BYTES + self._codec.max_bytes(row.numel(), row.dtype)
+                if self.max_bytes is not None and longest > self.max_bytes:
+                    self.stats.samples_left_out += 1
+                    continue
                 packet = self._codec.encode(row).numpy().tobytes()
                 head = _RECORD.pack(_MAGIC, key, len(packet))
                 self._append(head + _CHECK.pack(xxhash.xxh3_64_intdigest(head)) + packet, row)
                 self._index[key] = (self._end - len(packet), len(packet))
 
     def _append(self, record: bytes, row: Tensor) -> None:
-        if self.max_bytes is not None and self._end + len(record) > self.max_bytes:
-            raise DiskFull(
-                "the cache of features has reached its limit",
-                expected=f"at most {self.max_bytes:,} bytes",
-                found=f"{self._end:,} bytes for {len(self._index):,} samples, and another one",
-                where=str(self._path),
-                fix="a larger max_bytes, or train without the cache",
-            )
         with self._writing():
             written = 0
             try:
@@ -284,7 +284,8 @@ def _digest(row: Tensor) -> bytes:
     return xxhash.xxh3_128_digest(content.data)
 
 
-def _fingerprint(prefix: nn.Module) -> str:
+def fingerprint(prefix: nn.Module) -> str:
+    """Of all that decides what the prefix makes of a sample: its layers and their values, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128(repr(prefix).encode())
     for name, value in prefix.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())

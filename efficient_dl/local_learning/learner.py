@@ -155,7 +155,8 @@ class LocalLearner:
         """One partition after the other: `steps` steps each, or fewer at a plateau; then it is frozen.
 
         Optimizer state and gradients are those of one partition at a time. In the end all partitions are frozen: in
-        eval mode, their parameters without requires_grad.
+        eval mode, their parameters without requires_grad. It begins with the first one in training: after
+        `load_state_dict` of a state in which only partition 2 trained, that one, which gets all its steps again.
 
         batches: one for each step, as many as all partitions need. plateau: looked at every `stage_steps` steps.
         features: a folder for what the frozen partitions make of each sample, compressed without loss: a sample passes
@@ -169,9 +170,10 @@ class LocalLearner:
                 expected="keep_examples=1.0, or step() and accumulate()",
                 found=f"keep_examples={self._selection.keep}",
             )
-        taken: list[int] = []
+        first = min(self._trained, default=len(self.partitions))
+        taken = [0] * first
         source = iter(batches)
-        for index in range(len(self.partitions)):
+        for index in range(first, len(self.partitions)):
             self._stage([index])
             with self._reading(features if index else None, index):
                 taken.append(self._train_one(index, source, steps, plateau, stage_steps, progress))

@@ -171,7 +171,8 @@ def similarities(x: Tensor) -> Tensor:
         x = x.flatten(2).std(2)
     rows = x.flatten(1)
     rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1, eps=1e-8)
-    return (rows @ rows.T).clamp(-1, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        return (rows @ rows.T).clamp(-1, 1)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,22 +178,27 @@ def _replaced(module: nn.Module, forward: Forward) -> nn.Module:
 def _contexts(
     norms: Sequence[_BatchNorm],
 ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _running_statistics_kept(norms)
+    return contextlib.nullcontext(), _RunningStatisticsKept(norms)
 
 
-@contextlib.contextmanager
-def _running_statistics_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """The second pass over a batch must leave the running mean and variance as the first one made them.
+class _RunningStatisticsKept(contextlib.AbstractContextManager[None]):
+    """Later passes over a batch must leave the running mean and variance as the first one made them.
 
-    They are neither exchanged nor copied back: autograd watches them. With a momentum of 0 they keep their value.
+    There is one later pass for each backward pass, two with window 2. The statistics are neither exchanged nor copied
+    back: autograd watches them. With a momentum of 0 they keep their value.
     """
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, _, _ in before:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, momentum, count in before:
+
+    def __init__(self, norms: Sequence[_BatchNorm]) -> None:
+        self._norms = norms
+        self._before: list[list[tuple[float | None, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._before.append([(norm.momentum, norm.num_batches_tracked) for norm in self._norms])
+        for norm in self._norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, count) in zip(self._norms, self._before.pop(), strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -34,6 +35,7 @@ from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
 from efficient_dl.training.cutting import Cutter
 from efficient_dl.training.in_order import InOrder
+from efficient_dl.training.pace import Pace
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
 from efficient_dl.training.stage import Groups, Stage, Traffic, wanted_from
@@ -43,6 +45,7 @@ _KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequen
 _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a parameter
 _SENT_SHARES = {"lossless": 0.85}  # of fp32 bytes, as gradients of small GPTs measured
 _runs: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
+_MEASURING_PATIENCE = 10  # time-outs that ranks wait for rank 0 to measure the model
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
 
 
@@ -69,6 +72,7 @@ class LocalTrainer(RunLoop):
             queue_micro_batches=local.queue,
             activation_share=_sent_share(local.activations),
             gradient_share=_sent_share(config.compression.bits),
+            window=local.window,
         )
         self.stage: Stage | None = None
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
@@ -80,7 +84,8 @@ class LocalTrainer(RunLoop):
     def _prepare(self) -> None:
         """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
         self._check()
-        timeout = self.config.run.timeout_seconds
+        timeout, number = self.config.run.timeout_seconds, _number_of_run()
+        store = dist.distributed_c10d._get_default_store()
         self.groups = Groups(timeout)
         self.transport = ProcessGroupTransport(_gloo_group(), timeout=timeout)
         self.coordinator = Coordinator(
@@ -93,28 +98,40 @@ class LocalTrainer(RunLoop):
                 "heads": self.cutter.heads,
                 "settings": self.config.fingerprint(),
             },
-            name=f"coordinator-{_number_of_run()}",
+            store=store,
+            name=f"coordinator-{number}",
+        )
+        self.pace = Pace(
+            store,
+            self.rank,
+            self.world_size,
+            f"pace-{number}",
+            timeout,
+            lambda: self.watch.at("waiting for slower ranks", self.step),
         )
         self.compute_seconds = 0.0
-        self.cuts, self.names, self.costs = self._from_rank_0(self._measured_cut)
+        self.cuts, self.names, self.costs = self._from_rank_0(self._measured_cut, store, f"cut-{number}")
+        self.pace.tell(0)
         self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         measure.reset_peak_memory(self.device)
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
 
-    def _from_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, on all ranks; or its EdlError."""
-        outcome: list[Any] = [None]
+    def _from_rank_0(self, make: Callable[[], Any], store: dist.Store, key: str) -> Any:
+        """What rank 0 makes, on all ranks; or its EdlError. It may take longer than a collective."""
         if self.rank == 0:
             try:
-                outcome = [make()]
+                made = make()
             except EdlError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], EdlError):
-            raise outcome[0]
-        return outcome[0]
+                made = error
+            store.set(key, pickle.dumps(made))  # pyright: ignore[reportArgumentType]  # the stub knows str alone
+        else:
+            store.wait([key], timedelta(seconds=_MEASURING_PATIENCE * self.config.run.timeout_seconds))
+        outcome: Any = pickle.loads(store.get(key))  # of this run's own rank 0
+        if isinstance(outcome, EdlError):
+            raise outcome
+        return outcome
 
     def _check(self) -> None:
         config = self.config
@@ -126,13 +143,19 @@ class LocalTrainer(RunLoop):
                 fix="--window 1, or --mode layerwise",
             )
         found = (config.local.mode, config.local.schedule, config.data.augment, self.data.spec.kind)
-        if config.local.cache_features and found != ("layerwise", "sequential", False, "images"):
+        if config.local.cache_bytes and found != ("layerwise", "sequential", False, "images"):
             raise ConfigError(
                 "features are worth keeping where what makes them is frozen, and samples come again bit for bit",
                 expected="local.mode=layerwise, local.schedule=sequential, data.augment=false, images",
                 found="local.mode={}, local.schedule={}, data.augment={}, {}".format(*found),
-                where="local.cache_features",
-                fix="local.cache_features=false",
+                where="local.cache_bytes",
+                fix="local.cache_bytes=0",
+            )
+        if self.options.kind == "sequential" and config.train.steps < config.local.partitions:
+            raise ConfigError(
+                "there is not a step for each partition",
+                expected=f"at least {config.local.partitions} steps, or fewer partitions",
+                found=f"train.steps={config.train.steps}",
             )
         if config.compression.shadow and config.local.activations != "identity":
             raise ConfigError(
@@ -141,7 +164,8 @@ class LocalTrainer(RunLoop):
             )
 
     def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
-        cut, costs = self.cutter.measured(self._micro_batch(0))
+        with self._autocast():
+            cut, costs = self.cutter.measured(self._micro_batch(0))
         for line in str(cut).splitlines():
             self.progress.note(line)
         return cut.cuts, tuple(one.name for one in cut), costs
@@ -152,11 +176,15 @@ class LocalTrainer(RunLoop):
         assert self.stage is not None
         rates = {f"lr_partition_{index}": self._lr(index) for index in self._trained_here()}
         self.watch.at("partitions", self.step + 1)
+        if not self.stage.held:
+            self.pace.follow(self.step + 1)  # not ahead of all that work
         with self.clock.step():
             losses = self.stage.host.train_step(self.step, self.micro_batches, self._micro_batch, self._lr)
         for index, loss in losses.items():
             self.losses.setdefault(index, []).append(loss.item())
         self.step += 1
+        if self.options.kind == "pipelined":
+            self.pace.tell(self.step)
         return {f"loss_partition_{index}": loss for index, loss in losses.items()} | rates
 
     def _lr(self, index: int) -> float:
@@ -193,11 +221,13 @@ class LocalTrainer(RunLoop):
         elif not self.stage.moves(decision):
             self.stage.renew(decision, self._passes(decision.until_step))
         else:
-            self._save_at(between_stages=True)
+            self._save()
+            compressed = self._compressed()
             self._finish_stage()
             self.waited = 0.0
             wanted = wanted_from(decision, self.state_names)
             self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
+            self._carry_over(compressed)
 
     def _decide(self, losses: Mapping[int, float]) -> Decision:
         first = self.rank == 0 and not len(self.coordinator.history)
@@ -235,7 +265,7 @@ class LocalTrainer(RunLoop):
             self.device,
             self.data.fingerprint,
             self._autocast,
-            self._features if self.config.local.cache_features else None,
+            self._features / f"rank_{self.rank}" if self.config.local.cache_bytes else None,
         )
         self.compute_seconds = sum(
             self.coordinator.costs[index].seconds(decision.training[index])
@@ -246,11 +276,11 @@ class LocalTrainer(RunLoop):
 
     @property
     def _features(self) -> Path:
-        """Of what this rank's frozen partitions make of samples; it stays where a run is stopped, for the resume."""
-        return self.folder.path / "features" / f"rank_{self.rank}"
+        """Of what frozen partitions make of samples; it stays where a run is stopped, for the resume."""
+        return self.folder.path / "features"
 
     def _finish_stage(self) -> None:
-        """Nothing is left on its way, and nothing of the features that only this stage could read."""
+        """Nothing is left on its way."""
         assert self.stage is not None
         self.traffic_before = self.traffic_before.plus(self.stage.traffic())
         self.stage.finish()
@@ -260,9 +290,6 @@ class LocalTrainer(RunLoop):
                 f"features of what is frozen: {kept.hits} batches read, {kept.misses} computed; "
                 f"{kept.feature_bytes / 1e6:.1f} MB kept in {kept.packet_bytes / 1e6:.1f} MB"
             )
-            shutil.rmtree(self._features, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self._features.parent.rmdir()  # once the last rank has left it
         self.stage = None
 
     def _passes(self, until_step: int) -> list[int]:
@@ -298,6 +325,8 @@ class LocalTrainer(RunLoop):
     def _flush(self) -> None:
         """Gather the rows that have not been, and write them, means over the ranks that know a number."""
         assert self.stage is not None
+        if self.options.kind == "pipelined":
+            self.pace.meet(self.step)
         leads = {f"lead_partition_{index}": mean for index, (mean, _) in self.stage.leads().items()}
         if self.rows:
             waited = self.stage.traffic().waiting_seconds
@@ -348,10 +377,6 @@ class LocalTrainer(RunLoop):
         self._begin(decision, None if latest is None else self.checkpoints.load(latest, wanted).tensors)
 
     def _save(self) -> None:
-        self._save_at(between_stages=False)
-
-    def _save_at(self, *, between_stages: bool) -> None:
-        """between_stages: the coordinator has decided, but what it moves has not moved yet."""
         assert self.stage is not None
         self._flush()
         self.stage.sync_buffers()
@@ -366,13 +391,12 @@ class LocalTrainer(RunLoop):
             }
         state = {
             **resume.generator_state(self.device),
-            "compression": {k: one.state_dict() for k, one in self.stage.compressions.items()},
+            "compression": self._compressed(),
             "losses": self.losses,
             "traffic": asdict(self.traffic_before.plus(self.stage.traffic())),
             "counted_from": self.counted_from,
         }
         local = {
-            "between_stages": between_stages,
             "cuts": list(self.cuts),
             "names": list(self.names),
             "coordinator": self.coordinator.state_dict(),
@@ -380,11 +404,30 @@ class LocalTrainer(RunLoop):
         self.checkpoints.save(self.step, tensors, state, self._about() | {"local": local})
         self.saved_step = self.step
 
+    def _compressed(self) -> dict[int, tuple[tuple[int, ...], dict[str, Any]]]:
+        """By partition that reduces gradients here: its ranks, and the state of its compression on this one."""
+        assert self.stage is not None
+        ranks = self.stage.decision.assignment.ranks
+        return {index: (ranks[index], one.state_dict()) for index, one in self.stage.compressions.items()}
+
+    def _carry_over(self, compressed: Mapping[int, tuple[tuple[int, ...], dict[str, Any]]]) -> None:
+        """Partitions that train on the ranks on which they did go on with their residuals; others begin with none."""
+        assert self.stage is not None
+        ranks = self.stage.decision.assignment.ranks
+        self.stage.restore_compressions(
+            {
+                index: state
+                for index, (before, state) in compressed.items()
+                if index in self.stage.compressions and tuple(before) == ranks[index]
+            }
+        )
+
     def _read(self, step: int) -> Checkpoint:
         return self.checkpoints.load(step, lambda name: False)  # which tensors, the decision tells
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         local = checkpoint.about["local"]
+        self.pace.tell(self.step)
         self.cuts, self.names = tuple(local["cuts"]), tuple(local["names"])
         self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         self.coordinator.load_state_dict(local["coordinator"])
@@ -402,7 +445,6 @@ class LocalTrainer(RunLoop):
         before = self.coordinator.history[-1]
         decision = self._decide({})
         goes_on = self.coordinator.history[-1] is before
-        places = [(one.assignment, one.training) for one in (before.decision, decision)]
         if decision.ended:
             self.last_step = self.step
             return
@@ -411,8 +453,8 @@ class LocalTrainer(RunLoop):
         wanted = wanted_from(decision, self.state_names)
         self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
         assert self.stage is not None
-        if counts_on and places[0] == places[1] and not local["between_stages"]:
-            self.stage.restore_compressions(state["compression"])
+        if counts_on:
+            self._carry_over(state["compression"])
 
     def _traffic(self) -> dict[str, Any]:
         own = self.traffic_before if self.stage is None else self.traffic_before.plus(self.stage.traffic())
@@ -434,6 +476,8 @@ class LocalTrainer(RunLoop):
     def _close(self) -> None:
         if self.stage is not None:
             self._finish_stage()
+        if self.rank == 0:
+            shutil.rmtree(self._features, ignore_errors=True)
         self.coordinator.close()
         self.groups.close()
         self.transport.close()
@@ -442,6 +486,7 @@ class LocalTrainer(RunLoop):
     def _abort(self) -> None:
         if self.stage is not None:
             self.stage.abort()
+        self.pace.give_up()
 
     def _draw(self) -> None:
         """Which partition trained where and when, for people: a picture in the folder, a table in the log."""

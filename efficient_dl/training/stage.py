@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -22,7 +23,7 @@ from efficient_dl.coordinator.assignment import Decision
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.local_learning.blocks import Blocks
-from efficient_dl.local_learning.feature_cache import FeatureCache
+from efficient_dl.local_learning.feature_cache import FeatureCache, fingerprint
 from efficient_dl.local_learning.held import Frozen, Held, Trained, body_of
 from efficient_dl.local_learning.host import Host
 from efficient_dl.local_learning.selection import Selection
@@ -78,7 +79,8 @@ class Stage:
     blocks: of a fresh copy of the model, of which this keeps what it holds.
     state: by name, what its partitions start from: a checkpoint's tensors; None: the run's beginning.
     passes: micro-batches of every pass of the stage, steps and evaluations, on all ranks the same.
-    features: a folder of this rank's for what a frozen beginning makes of samples; None: it is computed every time.
+    features: a folder of this rank's for what a frozen beginning makes of samples, where nothing but this stage's is
+    kept; None: it is computed every time.
     """
 
     def __init__(
@@ -214,7 +216,17 @@ class Stage:
         bodies = [body_of(one) for one in itertools.takewhile(lambda one: isinstance(one, Frozen), self.held)]
         if folder is None or not 0 < len(bodies) < len(self.held):
             return None
-        return FeatureCache(folder, nn.Sequential(*bodies).eval(), augmented=self._config.data.augment)
+        prefix = nn.Sequential(*bodies).eval()
+        own = folder / f"{fingerprint(prefix)}-{self._config.train.precision}-{self._device.type}"
+        for other in folder.glob(
+            "*"
+        ):  # of an earlier stage, or a run that was continued from before this one
+            if other != own:
+                shutil.rmtree(other, ignore_errors=True)
+        settings = self._config
+        return FeatureCache(
+            own, prefix, augmented=settings.data.augment, max_bytes=settings.local.cache_bytes
+        )
 
     def _make(
         self,

@@ -22,6 +22,7 @@ from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.models import build_model
 from efficient_dl.training import Summary, run
 from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.run_folder import DECISIONS, RunFolder
 from tests.distributed.launch import run_failing_ranks, run_ranks
 
@@ -111,6 +112,14 @@ def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> No
         torch.testing.assert_close(four[0][1][key], value, rtol=1e-4, atol=1e-5)
 
 
+FEATURES = [
+    *RESNET,
+    "data.batch_size=350",  # so that samples come again
+    "local.mode=layerwise",
+    "local.schedule=sequential",
+    "local.partitions=3",
+    "local.cache_bytes=100000000",
+]
 RESUMED: dict[str, tuple[int, list[str]]] = {
     "partitionwise-2bit-gpt": (
         2,
@@ -133,16 +142,8 @@ RESUMED: dict[str, tuple[int, list[str]]] = {
             "model.dropout=0.1",
         ],
     ),
-    "layerwise-sequential-features": (
-        2,
-        [
-            *RESNET,
-            "data.batch_size=350",  # so that samples come again
-            "local.mode=layerwise",
-            "local.schedule=sequential",
-            "local.cache_features=true",
-        ],
-    ),
+    "features-inside-a-stage": (2, FEATURES),
+    "features-where-partitions-move": (2, FEATURES),
     "layerwise-window-2-gpt": (
         2,
         [*GPT, "local.mode=layerwise", "local.window=2", "local.partitions=3", "train.accumulate=2"],
@@ -170,8 +171,8 @@ def reading(rank: int, out: Path) -> tuple[list[dict[str, torch.Tensor]], CacheS
     FeatureCache.close = closing  # type: ignore[method-assign]
     settings = ["local.mode=layerwise", "local.schedule=sequential", "data.batch_size=1000", "train.steps=8"]
     both = [
-        trained(rank, out / word, *RESNET, *settings, f"local.cache_features={word}")[1]
-        for word in ("false", "true")
+        trained(rank, out / limit, *RESNET, *settings, f"local.cache_bytes={limit}")[1]
+        for limit in ("0", "100000000")
     ]
     FeatureCache.close = close  # type: ignore[method-assign]
     return both, stats[-1], [*out.glob("*/features/**/*")]
@@ -227,12 +228,14 @@ def resume_differences(rank: int, folder: Path, settings: list[str], crash_at: i
     return differences
 
 
+CRASHES = {"features-inside-a-stage": 6, "features-where-partitions-move": 5}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resume_equals_never_stopping(tmp_path: Path, case: str) -> None:
     world_size, settings = RESUMED[case]
-    # Where partitions move, inside of a stage, or where half of a stage's features are kept.
-    crash_at = 6 if case.endswith("features") else 4 if "local.schedule=sequential" in settings else 3
+    crash_at = CRASHES.get(case, 4 if "local.schedule=sequential" in settings else 3)
     for differences in run_ranks(resume_differences, world_size, tmp_path, settings, crash_at):
         assert differences == []
 
@@ -253,6 +256,74 @@ def test_a_converged_run_ends_before_its_last_step_and_stays_ended(tmp_path: Pat
         assert "converged" in decisions[-1]["reason"] or "frozen" in decisions[-1]["reason"]
         assert summary.steps == decisions[-1]["step"] < 40
         assert summary.val_loss > 0
+
+
+def paced(rank: int, out: Path) -> list[tuple[int, int]]:
+    """On a rank without partitions: the steps that it has ended, and those of the first rank that works."""
+    ahead: list[tuple[int, int]] = []
+    step = LocalTrainer._train_step
+
+    def watched(self: LocalTrainer) -> Any:
+        row = step(self)
+        assert self.stage is not None
+        if not self.stage.held:
+            store = dist.distributed_c10d._get_default_store()
+            told = [key for key in self.pace._keys if not key.endswith("/2")]
+            ahead.append((self.step, max(int(one) for one in store.multi_get(told))))
+        return row
+
+    LocalTrainer._train_step = watched  # type: ignore[method-assign]
+    run(config_of(out, *GPT, "local.mode=partitionwise", "train.steps=12", "local.stage_steps=12"))
+    LocalTrainer._train_step = step  # type: ignore[method-assign]
+    return ahead
+
+
+def test_a_rank_that_is_left_over_keeps_step_with_the_others(tmp_path: Path) -> None:
+    ahead = run_ranks(paced, 3, tmp_path / "run")  # two partitions, three micro-batches: groups of one
+    assert ahead[0] == ahead[1] == []
+    assert len(ahead[2]) == 12
+    assert all(step <= first for step, first in ahead[2])
+
+
+def residuals(state: dict[str, Any], inside: bool = False) -> list[torch.Tensor]:
+    """All residuals in the state of a compression."""
+    found: list[torch.Tensor] = []
+    for key, value in state.items():
+        if isinstance(value, dict):
+            found += residuals(value, inside or "residual" in str(key))
+        elif inside and isinstance(value, torch.Tensor):
+            found.append(value.clone())
+    return found
+
+
+def frozen_first(rank: int, out: Path) -> list[dict[int, list[torch.Tensor]]]:
+    """Residuals before and after partition 0, and it alone, is frozen."""
+    seen: list[dict[int, list[torch.Tensor]]] = []
+    decide, carry = LocalTrainer._decide, LocalTrainer._carry_over
+
+    def as_told(self: LocalTrainer, losses: Any) -> Any:
+        told = {index: 1.0 if index == 0 else 0.05**self.step for index in losses}
+        return decide(self, told)
+
+    def watched(self: LocalTrainer, compressed: Any) -> None:
+        seen.append({index: residuals(state) for index, (_, state) in compressed.items()})
+        carry(self, compressed)
+        seen.append({index: residuals(state) for index, (_, state) in self._compressed().items()})
+
+    LocalTrainer._decide, LocalTrainer._carry_over = as_told, watched  # type: ignore[method-assign]
+    settings = ["local.mode=layerwise", "local.partitions=3", "local.freeze_below=0.1", "local.stage_steps=1"]
+    feedback = ["compression.bits=1.0", "compression.error_feedback=on"]
+    run(config_of(out, *GPT, *settings, *feedback, "optimizer.lr=1e-5", "train.steps=7"))
+    LocalTrainer._decide, LocalTrainer._carry_over = decide, carry  # type: ignore[method-assign]
+    return seen
+
+
+def test_what_stays_where_it_is_keeps_its_residuals_when_another_is_frozen(tmp_path: Path) -> None:
+    for before, after in run_ranks(frozen_first, 2, tmp_path / "run"):
+        assert before.keys() == {0, 1, 2} and after.keys() == {1, 2}
+        for index, kept in after.items():
+            assert kept and any(one.abs().sum() > 0 for one in kept)
+            assert all(torch.equal(one, other) for one, other in zip(before[index], kept, strict=True))
 
 
 def continued(rank: int, out: Path, accumulate: int) -> tuple[Summary, dict[str, torch.Tensor]]:
@@ -294,8 +365,12 @@ REFUSED = {
     "too many partitions": (["local.mode=layerwise", "local.partitions=99"], "99"),
     "a head of another task": (["local.mode=layerwise", "local.heads=predsim"], "predsim"),
     "features of tokens": (
-        ["local.mode=layerwise", "local.schedule=sequential", "local.cache_features=true"],
+        ["local.mode=layerwise", "local.schedule=sequential", "local.cache_bytes=1000000000"],
         "features are worth keeping",
+    ),
+    "fewer steps than partitions": (
+        ["local.mode=layerwise", "local.schedule=sequential", "local.partitions=3", "train.steps=2"],
+        "a step for each partition",
     ),
     "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
 }
@@ -316,8 +391,6 @@ def test_a_resume_refuses_other_partitions(tmp_path: Path) -> None:
 
 
 def dying(rank: int, out: Path, victim: int) -> None:
-    from efficient_dl.training.local_loop import LocalTrainer
-
     step = LocalTrainer._train_step
 
     def dies(self: LocalTrainer) -> Any:

@@ -181,10 +181,14 @@ def test_a_record_that_a_crash_cut_short_is_computed_again(tmp_path: Path, cut: 
         assert cache.stats.samples_written >= 1
 
 
-def test_the_limit_is_a_full_disk(tmp_path: Path) -> None:
-    with FeatureCache(tmp_path, Counted(), augmented=False, max_bytes=1000) as cache:
-        with pytest.raises(DiskFull, match="reached its limit"):
-            cache.features(batch(1))
+def test_beyond_the_limit_samples_are_computed_every_time(tmp_path: Path) -> None:
+    prefix = Counted()
+    with FeatureCache(tmp_path, prefix, augmented=False, max_bytes=1000) as cache:
+        made = cache.features(batch(1))
+        assert same_bits(cache.features(batch(1)), made)
+        assert 0 < cache.stats.samples_written < 8
+        assert cache.stats.samples_left_out == 2 * (8 - cache.stats.samples_written)
+    assert prefix.samples == 16
     assert (tmp_path / "features.bin").stat().st_size <= 1000
 
 

@@ -21,6 +21,7 @@ from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.local_learning.heads import make_head
 from efficient_dl.local_learning.saved import SavedTensors
+from efficient_dl.local_learning.thrift import checkpointed
 
 CUTS = ["1.0", "2"]
 
@@ -284,6 +285,32 @@ def test_kept_features_train_as_computed_ones_do(tmp_path: Path, monkeypatch: py
     same(computed, read)
     assert [(one.misses, one.hits) for one in caches] == [(2, 4), (2, 4)]
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_checkpointed_pieces_train_as_they_are(window: int) -> None:
+    plain, thrifty = chain(dropout=0.3), chain(dropout=0.3)
+    for model in (plain, thrifty):
+        learner = learner_of(model, window=window)
+        if model is thrifty:
+            for piece in learner.partitions.pieces:
+                checkpointed(piece.module)
+        torch.manual_seed(4)
+        for step in range(3):
+            learner.step(*batch(step))
+    same(plain, thrifty)
+
+
+def test_sequential_training_goes_on_with_the_partition_of_a_saved_state() -> None:
+    model = chain()
+    learner = learner_of(model)
+    learner.freeze(0, 2)
+    other = learner_of(copy.deepcopy(model))
+    other.load_state_dict(learner.state_dict())
+    before = copy.deepcopy(other.partitions[0].module.state_dict())
+    assert other.train_sequentially(itertools.repeat(batch(0)), 2) == [0, 2, 2]
+    after = other.partitions[0].module.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_a_plateau_ends_a_partition_early() -> None:
