@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ CLIP = 1.0  # of a partition's gradient, or of the whole one's
 PARTS = 4  # micro-batches of "accumulation"
 HEAD_WEIGHT = 0.3  # of an auxiliary loss in deep supervision: Szegedy et al. 2015, arXiv 1409.4842
 CALIBRATION_BATCHES = 20  # for the running statistics of what is frozen at random: the momentum is a tenth
+AHEAD_BATCHES = 40  # to choose a learning rate by
 TIMED_STEPS = 8  # of a stage; the first two are not counted
 
 
@@ -382,14 +383,15 @@ def _count(trainer: Trainer) -> list[float]:
 
 def _live_peak(profiled: profile) -> float:
     """By how many bytes more tensors were held at most than at the beginning, from the allocator's events."""
-    events = profiled.events()
-    assert events is not None
-    changes = [(one.time_range.start, one.cpu_memory_usage) for one in events if one.name == "[memory]"]
-    held = most = 0.0
-    for _, change in sorted(changes):
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events: Any = profiled.profiler.kineto_results.events()  # the stub lacks a method
+    changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
+    assert changes, "the profiler has recorded no allocation"
+    held = most = 0
+    for _, change in sorted(changes, key=lambda one: one[0]):
         held += change
         most = max(most, held)
-    return most
+    return float(most)
 
 
 def _forked(run: Callable[[], Sequence[float]]) -> list[float]:
@@ -400,6 +402,7 @@ def _forked(run: Callable[[], Sequence[float]]) -> list[float]:
         code = 1
         try:
             os.close(reader)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the profiler's own lines; errors go the other way
             os.write(writer, " ".join(repr(float(one)) for one in run()).encode())
             code = 0
         except BaseException as error:
@@ -417,10 +420,21 @@ def _forked(run: Callable[[], Sequence[float]]) -> list[float]:
 
 def evaluate(trainer: Trainer) -> dict[str, float]:
     """Held-out loss, nats, with bits per byte for tokens and accuracy for images."""
-    model, case = trainer.model.eval(), trainer.case
+    case = trainer.case
+    return _evaluated(trainer, trainer.data.eval_batches(case.eval_batches, case.data.batch_size))
+
+
+def loss_ahead(trainer: Trainer) -> float:
+    """The loss on training data that the next steps of the case would take: to choose by, before they do."""
+    steps = trainer.case.steps
+    return _evaluated(trainer, map(trainer.batch, range(steps, steps + AHEAD_BATCHES)))["val_loss"]
+
+
+def _evaluated(trainer: Trainer, batches: Iterable[Batch]) -> dict[str, float]:
+    model = trainer.model.eval()
     loss = correct = count = 0.0
     with torch.no_grad():
-        for x, y in trainer.data.eval_batches(case.eval_batches, case.data.batch_size):
+        for x, y in batches:
             logits = model(x)
             loss += float(cross_entropy(logits, y)) * y.numel()
             correct += float((logits.argmax(-1) == y).sum())
@@ -435,4 +449,4 @@ def shrunk(case: Case) -> Case:
     """A case of a few seconds, on data that needs no download."""
     small = replace(case.model, size="mini" if case.model.name == "mlp" else "nano", context=32)
     data = DataConfig(name="stdlib" if case.model.name == "gpt" else "digits", batch_size=16)
-    return replace(case, model=small, data=data, steps=24, eval_batches=4)
+    return replace(case, model=small, data=data, steps=24, eval_batches=4, tuned=False)

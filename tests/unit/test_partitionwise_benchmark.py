@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.partitionwise_report import Curve, common_target
+from benchmarks.partitionwise_report import Curve, targets
 from benchmarks.partitionwise_runs import CASES, SYSTEMS, _seconds_per_step
 
 
@@ -21,10 +21,15 @@ def test_a_rise_on_the_way_does_not_count() -> None:
     assert Curve((10, 20, 30), (2.0, 2.5, 1.0)).steps_to(1.75) == pytest.approx(25)
 
 
-def test_every_system_reaches_the_common_target() -> None:
-    curves = {"a": Curve((1, 2), (2.0, 1.0)), "b": Curve((1, 2), (1.5, 1.8))}
-    assert common_target(curves) == 1.5
-    assert all(math.isfinite(curve.steps_to(common_target(curves))) for curve in curves.values())
+def test_one_lucky_evaluation_reaches_no_target() -> None:
+    curve = Curve((10, 20, 30, 40, 50), (2.0, 1.0, 2.0, 2.0, 1.0))
+    assert curve.steps_to(1.2) == pytest.approx(18)
+    assert curve.smoothed(3).losses == pytest.approx((2.0, 1.5, 5 / 3, 5 / 3, 5 / 3))
+    assert curve.smoothed(3).steps_to(1.2) == math.inf
+
+
+def test_targets_are_native_s_last_loss_and_a_little_above() -> None:
+    assert targets(Curve((1, 2), (2.0, 1.0))) == {1.0: 1.0, 1.02: 1.02, 1.05: 1.05}
 
 
 def test_a_step_takes_as_long_as_on_the_last_rank() -> None:
