@@ -1,11 +1,12 @@
 """Partition-wise training on slow links: how long to the same loss as data-parallel backprop, and with what memory?
 
-python -m benchmarks.partitionwise --out benchmarks/results/partitionwise.jsonl       # an hour on 2 quiet cores
+python -m benchmarks.partitionwise --out benchmarks/results/partitionwise.jsonl       # hours on 2 quiet cores
 python -m benchmarks.partitionwise --part times --out ...                             # of losses, times, memory
 python -m benchmarks.partitionwise --quick                                            # two minutes
 Every rank is an emulated host (see cluster/). A loss after a step does not depend on the link, and a step's time not
 on what was learned. So losses come from whole runs on links that are not shaped; times from short runs on shaped ones,
-in which the systems take turns; the time to a loss is the product of its steps and the seconds of one.
+in which the systems take turns; the time to a loss is the product of its steps and the seconds of one. Every system
+has its best size of a step, of two, and a learning rate of its own for each, found on a seed outside of the study.
 What is in --out already is not repeated, except times, of which every call adds rounds.
 """
 
@@ -15,19 +16,22 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.partitionwise_report import BENCH, PROBES, Measured, print_report, read_rows, verdict
-from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
+from benchmarks.partitionwise_report import BENCH, PROBES, Curve, Measured, print_report, read_rows, verdict
+from benchmarks.partitionwise_runs import CASES, RATE_OF, SYSTEMS, Case
 from benchmarks.rows import Row, RowFile, as_dict
 from cluster.emulate import EmulatedNetwork
 
 __all__ = ["run_study", "verdict"]
 
 PARTS = ("losses", "times", "memory")
+FACTORS = (1 / 3, 1.0, 3.0)  # of the case's learning rate
+TUNING_SEED = 1000
 MIB = 2**20
 _TIMEOUT_SECONDS = 3600.0
 _WARM_UP = 3  # steps until queues are full
@@ -46,37 +50,72 @@ class Bench:
         """Whole runs on links that are not shaped: losses by step, and bytes."""
         title = f"{case.title(ranks)}, seed {seed}"
         todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
-        evaluation = [
-            f"train.eval_every={case.eval_every}",
-            f"train.eval_batches={max(1, case.eval_samples * ranks // case.batch)}",
+        jobs = [
+            _job(
+                one,
+                case.overrides(
+                    one, ranks, seed, case.steps, self._rate(case, ranks, one), *case.evaluations(ranks)
+                ),
+                1,
+            )
+            for one in todo
         ]
-        jobs = [_job(one, case.overrides(one, ranks, seed, case.steps, *evaluation), 1) for one in todo]
         for found in _run(jobs, ranks, "none") if jobs else []:
-            for step, loss in found["losses"].items():
-                self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
             sent = found["nic_bytes_per_step"]
             self._add(title, found["name"], "nic_bytes_per_step", sent, "bytes, all ranks, by the kernel")
+            for step, loss in found["losses"].items():  # the last one says that the run was whole
+                self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
+
+    def _rate(self, case: Case, ranks: int, system: str) -> float:
+        """The learning rate with the lowest loss at the end of a run with another seed: of a third, one and three."""
+        system, title = RATE_OF.get(system, system), f"{case.title(ranks)}, tuning"
+        if not case.tuned:
+            return case.rate
+        if known := self.measured.get((title, system, "learning_rate")):
+            return known[-1]
+        rates = [case.rate * factor for factor in FACTORS]
+        jobs = [
+            _job(
+                system,
+                case.overrides(system, ranks, TUNING_SEED, case.steps, rate, *case.evaluations(ranks)),
+                1,
+            )
+            for rate in rates
+        ]
+        losses: dict[float, float] = {}
+        for rate, found in zip(rates, _run(jobs, ranks, "none"), strict=True):
+            steps = sorted(map(int, found["losses"]))
+            curve = Curve(tuple(steps), tuple(found["losses"][str(step)] for step in steps))
+            finite = len(steps) > 0 and all(map(math.isfinite, curve.losses))
+            losses[rate] = curve.smoothed().losses[-1] if finite else math.inf
+            self._add(title, system, f"loss_at_rate_{rate:.3g}", losses[rate], "nats, smoothed, at the end")
+        best = min(losses, key=lambda rate: losses[rate])
+        self._add(title, system, "learning_rate", best, "")
+        return best
 
     def times(
-        self, case: Case, ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int
+        self, cases: Sequence[Case], ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int
     ) -> None:
-        """Short runs on shaped links, systems taking turns, each round beginning with another one."""
+        """Short runs on shaped links; systems and sizes take turns, each round beginning with another one."""
+        kinds = [(case, system) for case in cases for system in systems]
         for rate in rates:
-            order = [
-                systems[(i + turn) % len(systems)] for turn in range(rounds) for i in range(len(systems))
-            ]
+            order = [kinds[(i + turn) % len(kinds)] for turn in range(rounds) for i in range(len(kinds))]
             jobs = [
                 _job(
                     system,
-                    case.overrides(system, ranks, 0, steps, "train.eval_every=0", "train.eval_batches=1"),
+                    case.overrides(
+                        system, ranks, 0, steps, case.rate, "train.eval_every=0", "train.eval_batches=1"
+                    ),
                     _WARM_UP,
                 )
-                for system in order
+                for case, system in order
             ]
-            for number, found in enumerate(_run(jobs, ranks, rate)):
-                where = f"{case.title(ranks)}, {rate}, round {number // len(systems)}"
+            for number, ((case, system), found) in enumerate(
+                zip(order, _run(jobs, ranks, rate), strict=True)
+            ):
+                where = f"{case.title(ranks)}, {rate}, round {number // len(kinds)}"
                 seconds = found["seconds_per_step"]
-                self._add(where, found["name"], "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
+                self._add(where, system, "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
 
     def memory(self, case: Case, ranks: int, systems: list[str], cap_mib: int) -> None:
         """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third."""
@@ -119,6 +158,7 @@ class Bench:
                     ranks,
                     0,
                     _PROBE_STEPS,
+                    case.rate,
                     "train.eval_every=0",
                     "train.eval_batches=1",
                     f"data.batch_size={batch}",
@@ -168,7 +208,7 @@ def main(
     systems: Annotated[str, typer.Option(help="semicolons between")] = ";".join(SYSTEMS),
     ranks: Annotated[str, typer.Option(help="numbers of ranks")] = "2,4",
     rates: Annotated[str, typer.Option(help="link speeds")] = "100mbit,1gbit",
-    seeds: Annotated[int, typer.Option(help="whole runs of each system", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="whole runs of each system", min=1)] = 3,
     rounds: Annotated[int, typer.Option(help="short runs of each system on each link", min=1)] = 5,
     round_steps: Annotated[int, typer.Option(help="steps of a short run", min=_WARM_UP + 1)] = 15,
     cap: Annotated[int, typer.Option(help="memory that a rank may need, MiB")] = 512,
@@ -182,28 +222,29 @@ def main(
             raise typer.BadParameter(f"no {unknown[0]!r}; there are {', '.join(known)}")
     cases = {name: CASES[name] for name in chosen}
     if quick:
-        cases = {"mlp": quick_case()}
+        cases = {"mlp": (quick_case(),)}
         ranks, rates, seeds, rounds, round_steps = "2", "100mbit", 1, 2, 8
     measured = read_rows(out)
     bench = Bench(RowFile(out), measured)
     sizes, links = [int(one) for one in ranks.split(",")], rates.split(",")
     for size in sizes:
-        for name, one in cases.items():
+        for name, of_sizes in cases.items():
             if "losses" in parts:
                 for seed in range(seeds):
-                    bench.losses(one, size, named, seed)
+                    for one in of_sizes:
+                        bench.losses(one, size, named, seed)
             if "times" in parts:
-                bench.times(one, size, named, links, rounds, round_steps)
+                bench.times(of_sizes, size, named, links, rounds, round_steps)
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
-                bench.memory(one, size, named, cap)
-            print_report(one, size, links, seeds, cap, measured)
+                bench.memory(of_sizes[0], size, named, cap)
+            print_report(of_sizes, size, links, seeds, cap, measured)
 
 
 def quick_case() -> Case:
     """Few steps of a smaller MLP, whose rows cannot be taken for the study's."""
-    one = CASES["mlp"]
+    one = CASES["mlp"][0]
     settings = tuple(text.replace("model.size=base", "model.size=small") for text in one.settings)
-    return Case(settings, one.batch, steps=40, eval_every=5, eval_samples=512)
+    return Case(settings, one.batch, samples=40 * one.batch, every=5 * one.batch, held_out=512, tuned=False)
 
 
 def run_study(*, quick: bool) -> list[dict[str, Any]]:
@@ -211,12 +252,12 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
     file = RowFile(None)
     bench = Bench(file, {})
     systems = list(SYSTEMS)
-    cases = [quick_case()] if quick else list(CASES.values())
-    for case in cases:
+    for cases in [(quick_case(),)] if quick else list(CASES.values()):
         for seed in range(1 if quick else 3):
-            bench.losses(case, 2, systems, seed)
+            for case in cases:
+                bench.losses(case, 2, systems, seed)
         rates, rounds, steps = (["100mbit"], 2, 8) if quick else (["100mbit", "1gbit"], 5, 15)
-        bench.times(case, 2, systems, rates, rounds, steps)
+        bench.times(cases, 2, systems, rates, rounds, steps)
     return [as_dict(row) for row in file.rows]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.partitionwise_runs import DATA_PARALLEL, NATIVE, SYSTEMS, Case
+from benchmarks.partitionwise_runs import DATA_PARALLEL, NATIVE, RATE_OF, SYSTEMS, Case
 from benchmarks.verdicts import Rows, says, span
 
 BENCH = "partitionwise"
@@ -54,14 +55,33 @@ class Curve:
         return math.inf
 
 
-def targets(native: Curve) -> dict[float, float]:
-    """By how much above native's last loss, as a factor: the losses at which systems are compared."""
-    return {factor: native.losses[-1] * factor for factor in TARGETS}
+Key = tuple[str, str]
+"""The size of a step, as cases name it, and the system."""
 
 
-def seconds_to(target: float, curve: Curve, seconds: float) -> float:
-    """Until a loss, with steps of so many seconds."""
-    return curve.steps_to(target) * seconds
+def target(found: Mapping[Key, Curve], factor: float) -> float:
+    """So many times native's last loss, with the size of its steps that is best."""
+    return factor * min(curve.losses[-1] for (_, system), curve in found.items() if system == NATIVE)
+
+
+def seconds_to(
+    loss: float, found: Mapping[Key, Curve], seconds: Mapping[Key, float], systems: Sequence[str]
+) -> float:
+    """Until the first of these systems, with the size of steps that is best for it, is at the loss."""
+    return min(
+        (
+            curve.steps_to(loss) * seconds[size, system]
+            for (size, system), curve in found.items()
+            if system in systems and (size, system) in seconds
+        ),
+        default=math.inf,
+    )
+
+
+def parted(case: str) -> tuple[str, str]:
+    """(the case without the size of its steps, the size) of "MODEL on DATA, 128 a step, ..."."""
+    words = case.split(", ")
+    return ", ".join([words[0], *words[2:]]), words[1]
 
 
 def curves(case: Case, ranks: int, seed: int, measured: Measured) -> dict[str, Curve]:
@@ -102,17 +122,25 @@ def read_rows(path: Path | None) -> Measured:
 
 
 def print_report(
-    case: Case, ranks: int, rates: list[str], seeds: int, cap_mib: int, measured: Measured
+    cases: Sequence[Case], ranks: int, rates: list[str], seeds: int, cap_mib: int, measured: Measured
 ) -> None:
-    """One table: what was measured, and for each rate the seconds to the lowest loss that all systems reach."""
-    by_seed = {seed: found for seed in range(seeds) if (found := curves(case, ranks, seed, measured))}
+    """One table for the sizes of a case: what was measured, and for each link the seconds to a loss near native's."""
+    by_seed: dict[int, dict[Key, Curve]] = {}
+    for case in cases:
+        size = parted(case.title(ranks))[1]
+        for seed in range(seeds):
+            for system, curve in curves(case, ranks, seed, measured).items():
+                by_seed.setdefault(seed, {})[size, system] = curve
+    whole = [found for found in by_seed.values() if any(system == NATIVE for _, system in found)]
     table = Table(
-        title=case.title(ranks),
+        title=parted(cases[0].title(ranks))[0],
         caption=f"losses are means of {SMOOTHED} evaluations; to target: {MIDDLE} x native's last loss of that seed; "
         "against: the better data-parallel one's seconds / these; MB: growth of the largest rank",
     )
     columns = [
+        "size",
         "system",
+        "rate",
         "loss",
         "steps to target",
         "MB/step",
@@ -122,53 +150,55 @@ def print_report(
     for rate in rates:
         columns += [f"ms/step, {rate}", "s to target", "against"]
     for name in columns:
-        table.add_column(name, justify="left" if name == "system" else "right")
-    steps = {
-        system: statistics.mean(
-            found[system].steps_to(MIDDLE * found[NATIVE].losses[-1])
-            for found in by_seed.values()
-            if system in found and NATIVE in found
-        )
-        for system in SYSTEMS
-        if any(system in found and NATIVE in found for found in by_seed.values())
-    }
-    seconds = {
-        (rate, system): step_seconds(case, ranks, rate, system, measured)
+        table.add_column(name, justify="left" if name in ("size", "system") else "right")
+    timed = {
+        rate: {
+            (parted(case.title(ranks))[1], system): step_seconds(case, ranks, rate, system, measured)
+            for case in cases
+            for system in SYSTEMS
+        }
         for rate in rates
-        for system in SYSTEMS
     }
-    for system in SYSTEMS:
-
-        def of_seeds(metric: str, system: str = system) -> list[float]:
-            keys = ((f"{case.title(ranks)}, seed {seed}", system, metric) for seed in range(seeds))
-            return [measured[key][-1] for key in keys if key in measured]
-
-        def cell(values: list[float], form: str, scale: float = 1.0) -> str:
-            return format(statistics.mean(values) * scale, form) if values else ""
-
-        def known(metric: str, system: str = system) -> list[float]:
-            return measured.get((case.title(ranks), system, metric), [])[-1:]
-
-        row = [
-            system,
-            cell([found[system].losses[-1] for found in by_seed.values() if system in found], ".4f"),
-            _or_empty(steps.get(system, math.nan), ".0f"),
-            cell(of_seeds("nic_bytes_per_step"), ".2f", 1e-6),
-            cell(known(f"memory_at_batch_{PROBES[0]}"), ".0f", 1e-6),
-            cell(known(f"largest_batch_in_{cap_mib}_MiB"), ".0f"),
-        ]
-        for rate in rates:
-            taken = seconds[rate, system] * steps.get(system, math.nan)
-            best = min(
-                (seconds[rate, one] * steps[one] for one in DATA_PARALLEL if one in steps), default=math.nan
-            )
-            row += [
-                _or_empty(seconds[rate, system] * 1000, ".0f"),
-                _or_empty(taken, ".1f"),
-                _or_empty(best / taken, ".2f"),
+    for case in cases:
+        title, size = case.title(ranks), parted(case.title(ranks))[1]
+        for system in SYSTEMS:
+            own = [found[size, system] for found in whole if (size, system) in found]
+            steps = [
+                found[size, system].steps_to(target(found, MIDDLE))
+                for found in whole
+                if (size, system) in found
             ]
-        table.add_row(*row)
-    Console(width=max(180, Console().width)).print(table)
+
+            def known(where: str, metric: str, system: str = system) -> float:
+                return measured.get((where, system, metric), [math.nan])[-1]
+
+            row = [
+                size,
+                system,
+                _or_empty(known(f"{title}, tuning", "learning_rate", RATE_OF.get(system, system)), ".2g"),
+                _or_empty(_mean([curve.losses[-1] for curve in own]), ".4f"),
+                _or_empty(_mean(steps), ".0f"),
+                _or_empty(known(f"{title}, seed 0", "nic_bytes_per_step") / 1e6, ".2f"),
+                _or_empty(known(title, f"memory_at_batch_{PROBES[0]}") / 1e6, ".0f"),
+                _or_empty(known(title, f"largest_batch_in_{cap_mib}_MiB"), ".0f"),
+            ]
+            for rate in rates:
+                one = timed[rate][size, system]
+                best = _mean(
+                    [seconds_to(target(found, MIDDLE), found, timed[rate], DATA_PARALLEL) for found in whole]
+                )
+                taken = one * _mean(steps)
+                row += [
+                    _or_empty(one * 1000, ".0f"),
+                    _or_empty(taken, ".1f"),
+                    _or_empty(best / taken, ".2f"),
+                ]
+            table.add_row(*row)
+    Console(width=max(190, Console().width)).print(table)
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else math.nan
 
 
 def _or_empty(value: float, form: str) -> str:
@@ -179,20 +209,20 @@ def _or_empty(value: float, form: str) -> str:
 def verdict(rows: Rows) -> str:
     """Whether partition-wise training reaches a loss 1.3 times as soon as the better data-parallel system.
 
-    The losses: native's last one of the same seed, and 2 and 5 % above it; at each of them the speed-up's 95 % interval
-    must lie above what is asked. It is a bootstrap over seeds (steps to the loss) and rounds (seconds of a step on that
-    link, of systems that took turns). Without conditions only where one system does so everywhere.
+    Each with the size of steps that is best for it. The losses: native's last one of the same seed, and 2 and 5 % above
+    it; at each of them the speed-up's 95 % interval must lie above what is asked. It is a bootstrap over seeds (steps
+    to the loss) and rounds (seconds of a step on that link, of systems that took turns). Without conditions only where
+    one system does so everywhere.
     """
     found: list[tuple[bool, str]] = []
     passing: dict[str, list[str]] = {}
     places: list[str] = []
     for case, losses in _curves_by_case(rows).items():
-        for rate in _rates(rows, case):
+        for rate, rounds in _rounds(rows, case).items():
             place = f"{rate} links, {case.rpartition(', ')[2]}, {case.split(' on ')[0]}"
-            rounds = _rounds(rows, case, rate)
             for system in (one for one in SYSTEMS if one not in DATA_PARALLEL):
-                seeds = [one for one in losses.values() if system in one and NATIVE in one]
-                turns = [one for one in rounds if system in one and NATIVE in one]
+                seeds = [one for one in losses.values() if {system, NATIVE} <= {name for _, name in one}]
+                turns = [one for one in rounds if {system, NATIVE} <= {name for _, name in one}]
                 if not seeds or not turns:
                     continue
                 speedups = [_speedup(seeds, turns, system, factor) for factor in TARGETS]
@@ -222,8 +252,19 @@ def verdict(rows: Rows) -> str:
     return says([] if everywhere else [f"it is {' or '.join(some)}"], texts)
 
 
-def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[str, Curve]]]:
-    """{case: {seed: {system: its smoothed curve}}}, of runs that reached the case's last step with finite losses."""
+def curves_and_rounds(
+    rows: Rows,
+) -> list[tuple[str, dict[int, dict[Key, Curve]], list[dict[Key, float]]]]:
+    """Of every case and link that has both: its title, curves by seed, and the rounds' seconds of a step."""
+    return [
+        (f"{case.split(', ')[0]}, {case.rpartition(', ')[2]}, {rate}", losses, rounds)
+        for case, losses in _curves_by_case(rows).items()
+        for rate, rounds in _rounds(rows, case).items()
+    ]
+
+
+def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[Key, Curve]]]:
+    """{case without sizes: {seed: smoothed curves}}, of runs that reached the last step with finite losses."""
     points: dict[str, dict[int, dict[str, dict[int, float]]]] = {}
     for row in rows:
         case, comma, seed = str(row["case"]).rpartition(", seed ")
@@ -232,64 +273,54 @@ def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[str, Curve]]]:
             of_seed = points.setdefault(case, {}).setdefault(int(seed), {})
             value = math.nan if row["value"] is None else float(row["value"])
             of_seed.setdefault(str(row["system"]), {})[step] = value
-    found: dict[str, dict[int, dict[str, Curve]]] = {}
+    found: dict[str, dict[int, dict[Key, Curve]]] = {}
     for case, of_case in points.items():
+        family, size = parted(case)
         last = max(max(losses) for of_seed in of_case.values() for losses in of_seed.values())
         for seed, of_seed in of_case.items():
             for system, losses in of_seed.items():
                 if max(losses) == last and all(map(math.isfinite, losses.values())):
                     steps = sorted(losses)
                     curve = Curve(tuple(steps), tuple(losses[step] for step in steps)).smoothed()
-                    found.setdefault(case, {}).setdefault(seed, {})[system] = curve
+                    found.setdefault(family, {}).setdefault(seed, {})[size, system] = curve
     return found
 
 
-def _rates(rows: Rows, case: str) -> list[str]:
-    """The links on which steps of this case were timed."""
-    timed = (str(row["case"]) for row in rows if row["metric"] == "step_seconds")
-    places = (one.removeprefix(case + ", ").split(", ")[0] for one in timed if one.startswith(case + ", "))
-    return list(dict.fromkeys(places))
-
-
-def _rounds(rows: Rows, case: str, rate: str) -> list[dict[str, float]]:
-    """A step's seconds by system, of each round in which the systems took turns; rounds of several calls stay apart."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
+def _rounds(rows: Rows, case: str) -> dict[str, list[dict[Key, float]]]:
+    """A step's seconds of each round of sizes and systems, by link; those of another call stay apart."""
+    found: dict[str, dict[tuple[str, int], dict[Key, float]]] = {}
     for row in rows:
-        where = str(row["case"])
-        if row["metric"] == "step_seconds" and where.startswith(f"{case}, {rate}, round "):
-            system, repeat = str(row["system"]), 0
-            while system in found.get((where, repeat), {}):
+        where, comma, number = str(row["case"]).rpartition(", round ")
+        if row["metric"] != "step_seconds" or not comma:
+            continue
+        title, _, rate = where.rpartition(", ")
+        family, size = parted(title)
+        if family == case:
+            key, repeat = (size, str(row["system"])), 0
+            rounds = found.setdefault(rate, {})
+            while key in rounds.get((number, repeat), {}):
                 repeat += 1
-            found.setdefault((where, repeat), {})[system] = float(row["value"])
-    return list(found.values())
+            rounds.setdefault((number, repeat), {})[key] = float(row["value"])
+    return {rate: list(rounds.values()) for rate, rounds in found.items()}
 
 
 def _speedup(
-    seeds: list[dict[str, Curve]], rounds: list[dict[str, float]], system: str, factor: float
+    seeds: list[dict[Key, Curve]], rounds: list[dict[Key, float]], system: str, factor: float
 ) -> tuple[float, float]:
     """(median, lower end of the 95 % interval): the better data-parallel system's seconds / this one's; 0: not reached.
 
     Each seed is paired with each round; drawn with replacement are seeds and rounds.
     """
 
-    def ratio(found: dict[str, Curve], seconds: dict[str, float]) -> float:
-        target = targets(found[NATIVE])[factor]
-        best = min(
-            seconds_to(target, found[one], seconds[one])
-            for one in DATA_PARALLEL
-            if one in found and one in seconds
-        )
-        return best / seconds_to(target, found[system], seconds[system])
+    def ratio(found: dict[Key, Curve], seconds: dict[Key, float]) -> float:
+        loss = target(found, factor)
+        return seconds_to(loss, found, seconds, DATA_PARALLEL) / seconds_to(loss, found, seconds, [system])
 
     table = np.array([[ratio(found, seconds) for seconds in rounds] for found in seeds])
     rng = np.random.default_rng(0)
     draws = [
-        float(
-            np.median(
-                table[rng.integers(len(seeds), size=len(seeds))][
-                    :, rng.integers(len(rounds), size=len(rounds))
-                ]
-            )
+        np.median(
+            table[rng.integers(len(seeds), size=len(seeds))][:, rng.integers(len(rounds), size=len(rounds))]
         )
         for _ in range(DRAWS)
     ]

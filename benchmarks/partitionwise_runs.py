@@ -9,7 +9,7 @@ import gc
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,32 +42,44 @@ SYSTEMS = {
 DATA_PARALLEL = (NATIVE, TWO_BITS)
 
 
+RATE_OF = {TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
+"""Whose learning rate a system takes that computes nearly the same."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """What all systems have in common. batch: samples of a step, over all ranks; eval_samples: of an evaluation.
+    """What all systems have in common, for one size of a step.
 
-    The learning rate is constant after its warm-up, so that a curve does not depend on where it was to end.
+    batch: samples of a step, over all ranks. samples: of a whole run. every: samples between evaluations, held_out: of
+    an evaluation. tuned: whether each system has a learning rate of its own.
+    Learning rates are constant after their warm-up, so that a curve does not depend on where it was to end.
     """
 
     settings: tuple[str, ...]
     batch: int
-    steps: int
-    eval_every: int
-    eval_samples: int
+    samples: int
+    every: int
+    held_out: int
+    tuned: bool = True
+
+    @property
+    def steps(self) -> int:
+        return self.samples // self.batch
 
     def title(self, ranks: int) -> str:
         config = with_overrides(Config(), self.settings)
         model, context = config.model, f" x {config.model.context}" if config.model.name == "gpt" else ""
         return (
-            f"{model.name}-{model.size} on {config.data.name}, {self.batch}{context} a step, "
-            f"{config.optimizer.name} {config.optimizer.lr:g} constant, heads {config.local.heads}, {ranks} ranks"
+            f"{model.name}-{model.size} on {config.data.name}, {self.batch}{context} a step, {self.held_out} held out, "
+            f"{config.optimizer.name} tuned, heads {config.local.heads}, {ranks} ranks"
         )
 
-    def overrides(self, system: str, ranks: int, seed: int, steps: int, *more: str) -> list[str]:
+    def overrides(self, system: str, ranks: int, seed: int, steps: int, rate: float, *more: str) -> list[str]:
         """The settings of one run: a partition for each rank, and one stage, as nothing moves."""
         return [
             *self.settings,
             *SYSTEMS[system],
+            f"optimizer.lr={rate}",
             f"data.batch_size={self.batch // ranks}",
             f"local.partitions={ranks}",
             "local.balance=parameters",
@@ -83,28 +95,53 @@ class Case:
             *more,
         ]
 
+    def evaluations(self, ranks: int) -> list[str]:
+        """The settings by which a whole run draws its curve."""
+        return [
+            f"train.eval_every={self.every // self.batch}",
+            f"train.eval_batches={max(1, self.held_out * ranks // self.batch)}",
+        ]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate from which on one is looked for."""
+        return with_overrides(Config(), self.settings).optimizer.lr
+
+
+def sizes(case: Case, *batches: int) -> tuple[Case, ...]:
+    """The same case with steps of several sizes."""
+    return tuple(replace(case, batch=batch) for batch in batches)
+
 
 CASES = {
-    "mlp": Case(
-        ("model.name=mlp", "model.size=base", "data.name=fashion-mnist", "local.heads=linear"),
-        batch=128,
-        steps=400,
-        eval_every=20,
-        eval_samples=4096,
-    ),
-    "gpt": Case(
-        (
-            "model.name=gpt",
-            "model.size=mini",
-            "model.tie_weights=false",
-            "data.name=stdlib",
-            "optimizer.lr=0.003",
-            "local.heads=causal:1",
+    "mlp": sizes(
+        Case(
+            ("model.name=mlp", "model.size=base", "data.name=fashion-mnist", "local.heads=linear"),
+            batch=128,
+            samples=51_200,
+            every=2_560,
+            held_out=4096,
         ),
-        batch=8,
-        steps=150,
-        eval_every=10,
-        eval_samples=32,
+        128,
+        512,
+    ),
+    "gpt": sizes(
+        Case(
+            (
+                "model.name=gpt",
+                "model.size=mini",
+                "model.tie_weights=false",
+                "data.name=stdlib",
+                "optimizer.lr=0.003",
+                "local.heads=causal:1",
+            ),
+            batch=8,
+            samples=1_200,
+            every=80,
+            held_out=256,
+        ),
+        8,
+        16,
     ),
 }
 

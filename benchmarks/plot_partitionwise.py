@@ -5,8 +5,9 @@ python -m benchmarks.plot_partitionwise benchmarks/results/partitionwise.jsonl b
 
 from __future__ import annotations
 
+import json
 import math
-import re
+import statistics
 from pathlib import Path
 from typing import Annotated
 
@@ -16,55 +17,56 @@ import typer
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.partitionwise_report import Measured, curves, read_rows, step_seconds
-from benchmarks.partitionwise_runs import CASES, SYSTEMS, Case
-
-_TIMED = re.compile(r"(?P<title>.*), (?P<ranks>\d+) ranks, (?P<rate>\w+), round 0")
+from benchmarks.partitionwise_report import curves_and_rounds
+from benchmarks.partitionwise_runs import SYSTEMS
 
 
 def main(
     rows: Annotated[Path, typer.Argument(help="rows of benchmarks.partitionwise", exists=True)],
     out: Annotated[Path, typer.Argument(help="the picture to write, .svg, .png or .pdf")],
 ) -> None:
-    """Loss after a step, by whole runs of seed 0, at the step's number times the median seconds of one on that link."""
-    measured = read_rows(rows)
-    panels = [(case, ranks, rate) for case in CASES.values() for ranks, rate in _timed(case, measured)]
+    """Smoothed loss after a step, each seed a line, at the step's number times the median seconds of one on that link.
+
+    Of the sizes of a step a dotted line is the larger one.
+    """
+    panels = curves_and_rounds([json.loads(line) for line in rows.read_text().splitlines()])
     if not panels:
-        raise typer.BadParameter("there are no rows of step times")
-    columns = max(1, math.ceil(len(panels) / len({id(case) for case, _, _ in panels})))
-    figure, axes = plt.subplots(
-        math.ceil(len(panels) / columns), columns, figsize=(4 * columns, 3.4 * math.ceil(len(panels) / columns)),
-        squeeze=False,
-    )  # fmt: skip
+        raise typer.BadParameter("there are no rows of losses and step times")
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.8 * lines), squeeze=False)
     colours = dict(zip(SYSTEMS, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
-    for axis, (case, ranks, rate) in zip(axes.flat, panels, strict=False):
-        for system, curve in curves(case, ranks, 0, measured).items():
-            seconds = step_seconds(case, ranks, rate, system, measured)
-            axis.plot(
-                [step * seconds for step in curve.steps],
-                curve.losses,
-                color=colours[system],
-                label=f"{system}, {1000 * seconds:.0f} ms a step",
-            )
+    for axis, (title, seeds, rounds) in zip(axes.flat, panels, strict=False):
+        named: set[tuple[str, str]] = set()
+        sizes = sorted(
+            {size for found in seeds.values() for size, _ in found}, key=lambda one: (len(one), one)
+        )
+        for found in seeds.values():
+            for (size, system), curve in found.items():
+                taken = [one[size, system] for one in rounds if (size, system) in one]
+                if not taken:
+                    continue
+                seconds = statistics.median(taken)
+                axis.plot(
+                    [step * seconds for step in curve.steps],
+                    curve.losses,
+                    color=colours[system],
+                    linestyle=":" if size != sizes[0] else "-",
+                    linewidth=1,
+                    label=f"{system}, {size}, {1000 * seconds:.0f} ms a step"
+                    if (size, system) not in named
+                    else None,
+                )
+                named.add((size, system))
         axis.set_xscale("log")
         axis.set_xlabel("seconds: steps x a step's median")
-        axis.set_ylabel("held-out loss, nats")
-        axis.set_title(f"{case.title(ranks).split(', ')[0]}, {ranks} ranks, {rate}", fontsize=9)
-        axis.legend(fontsize=7)
+        axis.set_ylabel("held-out loss, nats, mean of five")
+        axis.set_title(title, fontsize=8)
+        axis.legend(fontsize=6)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-
-
-def _timed(case: Case, measured: Measured) -> list[tuple[int, str]]:
-    """The numbers of ranks and the links of which there are times of this case."""
-    found: dict[tuple[int, str], None] = {}
-    for where, _, metric in measured:
-        match = _TIMED.fullmatch(where)
-        if match and metric == "step_seconds":
-            ranks = int(match["ranks"])
-            if where.startswith(case.title(ranks)):
-                found[ranks, match["rate"]] = None
-    return list(found)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from benchmarks.partitionwise_report import Curve, targets
-from benchmarks.partitionwise_runs import CASES, SYSTEMS, _seconds_per_step
+from benchmarks.partitionwise_report import Curve, parted, seconds_to, target
+from benchmarks.partitionwise_runs import CASES, NATIVE, SYSTEMS, _seconds_per_step
 
 
 def test_steps_to_a_loss_lie_between_evaluations() -> None:
@@ -28,8 +28,18 @@ def test_one_lucky_evaluation_reaches_no_target() -> None:
     assert curve.smoothed(3).steps_to(1.2) == math.inf
 
 
-def test_targets_are_native_s_last_loss_and_a_little_above() -> None:
-    assert targets(Curve((1, 2), (2.0, 1.0))) == {1.0: 1.0, 1.02: 1.02, 1.05: 1.05}
+def test_systems_are_compared_at_the_best_size_of_their_steps() -> None:
+    found = {
+        ("128 a step", NATIVE): Curve((10, 20), (2.0, 1.0)),
+        ("512 a step", NATIVE): Curve((5, 10), (2.0, 0.9)),
+        ("128 a step", "mine"): Curve((10, 20), (2.0, 0.8)),
+    }
+    seconds = {key: 3.0 if key[0].startswith("512") else 2.0 for key in found}
+    assert target(found, 1.02) == pytest.approx(0.918)
+    assert seconds_to(1.0, found, seconds, [NATIVE]) == pytest.approx(3.0 * (5 + 5 * 1.0 / 1.1))
+    assert seconds_to(0.9, found, seconds, ["mine"]) == pytest.approx(2.0 * (10 + 10 * 1.1 / 1.2))
+    assert seconds_to(0.1, found, seconds, ["mine"]) == math.inf
+    assert parted("m on d, 8 x 128 a step, 2 ranks") == ("m on d, 2 ranks", "8 x 128 a step")
 
 
 def test_a_step_takes_as_long_as_on_the_last_rank() -> None:
@@ -38,8 +48,10 @@ def test_a_step_takes_as_long_as_on_the_last_rank() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_all_systems_of_a_case_take_the_same_samples(ranks: int) -> None:
-    for case in CASES.values():
-        ours = {tuple(case.overrides(system, ranks, 0, 10)[len(case.settings) :]) for system in SYSTEMS}
+def test_all_systems_and_sizes_of_a_case_take_the_same_samples(ranks: int) -> None:
+    for case in (one for cases in CASES.values() for one in cases):
+        ours = {tuple(case.overrides(system, ranks, 0, 10, 0.1)[len(case.settings) :]) for system in SYSTEMS}
         assert len(ours) == len(SYSTEMS)
         assert f"data.batch_size={case.batch // ranks}" in next(iter(ours)) and case.batch % ranks == 0
+        assert case.steps * case.batch == case.samples and case.every % case.batch == 0
+        assert case.steps * case.batch % case.every == 0  # the last step is evaluated in turn

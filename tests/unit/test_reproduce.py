@@ -149,7 +149,7 @@ def partitionwise_rows(
     num_seeds: int, seconds: float, ranks: int = 2, rounds: int = 3
 ) -> list[dict[str, Any]]:
     """seconds: of a partition-wise step, where a data-parallel one takes 1."""
-    case, rows = f"mlp-base on fashion-mnist, {ranks} ranks", []
+    case, rows = f"mlp-base on fashion-mnist, 128 a step, {ranks} ranks", []
     for system in partitionwise.SYSTEMS:
         for step, loss in ((10, 1.0), (20, 0.5), (30, 0.4)):
             rows += seeds(case, system, f"val_loss_at_{step}", [loss + 0.01 * n for n in range(num_seeds)])
