@@ -378,6 +378,8 @@ def _fashion(rows: list[dict[str, Any]] | list[StudyRow]) -> str:
             mean = statistics.mean(values.values())
             reached = "holds" if mean >= target else "does not hold here"
             said += f"; Fashion-MNIST ≥ {target:.0f} % ({what}) {reached} ({mean:.2f} %)"
+    if said and (values := seeds_of(rows, "fashion-mnist", SGD, "accuracy")):
+        said += f", SGD at equal parameters and CPU seconds {statistics.mean(values.values()):.2f} %"
     return said
 
 

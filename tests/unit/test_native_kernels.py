@@ -287,7 +287,8 @@ def test_a_missing_or_foreign_library_says_how_to_build_it(
 
 @pytest.mark.slow
 def test_division_by_every_frequency_is_exact(tmp_path: Path) -> None:
-    vector = [flag for isa in ("avx512", "avx2") for flag in vector_flags(Path(f"rans_{isa}.cpp"))]
+    # Of this machine's sets alone: the compiler uses what it may wherever it likes.
+    vector = [flag for isa in ISAS if isa != "portable" for flag in vector_flags(Path(f"rans_{isa}.cpp"))]
     program = tmp_path / "division"
     flags = ["-O3", "-std=c++20", "-pthread", "-ffp-contract=off", "-w", *vector]
     run(compiler(), *flags, DRIVERS / "division.cpp", NATIVE / "tables.cpp", "-o", program)
