@@ -29,7 +29,7 @@ from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.coordinator.report import Report
 from efficient_dl.coordinator.timeline import STATISTICS, draw_timeline
 from efficient_dl.data import Dataset
-from efficient_dl.errors import ConfigError, EdlError
+from efficient_dl.errors import ConfigError, EdlError, TransportError
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
@@ -125,6 +125,10 @@ class LocalTrainer(RunLoop):
                 made = make()
             except EdlError as error:
                 made = error
+            except BaseException:  # the others wait long
+                failed = TransportError("rank 0 has ended while it measured the model", fix="see its log")
+                store.set(key, pickle.dumps(failed))  # pyright: ignore[reportArgumentType]
+                raise
             store.set(key, pickle.dumps(made))  # pyright: ignore[reportArgumentType]  # the stub knows str alone
         else:
             store.wait([key], timedelta(seconds=_MEASURING_PATIENCE * self.config.run.timeout_seconds))
