@@ -46,6 +46,7 @@ _OPTIMIZER_BYTES = {"adamw": 2.0, "sgd": 1.0, "muon": 1.0}  # for each of a para
 _SENT_SHARES = {"lossless": 0.85}  # of fp32 bytes, as gradients of small GPTs measured
 _runs: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
 _MEASURING_PATIENCE = 10  # time-outs that ranks wait for rank 0 to measure the model
+_PATIENCE_SECONDS, _PATIENCE_STEPS = 5.0, 5
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
 
 
@@ -107,6 +108,7 @@ class LocalTrainer(RunLoop):
             self.world_size,
             f"pace-{number}",
             timeout,
+            self._patience,
             lambda: self.watch.at("waiting for slower ranks", self.step),
         )
         self.compute_seconds = 0.0
@@ -117,6 +119,10 @@ class LocalTrainer(RunLoop):
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
+
+    def _patience(self) -> float:
+        """Seconds without a step of another rank after which it may have ended: a few steps and a little more."""
+        return _PATIENCE_SECONDS + _PATIENCE_STEPS * self.clock.median()
 
     def _from_rank_0(self, make: Callable[[], Any], store: dist.Store, key: str) -> Any:
         """What rank 0 makes, on all ranks; or its EdlError. It may take longer than a collective."""

@@ -14,7 +14,7 @@ from efficient_dl.training.pace import Pace
 
 def paces(size: int, timeout: float) -> list[Pace]:
     store = dist.HashStore()
-    made = [Pace(store, rank, size, "pace", timeout) for rank in range(size)]
+    made = [Pace(store, rank, size, "pace", timeout, lambda: timeout) for rank in range(size)]
     for one in made:
         one.tell(0)
     return made
@@ -51,8 +51,9 @@ def test_a_rank_without_progress_is_named() -> None:
     one, other, _ = paces(3, 0.3)
     other.tell(3)
     with pytest.raises(TransportError, match="rank 2 makes no progress") as caught:
-        one.meet(3)
+        one.follow(4)
     assert "step 0" in str(caught.value)
+    one.meet(4)  # goes on: the collective finds out
 
 
 def test_a_rank_that_has_given_up_is_not_waited_for() -> None:
