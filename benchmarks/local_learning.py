@@ -79,16 +79,6 @@ CASES = {
         lr=3e-3,
         eval_batches=96,
     ),
-    "gpt-linear": Case(
-        "gpt-linear",
-        ModelConfig(name="gpt", size="nano", context=64, tie_weights=False),
-        DataConfig(name="stdlib", batch_size=8),
-        cuts=("blocks.1", "blocks.2", "blocks.3"),
-        heads="linear",
-        steps=600,
-        lr=3e-3,
-        eval_batches=96,
-    ),
     "vgg8b": Case(
         "vgg8b",
         ModelConfig(name="vgg8b", size="mini"),
@@ -100,6 +90,8 @@ CASES = {
         eval_batches=157,
     ),
 }
+
+CASES["gpt-linear"] = replace(CASES["gpt"], name="gpt-linear", heads="linear")
 
 Known = dict[tuple[str, str, str], float]
 

@@ -15,8 +15,8 @@ def held_bytes(
 
     Parameters stay, and for what trains also gradients and the optimizer's state, heads included. Activations exist
     of one partition at a time (with window 2 of two neighbours), because each runs backward before the next runs
-    forward, or right after it. Where a partition's input
-    comes from elsewhere, or its output goes to another rank, a queue of micro-batches stands between.
+    forward, or right after it. Where a partition's input comes from elsewhere, or its output goes to another rank, a
+    queue of micro-batches stands between.
     options.reserved_bytes comes on top.
     """
     if not held:

@@ -159,7 +159,7 @@ class LocalTrainer(RunLoop):
                 expected="local.mode=layerwise, local.schedule=sequential, data.augment=false, images",
                 found="local.mode={}, local.schedule={}, data.augment={}, {}".format(*found),
                 where="local.cache_bytes",
-                fix="local.cache_bytes=0",
+                fix="local.cache_bytes=0, or what is expected",
             )
         if self.options.kind == "sequential" and config.train.steps < config.local.partitions:
             raise ConfigError(

@@ -218,15 +218,11 @@ class Stage:
             return None
         prefix = nn.Sequential(*bodies).eval()
         own = folder / f"{fingerprint(prefix)}-{self._config.train.precision}-{self._device.type}"
-        for other in folder.glob(
-            "*"
-        ):  # of an earlier stage, or a run that was continued from before this one
+        for other in folder.glob("*"):  # of an earlier stage, or a run continued from before this one
             if other != own:
                 shutil.rmtree(other, ignore_errors=True)
-        settings = self._config
-        return FeatureCache(
-            own, prefix, augmented=settings.data.augment, max_bytes=settings.local.cache_bytes
-        )
+        limit = self._config.local.cache_bytes
+        return FeatureCache(own, prefix, augmented=self._config.data.augment, max_bytes=limit)
 
     def _make(
         self,
