@@ -29,7 +29,7 @@ from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.coordinator.report import Report
 from efficient_dl.coordinator.timeline import STATISTICS, draw_timeline
 from efficient_dl.data import Dataset
-from efficient_dl.errors import ConfigError, EdlError, TransportError
+from efficient_dl.errors import EdlError, TransportError
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
@@ -84,7 +84,6 @@ class LocalTrainer(RunLoop):
 
     def _prepare(self) -> None:
         """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
-        self._check()
         timeout, number = self.config.run.timeout_seconds, _number_of_run()
         store = dist.distributed_c10d._get_default_store()
         self.groups = Groups(timeout)
@@ -142,36 +141,6 @@ class LocalTrainer(RunLoop):
         if isinstance(outcome, EdlError):
             raise outcome
         return outcome
-
-    def _check(self) -> None:
-        config = self.config
-        if config.local.window == 2 and self.options.kind != "simultaneous":
-            raise ConfigError(
-                "window 2 needs all partitions on the same ranks",
-                expected="local.mode=layerwise, local.schedule=simultaneous",
-                found=f"local.mode={config.local.mode}, local.schedule={config.local.schedule}",
-                fix="--window 1, or --mode layerwise",
-            )
-        found = (config.local.mode, config.local.schedule, config.data.augment, self.data.spec.kind)
-        if config.local.cache_bytes and found != ("layerwise", "sequential", False, "images"):
-            raise ConfigError(
-                "features are worth keeping where what makes them is frozen, and samples come again bit for bit",
-                expected="local.mode=layerwise, local.schedule=sequential, data.augment=false, images",
-                found="local.mode={}, local.schedule={}, data.augment={}, {}".format(*found),
-                where="local.cache_bytes",
-                fix="local.cache_bytes=0, or what is expected",
-            )
-        if self.options.kind == "sequential" and config.train.steps < config.local.partitions:
-            raise ConfigError(
-                "there is not a step for each partition",
-                expected=f"at least {config.local.partitions} steps, or fewer partitions",
-                found=f"train.steps={config.train.steps}",
-            )
-        if config.compression.shadow and config.local.activations != "identity":
-            raise ConfigError(
-                "compression.shadow applies uncompressed results, local.activations would be compressed",
-                fix="local.activations=identity, or compression.shadow=false",
-            )
 
     def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
         with self._autocast():

@@ -20,7 +20,7 @@ from efficient_dl.comm import ProcessGroupTransport
 from efficient_dl.comm.channel import ChannelTotals
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Decision
-from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.errors import CheckpointError
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.feature_cache import FeatureCache, fingerprint
@@ -271,20 +271,6 @@ def selection_of(config: Config) -> Selection | None:
     return Selection(
         local.keep_examples, "loss" if local.keep_by == "loss" else "random", config.train.objective
     )
-
-
-def check_selection(config: Config) -> None:
-    """Raise ConfigError where examples are to be left out by a way of training that cannot."""
-    local = config.local
-    found = (local.mode, local.schedule, local.window)
-    if local.keep_examples < 1.0 and found != ("layerwise", "simultaneous", 1):
-        raise ConfigError(
-            "examples are left out by partitions that train side by side, by their own losses alone",
-            expected="local.mode=layerwise, local.schedule=simultaneous, local.window=1",
-            found=f"local.mode={local.mode}, local.schedule={local.schedule}, local.window={local.window}",
-            where="local.keep_examples",
-            fix="--keep-examples 1.0, or --mode layerwise",
-        )
 
 
 def wanted_from(decision: Decision, names: Sequence[Mapping[str, str]]) -> Callable[[str], bool]:

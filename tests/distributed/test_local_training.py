@@ -368,6 +368,7 @@ REFUSED = {
         ["local.mode=layerwise", "local.schedule=sequential", "local.cache_bytes=1000000000"],
         "features are worth keeping",
     ),
+    "features of a whole model": (["local.cache_bytes=1000000000"], "local.mode=end-to-end"),
     "fewer steps than partitions": (
         ["local.mode=layerwise", "local.schedule=sequential", "local.partitions=3", "train.steps=2"],
         "a step for each partition",

@@ -14,7 +14,8 @@ import efficient_dl as edl
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.selection import Selection
-from efficient_dl.training.stage import check_selection, selection_of
+from efficient_dl.training.local_checks import check_local
+from efficient_dl.training.stage import selection_of
 
 CLASSES, BATCH = 3, 8
 
@@ -127,8 +128,8 @@ def test_partitions_one_after_the_other_have_nothing_to_choose_by() -> None:
 def test_a_run_that_would_leave_out_nothing_is_refused(settings: list[str]) -> None:
     config = with_overrides(Config(), [*settings, "local.keep_examples=0.5"])
     with pytest.raises(ConfigError, match="keep_examples"):
-        check_selection(config)
-    check_selection(with_overrides(config, ["local.keep_examples=1.0"]))
+        check_local(config, "images")
+    check_local(with_overrides(config, ["local.keep_examples=1.0"]), "images")
 
 
 def test_a_run_that_keeps_all_has_no_selection() -> None:
