@@ -183,6 +183,9 @@ class LocalConfig(Section):
         words=("end-to-end", "layerwise", "partitionwise"),
     )
     partitions: int = setting(4, "parts that the model is cut into", low=1, high=4096)
+    cuts: str = setting(
+        "", "names of the pieces that begin parts 1, 2, ..., with commas; empty: partitions, cut by balance"
+    )
     schedule: str = setting(
         "simultaneous",
         "layerwise: all partitions in every step, or one after the other, each a share of the steps",
@@ -239,6 +242,11 @@ class LocalConfig(Section):
         below=1.0,
     )
     memory_bytes: int = setting(0, "memory of a worker for its partitions; 0: not limited", low=0, high=2**50)
+
+    @property
+    def count(self) -> int:
+        """Of the parts."""
+        return self.cuts.count(",") + 2 if self.cuts else self.partitions
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,11 @@ class Coordinator:
         """Whether the links of as many ranks were measured before; the same on all ranks."""
         return len(self._links) == self._rounds.world_size and None not in self._links
 
+    @property
+    def knows_speeds(self) -> bool:
+        """Whether it has decided for as many ranks before; the same on all ranks."""
+        return len(self._speeds) == self._rounds.world_size
+
     def close(self) -> None:
         """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""
         self._rounds.close()

@@ -11,7 +11,7 @@ from typing import Any
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import RankFacts
 
-SPEED_GRAIN = 0.05  # measured speeds are rounded to it: two runs of one machine differ by about as much
+ALIKE = 1.25  # ranks whose speeds differ by less count as equal: two measurements on one machine may
 LINK_GRAIN = 0.25  # and bytes a second in proportion
 
 _STATIC = (
@@ -30,7 +30,8 @@ class Report:
     costs: by partition, those that this rank measured.
     losses: by partition, the smoothed local loss (a float) of the stage that ends, of those that this rank trained.
     memory_bytes: what this rank may use; None: unknown.
-    speed: relative to the other ranks; None: found from the partitions that all ranks measured, else as it was before.
+    speed: relative to the other ranks; None: found from the work of all ranks, else as it was before.
+    work_seconds: for which this rank was busy with work that is the same on all ranks, which did it at the same time.
     bytes_per_second: of this rank's link, measured while all ranks used theirs; None: as it was before.
     """
 
@@ -40,6 +41,7 @@ class Report:
     memory_bytes: int | None = None
     speed: float | None = None
     bytes_per_second: float | None = None
+    work_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for index in [*self.costs, *self.losses]:
@@ -58,6 +60,7 @@ class Report:
             "memory_bytes": self.memory_bytes,
             "speed": self.speed,
             "bytes_per_second": self.bytes_per_second,
+            "work_seconds": self.work_seconds,
         }
 
     @staticmethod
@@ -69,6 +72,7 @@ class Report:
             value["memory_bytes"],
             value["speed"],
             value["bytes_per_second"],
+            value["work_seconds"],
         )
 
 
@@ -85,13 +89,10 @@ def merged_ranks(
     reports: Sequence[Report], before: Sequence[float], links: Sequence[float | None] = ()
 ) -> list[RankFacts]:
     """The ranks. before, links: their speeds and links as last known; those of another number of ranks do not count."""
-    common = set(reports[0].costs).intersection(*(report.costs for report in reports))
-    totals = [sum(report.costs[index].seconds(True) for index in common) for report in reports]
-    measured = len(reports) > 1 and min(totals) > 0.0
     known = list(before) if len(before) == len(reports) else [1.0] * len(reports)
-    if measured:
-        typical = median(totals)
-        known = [max(1, round(typical / total / SPEED_GRAIN)) * SPEED_GRAIN for total in totals]
+    works = [report.work_seconds for report in reports if report.work_seconds is not None]
+    if len(works) == len(reports):
+        known = _speeds(works)
     lines = list(links) if len(links) == len(reports) else [None] * len(reports)
     return [
         RankFacts(
@@ -101,6 +102,20 @@ def merged_ranks(
         )
         for report, speed, line in zip(reports, known, lines, strict=True)
     ]
+
+
+def _speeds(works: Sequence[float]) -> list[float]:
+    """Relative to the median one, of ranks that took so many seconds for the same work; alike ones are equal."""
+    order = sorted(range(len(works)), key=lambda rank: works[rank])
+    classes: list[list[int]] = []
+    for rank in order:
+        if classes and works[rank] < ALIKE * works[classes[-1][0]]:
+            classes[-1].append(rank)
+        else:
+            classes.append([rank])
+    typical = {rank: median(works[one] for one in alike) for alike in classes for rank in alike}
+    middle = typical[order[len(order) // 2]]
+    return [float(f"{middle / typical[rank]:.2g}") for rank in range(len(works))]
 
 
 def _rounded(rate: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 
 from efficient_dl.config import suggestion
+from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.balance import best_cuts
 from efficient_dl.local_learning.measure import PieceCosts
@@ -33,9 +34,16 @@ def named_cuts(pieces: Sequence[Piece], names: Sequence[str]) -> list[int]:
 
 
 def balanced_cuts(
-    pieces: Sequence[Piece], n: int, balance: str, measured: Sequence[PieceCosts] | None
+    pieces: Sequence[Piece],
+    n: int,
+    balance: str,
+    measured: Sequence[PieceCosts],
+    heads: Sequence[PartitionCosts] = (),
 ) -> list[int]:
-    """The first pieces of partitions 1 to n - 1, by measured "time" or "memory" or by "parameters"."""
+    """The first pieces of partitions 1 to n - 1, by measured "time" or "memory" or by "parameters".
+
+    heads: the costs of n partitions, of which those of their heads count, too.
+    """
     trainable = [any(True for _ in piece.module.parameters()) for piece in pieces]
     if isinstance(n, bool) or not 1 <= n <= max(1, sum(trainable)):
         raise ConfigError(
@@ -51,6 +59,7 @@ def balanced_cuts(
         _cost(pieces, balance, measured),
         allowed=lambda first, end: any(trainable[first:end]),
         cut_cost=[0, *(one.output_bytes for one in measured[:-1])] if measured else None,
+        added=[_of_head(one, balance) for one in heads],
     )
     if cuts is None:
         raise ConfigError("the model has no parameters, so that nothing of it can be trained")
@@ -71,13 +80,32 @@ def saved_bytes(measured: Sequence[PieceCosts]) -> int:
     return sum(storages.values())
 
 
-def _cost(
-    pieces: Sequence[Piece], balance: str, measured: Sequence[PieceCosts] | None
-) -> Callable[[int, int], int]:
+def dearness(costs: PartitionCosts, balance: str) -> int:
+    """What is balanced of a partition with its head."""
+    own = _nanoseconds(costs.forward_seconds + costs.backward_seconds)
+    if balance == "parameters":
+        own = costs.parameter_bytes
+    if balance == "memory":
+        own = costs.parameter_bytes + costs.activation_bytes
+    return own + _of_head(costs, balance)
+
+
+def _of_head(costs: PartitionCosts, balance: str) -> int:
+    if balance == "parameters":
+        return costs.head_parameter_bytes
+    if balance == "memory":
+        return costs.head_parameter_bytes + costs.head_activation_bytes
+    return _nanoseconds(costs.head_seconds)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(1e9 * seconds)
+
+
+def _cost(pieces: Sequence[Piece], balance: str, measured: Sequence[PieceCosts]) -> Callable[[int, int], int]:
     if balance == "parameters":
         return lambda first, end: parameter_bytes(pieces[first:end])
-    assert measured is not None  # partition() asks for an example first
     if balance == "memory":
         return lambda first, end: parameter_bytes(pieces[first:end]) + saved_bytes(measured[first:end])
-    nanoseconds = [round(1e9 * (one.forward_seconds + one.backward_seconds)) for one in measured]
+    nanoseconds = [_nanoseconds(one.forward_seconds + one.backward_seconds) for one in measured]
     return lambda first, end: sum(nanoseconds[first:end])

@@ -50,6 +50,7 @@ class Partitions(Sequence[Partition]):
     model: the model that was cut; its state_dict() is the result of training. pieces: all of them. cuts: the names of
     the pieces that begin partitions 1 to K - 1; partition(model, cuts) cuts so again, on another rank too.
     balance: what the cuts balance, "names" if they were given. tied: weights that were shared across a cut.
+    measured: of every piece, () without an example.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Partitions(Sequence[Partition]):
         cuts: Sequence[str],
         balance: str,
         tied: Sequence[TiedWeight],
+        measured: Sequence[PieceCosts] = (),
     ) -> None:
         self.model = model
         self.pieces = tuple(pieces)
         self.cuts = tuple(cuts)
         self.balance = balance
         self.tied = tuple(tied)
+        self.measured = tuple(measured)
         self._partitions = tuple(partitions)
 
     @overload
@@ -134,7 +137,7 @@ def partition(
     """
     by = _check_choices(model, example, balance, tied)
     pieces = pieces_of(model)
-    measured: list[PieceCosts] | None = None
+    measured: list[PieceCosts] = []
     if example is not None:
         verify(model, pieces, example, training=False)
         measured = measure(model, pieces, example)
@@ -143,6 +146,28 @@ def partition(
         begins = balanced_cuts(pieces, n, by, measured)
     else:
         begins = named_cuts(pieces, (n,) if isinstance(n, str) else n)
+    return _cut(model, pieces, begins, by if isinstance(n, int) else "names", tied, measured)
+
+
+def rebalanced(model: nn.Module, before: Partitions, heads: Sequence[PartitionCosts]) -> Partitions:
+    """Into as many partitions, balanced as before by what was measured then, but with what their heads cost.
+
+    model: one like before.model, that was not cut. heads: the costs of before's partitions with those of their heads,
+    which are taken to be the same elsewhere.
+    """
+    pieces = pieces_of(model)
+    begins = balanced_cuts(pieces, len(before), before.balance, before.measured, heads)
+    return _cut(model, pieces, begins, before.balance, "untie", before.measured)
+
+
+def _cut(
+    model: nn.Module,
+    pieces: Sequence[Piece],
+    begins: Sequence[int],
+    balance: str,
+    tied: str,
+    measured: Sequence[PieceCosts],
+) -> Partitions:
     spans = list(zip((0, *begins), (*begins, len(pieces)), strict=True))
     groups = [pieces[first:end] for first, end in spans]
     for index, group in enumerate(groups):
@@ -153,7 +178,7 @@ def partition(
         for index, (first, end) in enumerate(spans)
     ]
     cuts = [pieces[first].name for first in begins]
-    return Partitions(model, pieces, partitions, cuts, by if isinstance(n, int) else "names", weights)
+    return Partitions(model, pieces, partitions, cuts, balance, weights, measured)
 
 
 def _check_choices(model: nn.Module, example: Tensor | None, balance: str | None, tied: str) -> str:

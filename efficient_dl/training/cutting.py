@@ -10,11 +10,15 @@ from torch import Tensor
 from efficient_dl.config import Config, DataSpec
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.local_learning.blocks import Blocks
-from efficient_dl.local_learning.partition import Balance, Partitions, partition
+from efficient_dl.local_learning.cuts import dearness
+from efficient_dl.local_learning.measure import least_seconds
+from efficient_dl.local_learning.partition import Balance, Partitions, partition, rebalanced
+from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
 from efficient_dl.training.optimizers import Optimizer
 
 _AUTO_HEADS = {"tokens": "causal:1", "samples": "auglocal"}
+_RECUTS = 3
 _BALANCE: dict[str, Balance] = {"time": "time", "memory": "memory", "parameters": "parameters"}
 
 
@@ -30,12 +34,31 @@ class Cutter:
 
         Raises ConfigError for everything that a partition, its head or its optimizer cannot be.
         """
-        local, model = self._config.local, self._model()
-        cut = partition(model, local.partitions, batch[0], balance=_BALANCE[local.balance])
+        local = self._config.local
+        n = local.cuts.split(",") if local.cuts else local.partitions
+        cut = partition(self._model(), n, batch[0], balance=_BALANCE[local.balance])
+        costs = self._with_heads(cut, batch)
+        seen = {cut.cuts: (cut, costs)}
+        for _ in range(
+            0 if local.cuts else _RECUTS
+        ):  # what heads cost is known where the model was cut before
+            cut = rebalanced(self._model(), cut, costs)
+            if cut.cuts in seen:
+                break
+            costs = self._with_heads(cut, batch)
+            seen[cut.cuts] = cut, costs
+        return min(seen.values(), key=lambda one: max(dearness(cost, one[0].balance) for cost in one[1]))
+
+    def _with_heads(self, cut: Partitions, batch: tuple[Tensor, Tensor]) -> list[PartitionCosts]:
         blocks = self.blocks(cut, batch)
         for index in range(len(cut)):
             Optimizer(blocks.make(index), self._config.optimizer)  # fails here if it finds nothing to step
-        return cut, blocks.costs(*batch)
+        return blocks.costs(*batch)
+
+    def work_seconds(self, batch: tuple[Tensor, Tensor]) -> float:
+        """How long this rank takes for a forward and backward pass of the whole model over a batch, undisturbed."""
+        model = self._model()
+        return least_seconds(model, pieces_of(model), batch[0])
 
     def fresh(self, cuts: Sequence[str]) -> Partitions:
         """The model's partitions again; who holds none of them keeps no memory for it."""

@@ -12,6 +12,7 @@ def check_local(config: Config, data: str) -> None:
     data: "tokens" or "images".
     """
     local = config.local
+    partitions = local.count
     found = (local.mode, local.schedule, local.window)
     if local.keep_examples < 1.0 and found != ("layerwise", "simultaneous", 1):
         raise ConfigError(
@@ -39,10 +40,10 @@ def check_local(config: Config, data: str) -> None:
             found=f"local.mode={local.mode}, local.schedule={local.schedule}",
             fix="--window 1, or --mode layerwise",
         )
-    if found[:2] == ("layerwise", "sequential") and config.train.steps < local.partitions:
+    if found[:2] == ("layerwise", "sequential") and config.train.steps < partitions:
         raise ConfigError(
             "there is not a step for each partition",
-            expected=f"at least {local.partitions} steps, or fewer partitions",
+            expected=f"at least {partitions} steps, or fewer partitions",
             found=f"train.steps={config.train.steps}",
         )
     if config.compression.shadow and local.activations != "identity":

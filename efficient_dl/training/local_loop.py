@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,11 +27,11 @@ from efficient_dl.coordinator.plateau import PlateauRule, smoothed
 from efficient_dl.coordinator.report import Report
 from efficient_dl.coordinator.timeline import STATISTICS, draw_timeline
 from efficient_dl.data import Dataset
-from efficient_dl.errors import EdlError, TransportError
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
 from efficient_dl.training.cutting import Cutter
+from efficient_dl.training.from_rank_0 import from_rank_0
 from efficient_dl.training.in_order import InOrder
 from efficient_dl.training.pace import Pace
 from efficient_dl.training.run_loop import RunLoop
@@ -60,7 +58,7 @@ class LocalTrainer(RunLoop):
     def __init__(self, config: Config, data: Dataset, device: torch.device, progress: Progress) -> None:
         super().__init__(config, data, device, progress)
         local = config.local
-        self.label = f"{local.mode}, {local.partitions} partitions"
+        self.label = f"{local.mode}, {local.count} partitions"
         self.micro_batches = self.world_size * config.train.accumulate
         self.cutter = Cutter(config, data.spec, self.task.unit, device)
         self.options = ScheduleOptions(
@@ -83,9 +81,9 @@ class LocalTrainer(RunLoop):
         self.waited, self.waited_until = 0.0, 0  # seconds for activations in this stage, and until which step
 
     def _prepare(self) -> None:
-        """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
         timeout, number = self.config.run.timeout_seconds, _number_of_run()
-        store = dist.distributed_c10d._get_default_store()
+        self.store = store = dist.distributed_c10d._get_default_store()
+        self.cut_key = f"cut-{number}"
         self.groups = Groups(timeout)
         self.transport = ProcessGroupTransport(_gloo_group(), timeout=timeout)
         self.coordinator = Coordinator(
@@ -111,36 +109,24 @@ class LocalTrainer(RunLoop):
             lambda: self.watch.at("waiting for slower ranks", self.step),
         )
         self.compute_seconds = 0.0
-        self.cuts, self.names, self.costs = self._from_rank_0(self._measured_cut, store, f"cut-{number}")
-        self.pace.tell(0)
-        self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
-        measure.reset_peak_memory(self.device)
+        self.costs: list[PartitionCosts] = []  # as rank 0 has measured them for the first decision
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
 
+    def _start(self) -> None:
+        """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
+        patience = _MEASURING_PATIENCE * self.config.run.timeout_seconds
+        self.cuts, self.names, self.costs = from_rank_0(
+            self._measured_cut, self.rank, self.store, self.cut_key, patience
+        )
+        self.pace.tell(0)
+        self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
+        measure.reset_peak_memory(self.device)
+
     def _patience(self) -> float:
         """Seconds without a step of another rank after which it may have ended: a few steps and a little more."""
         return _PATIENCE_SECONDS + _PATIENCE_STEPS * self.clock.median()
-
-    def _from_rank_0(self, make: Callable[[], Any], store: dist.Store, key: str) -> Any:
-        """What rank 0 makes, on all ranks; or its EdlError. It may take longer than a collective."""
-        if self.rank == 0:
-            try:
-                made = make()
-            except EdlError as error:
-                made = error
-            except BaseException:  # the others wait long
-                failed = TransportError("rank 0 has ended while it measured the model", fix="see its log")
-                store.set(key, pickle.dumps(failed))  # pyright: ignore[reportArgumentType]
-                raise
-            store.set(key, pickle.dumps(made))  # pyright: ignore[reportArgumentType]  # the stub knows str alone
-        else:
-            store.wait([key], timedelta(seconds=_MEASURING_PATIENCE * self.config.run.timeout_seconds))
-        outcome: Any = pickle.loads(store.get(key))  # of this run's own rank 0
-        if isinstance(outcome, EdlError):
-            raise outcome
-        return outcome
 
     def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
         with self._autocast():
@@ -216,6 +202,7 @@ class LocalTrainer(RunLoop):
             losses,
             self.config.local.memory_bytes or None,
             bytes_per_second=self._link(),
+            work_seconds=self._work(),
         )
         num_decisions = len(self.coordinator.history)
         decision = self.coordinator.decide(self.step, report)
@@ -231,6 +218,13 @@ class LocalTrainer(RunLoop):
             return None
         with telling_peers(self.transport):
             return exchange_line(self.transport, self.transport, glance=True).bytes_per_second
+
+    def _work(self) -> float | None:
+        """Seconds of the same work on all ranks at once, where a decision wants to know how fast each is."""
+        if self.options.kind != "pipelined" or self.world_size == 1 or self.coordinator.knows_speeds:
+            return None
+        with self._autocast():
+            return self.cutter.work_seconds(self._micro_batch(0))
 
     def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
         self.stage = Stage(

@@ -41,6 +41,7 @@ _FIXED = (
     "train.seed",
     "local.mode",
     "local.partitions",
+    "local.cuts",
     "local.schedule",
     "local.window",
     "local.heads",

@@ -64,10 +64,10 @@ class RunLoop(ABC):
 
     def _train(self, resumed: bool) -> Summary:
         self._prepare()
-        if resumed:
-            self._load()
-            if self.step >= self.last_step:
-                return self._already_done()
+        if not (resumed and self._load()):
+            self._start()
+        elif self.step >= self.last_step:
+            return self._already_done()
         self.folder.open(self.config, self.step)
         self.progress.start(self.label, self.step, self.config.train.steps)
         with contextlib.closing(self.folder):
@@ -110,7 +110,11 @@ class RunLoop(ABC):
 
     @abstractmethod
     def _prepare(self) -> None:
-        """Make everything ready for the first step."""
+        """Make everything ready for the first step, or for a checkpoint."""
+
+    def _start(self) -> None:
+        """What a checkpoint would bring along."""
+        return
 
     @abstractmethod
     def _train_step(self) -> dict[str, Tensor | float]:
@@ -163,18 +167,20 @@ class RunLoop(ABC):
             "settings": self.config.settings(),
         }
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Take over the newest checkpoint, if there is one."""
         step, notes = self.checkpoints.newest_intact()
         for note in notes:
             self.progress.note(note)
         if step is None:
             self.progress.note("There is no checkpoint yet: starting at step 0.")
-            return
+            return False
         checkpoint = self._read(step)
         for note in resume.check_position(checkpoint, self.config, self.world_size):
             self.progress.note(note)
         self.step = self.saved_step = checkpoint.step
         self._restore(checkpoint)
+        return True
 
     def _same_plan(self, checkpoint: Checkpoint) -> bool:
         """Whether gradients were sent in the same way as now, so that the compression's state goes on; notes if not."""

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from efficient_dl.config import Config, DataSpec, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, TransportError
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
+from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
-from efficient_dl.training import Summary, run
+from efficient_dl.training import Summary, cutting, run
 from efficient_dl.training.checkpoint import CheckpointFolder
+from efficient_dl.training.cutting import Cutter
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.run_folder import DECISIONS, RunFolder
 from tests.distributed.launch import run_failing_ranks, run_ranks
@@ -110,6 +113,42 @@ def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> No
     assert decisions[0]["ranks"] == [[0, 1], [2, 3]]
     for key, value in two[0][1].items():
         torch.testing.assert_close(four[0][1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def trained_unevenly(rank: int, out: Path, slow: int, *settings: str) -> Summary:
+    """On one rank every piece of the model takes 10 ms longer."""
+    if rank == slow:
+
+        def slowed(*arguments: Any) -> torch.nn.Module:
+            model = build_model(*arguments)
+            for piece in pieces_of(model):
+                piece.module.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+            return model
+
+        cutting.build_model = slowed  # pyright: ignore[reportPrivateImportUsage]
+    return run(config_of(out, *settings))
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_rank_gets_less_to_do(tmp_path: Path, slow: int) -> None:
+    run_ranks(
+        trained_unevenly, 2, tmp_path / "run", slow, *GPT, "local.mode=partitionwise", "local.partitions=4"
+    )
+    (first, *_) = RunFolder(tmp_path / "run", writes=False).rows(DECISIONS)
+    held = [sum(rank in ranks for ranks in first["ranks"]) for rank in range(2)]
+    assert held[slow] < held[1 - slow]
+
+
+def test_a_resumed_run_measures_nothing_again(tmp_path: Path) -> None:
+    settings = [*GPT, "local.mode=partitionwise"]
+    run_ranks(trained, 2, tmp_path / "run", *settings, "train.steps=4")
+    run_ranks(resumed_without_measuring, 2, tmp_path / "run", *settings)
+
+
+def resumed_without_measuring(rank: int, out: Path, *settings: str) -> None:
+    for name in ("measured", "work_seconds"):
+        setattr(Cutter, name, None)
+    assert run(config_of(out, *settings), resumed=True).steps == 6
 
 
 FEATURES = [
@@ -415,8 +454,6 @@ def test_a_killed_rank_ends_the_others_and_leaves_a_checkpoint(tmp_path: Path, v
 
 def raising(rank: int, out: Path) -> None:
     """Rank 1 has an error of its own, and lives on until rank 0 has ended its run."""
-    from efficient_dl.training.local_loop import LocalTrainer
-
     step = LocalTrainer._train_step
 
     def raises(self: LocalTrainer) -> Any:

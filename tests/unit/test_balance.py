@@ -16,13 +16,15 @@ def test_no_partition_has_a_smaller_maximum_or_then_a_smaller_sum_of_squares(
 ) -> None:
     n = data.draw(st.integers(1, len(costs)))
     crossing = data.draw(st.lists(st.integers(0, 5), min_size=len(costs), max_size=len(costs)))
+    added = data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))
 
     def rank(cuts: tuple[int, ...]) -> tuple[object, ...]:
-        sums = [sum(costs[a:b]) for a, b in itertools.pairwise((0, *cuts, len(costs)))]
+        bounds = itertools.pairwise((0, *cuts, len(costs)))
+        sums = [sum(costs[a:b]) + more for (a, b), more in zip(bounds, added, strict=True)]
         late = tuple(-cut for cut in cuts)
         return max(sums), sum(one**2 for one in sums), sum(crossing[cut] for cut in cuts), late
 
-    found = best_cuts(len(costs), n, lambda a, b: sum(costs[a:b]), cut_cost=crossing)
+    found = best_cuts(len(costs), n, lambda a, b: sum(costs[a:b]), cut_cost=crossing, added=added)
     assert found is not None
     best = min(itertools.combinations(range(1, len(costs)), n - 1), key=rank)
     assert rank(tuple(found)) == rank(best)

@@ -19,6 +19,8 @@ from efficient_dl.coordinator import (
     Report,
     ScheduleOptions,
 )
+from efficient_dl.coordinator.facts import RankFacts
+from efficient_dl.coordinator.report import merged_costs, merged_ranks
 from efficient_dl.errors import CheckpointError, ConfigError, EdlError, PlanMismatch, TransportError
 
 NAMES = ("embedding", "blocks", "output")
@@ -84,12 +86,46 @@ def test_all_ranks_keep_the_same_history_and_state() -> None:
     assert History.from_rows(rows).to_rows() == rows
 
 
-def test_a_faster_rank_is_found_by_what_all_ranks_measured() -> None:
-    def rank(number: int, store: dist.Store) -> Decision:
+def test_a_faster_rank_is_found_by_the_time_that_all_ranks_took_for_the_same() -> None:
+    def rank(number: int, store: dist.Store) -> tuple[Decision, Decision, bool]:
         one = Coordinator(number, 2, OPTIONS, store=store)
-        return one.decide(0, Report(NAMES, measured(speed=1.0 + 2.0 * number)))
+        costs = measured() if number == 0 else {}
+        known = one.knows_speeds
+        first = one.decide(0, Report(NAMES, costs, work_seconds=3.0 - 2.0 * number))
+        return first, one.decide(10, Report(NAMES)), one.knows_speeds and not known
 
-    assert on_ranks(2, rank)[0].assignment.ranks == ((0,), (1,), (1,))
+    for first, second, learned in on_ranks(2, rank):
+        assert first.assignment.ranks == ((0,), (1,), (1,))
+        assert second.assignment == first.assignment  # speeds stay known
+        assert learned
+
+
+@pytest.mark.parametrize(
+    ("works", "speeds"),
+    [
+        ((1.0, 1.2, 1.1, 1.0), (1.0, 1.0, 1.0, 1.0)),  # noise
+        ((1.0, 2.0, 2.1, 1.9), (2.0, 1.0, 1.0, 1.0)),
+        ((8.0, 1.0, 1.1, 4.0, 4.2), (0.51, 3.9, 3.9, 1.0, 1.0)),
+        ((3.0,), (1.0,)),
+    ],
+)
+def test_ranks_that_are_about_as_fast_count_as_equal(
+    works: tuple[float, ...], speeds: tuple[float, ...]
+) -> None:
+    facts = merged_ranks([Report((), work_seconds=work) for work in works], ())
+    assert tuple(one.speed for one in facts) == speeds
+
+
+def test_speeds_stay_as_they_were_where_not_all_ranks_have_worked() -> None:
+    facts = merged_ranks([Report((), work_seconds=1.0), Report(())], (1.0, 2.0))
+    assert [one.speed for one in facts] == [1.0, 2.0]
+
+
+def test_costs_hold_for_a_rank_of_the_middle_speed() -> None:
+    ranks = [RankFacts(speed=2.0), RankFacts(speed=1.0)]
+    reports = [Report(NAMES, measured(speed=2.0)), Report(NAMES)]
+    before = [PartitionCosts(name) for name in NAMES]
+    assert merged_costs(reports, ranks, before) == list(measured().values())
 
 
 def test_costs_that_one_rank_measured_hold_for_all_and_stay_known() -> None:

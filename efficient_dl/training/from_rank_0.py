@@ -1,0 +1,37 @@
+"""What rank 0 alone makes, on all ranks, over torch's store, which waits longer than a collective would."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from efficient_dl.errors import EdlError, TransportError
+
+T = TypeVar("T")
+
+
+def from_rank_0(make: Callable[[], T], rank: int, store: dist.Store, key: str, patience: float) -> T:
+    """What make() returns on rank 0, on all ranks; or raises its EdlError there, too.
+
+    key: of the store, used once. patience: seconds that the others wait. Raises TransportError if rank 0 has failed.
+    """
+    if rank == 0:
+        try:
+            made: Any = make()
+        except EdlError as error:
+            made = error
+        except BaseException:  # the others wait long
+            failed = TransportError("rank 0 has ended while it measured the model", fix="see its log")
+            store.set(key, pickle.dumps(failed))  # pyright: ignore[reportArgumentType]
+            raise
+        store.set(key, pickle.dumps(made))  # pyright: ignore[reportArgumentType]  # the stub knows str alone
+    else:
+        store.wait([key], timedelta(seconds=patience))
+    outcome: Any = pickle.loads(store.get(key))  # of this run's own rank 0
+    if isinstance(outcome, EdlError):
+        raise outcome
+    return outcome
