@@ -22,7 +22,7 @@ from efficient_dl.coordinator.scheduler import schedule
 from efficient_dl.coordinator.wording import counted
 from efficient_dl.errors import CheckpointError, PlanMismatch
 
-SCHEDULER_VERSION = 2  # another number for every change by which equal facts may give another decision
+SCHEDULER_VERSION = 3  # another number for every change by which equal facts may give another decision
 KEPT_LOSSES = 100  # stages of which a partition's losses are remembered
 
 

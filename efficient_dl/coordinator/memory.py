@@ -14,9 +14,9 @@ def held_bytes(
     """Of a rank that holds the partitions `held` (ascending): what stays, and the most of what comes and goes.
 
     Parameters stay, and for what trains also gradients and the optimizer's state, heads included. Activations exist
-    of one partition at a time (with window 2 of two neighbours), because each runs backward before the next runs
-    forward, or right after it. Where a partition's input comes from elsewhere, or its output goes to another rank, a
-    queue of micro-batches stands between.
+    of one partition at a time, because each runs backward before the next runs forward. With window 2 that of a body
+    waits for the next partition, with its output and the gradient of that; the head is done. Where a partition's input
+    comes from elsewhere, or its output goes to another rank, a queue of micro-batches stands between.
     options.reserved_bytes comes on top.
     """
     if not held:
@@ -29,7 +29,7 @@ def held_bytes(
             resident += round((cost.parameter_bytes + cost.head_parameter_bytes) * copies)
             own = cost.activation_bytes + cost.head_activation_bytes + cost.output_bytes
             passing = max(passing, waiting + own)
-            waiting = own if options.window == 2 else 0
+            waiting = cost.activation_bytes + 2 * cost.output_bytes if options.window == 2 else 0
         else:
             resident += cost.parameter_bytes
             passing = max(passing, cost.output_bytes)

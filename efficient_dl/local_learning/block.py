@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class LocalObjective(Protocol):
-    """A partition's own loss."""
+    """A partition's own loss. reaches_body: whether it depends on the body otherwise than by its output."""
+
+    @property
+    def reaches_body(self) -> bool: ...
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         """The mean loss, 0-dim float32. inputs, features: what went into the partition and what came out."""
@@ -27,6 +30,14 @@ class LocalBlock(nn.Module):
         self.head = head
         self.objective = objective
         self._logits: list[Tensor] | None = None  # of the latest forward pass, where they are kept
+        self._apart = False
+
+    def part(self) -> None:
+        """From now on the loss's graph ends at the features, so that the head's backward pass can go before the body's.
+
+        That is without effect where the loss also depends on what happens inside of the body.
+        """
+        self._apart = not self.objective.reaches_body
 
     def keep_logits(self) -> None:
         """From now on keep what the head makes in a forward pass until `logits` takes it."""
@@ -46,7 +57,11 @@ class LocalBlock(nn.Module):
         assert self._logits
         return self._logits.pop()
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the features, with their graph, and the local loss."""
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the features with their graph, the local loss, and the features that it was computed from.
+
+        The latter are the same tensor or, after `part`, a leaf with the same values.
+        """
         features = self.body(inputs)
-        return features, self.objective(inputs, features, self.head, targets)
+        seen = features.detach().requires_grad_() if self._apart else features
+        return features, self.objective(inputs, seen, self.head, targets), seen

@@ -24,11 +24,15 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass
 class _Pending:
-    """Window 2: a partition whose backward pass waits for the gradient from the next one."""
+    """A partition whose backward pass is due, with window 2 after the next one has given its gradient.
+
+    outputs, gradients: of a micro-batch, from which the backward pass begins; the gradient of a loss is None.
+    """
 
     held: Trained
     features: Tensor
-    loss: Tensor
+    outputs: list[Tensor]
+    gradients: list[Tensor | None]
     last: bool
 
 
@@ -67,6 +71,10 @@ class Host:
         self._autocast = autocast
         self._selection = selection
         self._frozen_features: Features | None = None
+        if window == 2:
+            for one in held:
+                if isinstance(one, Trained):
+                    one.block.part()
         if selection is not None:
             self._check_selection()
 
@@ -177,11 +185,13 @@ class Host:
                 entering = features.detach().requires_grad_(pending is not None)
                 with one.reducing(last):
                     with self._autocast():
-                        features, loss = one.forward(entering, targets)
+                        features, loss, seen = one.forward(entering, targets)
                     losses[index] = losses.get(index, 0.0) + loss.detach() / len(mine[index])
-                    now = _Pending(one, features, loss / len(mine[index]), last)
+                    now = self._due(one, features, loss / len(mine[index]), seen, last)
                     if pending is not None:
-                        (gradient,) = torch.autograd.grad(now.loss, entering, retain_graph=True)
+                        (gradient,) = torch.autograd.grad(
+                            now.outputs, entering, now.gradients, retain_graph=True
+                        )
                         self._backward(pending, gradient, lr)
                     pending = now
                     if not self._waits(here[position + 1 : position + 2]):
@@ -200,11 +210,17 @@ class Host:
         """Whether a partition's backward pass waits for the gradient of the one that follows here, if that trains."""
         return self._window == 2 and any(isinstance(one, Trained) for one in following)
 
+    def _due(self, held: Trained, features: Tensor, loss: Tensor, seen: Tensor, last: bool) -> _Pending:
+        if seen is features:
+            return _Pending(held, features, [loss], [None], last)
+        loss.backward()  # through the head, of which nothing is kept while the body waits
+        return _Pending(held, features, [features], [seen.grad], last)
+
     def _backward(self, pending: _Pending, gradient: Tensor | None, lr: Callable[[int], float]) -> None:
-        heads, gradients = [pending.loss], [None]
+        outputs, gradients = pending.outputs, pending.gradients
         if gradient is not None:
-            heads, gradients = [pending.loss, pending.features], [None, gradient]
-        torch.autograd.backward(heads, gradients, inputs=pending.held.reached)  # type: ignore[arg-type]
+            outputs, gradients = [*outputs, pending.features], [*gradients, gradient]
+        torch.autograd.backward(outputs, gradients, inputs=pending.held.reached)  # type: ignore[arg-type]
         if pending.last:
             pending.held.step(lr(pending.held.index))
 

@@ -23,12 +23,16 @@ class CrossEntropy:
     The head's logits are (..., classes), the targets int64 of all their axes but the last.
     """
 
+    reaches_body = False
+
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         return cross_entropy(head(features), targets)
 
 
 class TaskLoss:
     """A loss of logits (rows, classes) and targets (rows), as efficient_dl.objectives has them, for any shape."""
+
+    reaches_body = False
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.loss = loss
@@ -47,6 +51,8 @@ class PredSim:
     S: the samples' cosine similarities (similarities). Needs a head that returns (logits, matching features), as
     heads.PredSimHead does, and several samples in a batch. Source: Nøkland & Eidnes 2019.
     """
+
+    reaches_body = False
 
     def __init__(
         self, weight: float = SIMILARITY_WEIGHT, task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -80,6 +86,8 @@ class TransportPenalty:
     With the unit "tokens" the mean is over all positions. Source: after TRGL, Karkar et al. 2023
     (arXiv 2309.17357).
     """
+
+    reaches_body = True
 
     def __init__(self, pieces: Iterable[nn.Module], tau: float, unit: str = "samples") -> None:
         if not tau > 0:
@@ -118,6 +126,7 @@ class Sum:
 
     def __init__(self, *objectives: LocalObjective) -> None:
         self.objectives = objectives
+        self.reaches_body = any(one.reaches_body for one in objectives)
 
     def __call__(self, inputs: Tensor, features: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         total = self.objectives[0](inputs, features, head, targets)

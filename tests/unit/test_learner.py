@@ -141,6 +141,46 @@ def test_accumulation_is_a_larger_batch(window: int) -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_window_2_over_one_cut_descends_the_sum_of_both_losses(penalty: float) -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    inputs, targets = batch(1)
+    mine = copy.deepcopy(model)
+    learner = edl.LocalLearner(
+        edl.partition(mine, 2), (inputs, targets), lambda p: torch.optim.SGD(p, 1.0), heads="linear",
+        window=2, penalty=penalty,
+    )  # fmt: skip
+    head = copy.deepcopy(learner.block(0).head)
+    features = model[0](inputs)
+    moved = (features - inputs).square().sum() / len(inputs)
+    loss = F.cross_entropy(head(features), targets) + penalty * moved / 2
+    (loss + F.cross_entropy(model[1](features), targets)).backward()
+    learner.step(inputs, targets)
+    for before, after in zip(model.parameters(), mine.parameters(), strict=True):
+        assert before.grad is not None
+        torch.testing.assert_close(before - after, before.grad)
+
+
+def test_with_window_2_no_head_waits_for_the_next_partition() -> None:
+    """Heads of four times the width: with window 2 the peak grows by a body, not by a head."""
+    model, (inputs, targets) = wide(4), (torch.randn(256, 64), torch.randint(4, (256,)))
+    cut = edl.partition(model, ["1.0", "2.0", "3"])
+    peaks: list[int] = []
+    for window in (1, 2):
+        learner = edl.LocalLearner(cut, (inputs, targets), sgd, heads="linear", window=window)  # type: ignore[arg-type]
+        for index in (0, 1, 2):
+            block = learner.block(index)
+            block.head = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 4))
+        with SavedTensors(model, *(learner.block(index).head for index in range(4))) as saved:
+            learner.step(inputs, targets)
+        peaks.append(saved.peak_bytes)
+    one, two = peaks
+    head = 256 * 256 * 4
+    assert one > head
+    assert one < two < one + head / 2
+
+
 def wide(num_pieces: int) -> nn.Sequential:
     torch.manual_seed(0)
     pieces = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(num_pieces - 1)]

@@ -121,7 +121,7 @@ def test_the_penalty_runs_no_piece_twice() -> None:
     block = LocalBlock(
         nn.Sequential(*pieces), nn.Linear(5, 2), Sum(CrossEntropy(), TransportPenalty(pieces, 1.0))
     )
-    _, loss = block(torch.randn(4, 5), torch.tensor([0, 1, 0, 1]))
+    _, loss, _ = block(torch.randn(4, 5), torch.tensor([0, 1, 0, 1]))
     loss.backward()
     assert [piece.runs for piece in pieces] == [1, 1]
 

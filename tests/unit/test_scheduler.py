@@ -259,7 +259,12 @@ def test_memory_counts_state_queues_and_the_largest_activations() -> None:
     assert held_bytes(parts, frozen_first, [1], chosen) == 1000 + 110 * 4 + 2 * 7 + 2 * 7 + (30 + 7)
     assert held_bytes(parts, frozen_first, [], chosen) == 0
     two = options(queue_micro_batches=2, reserved_bytes=1000, window=2)
-    assert held_bytes(parts, frozen_first, [1, 2], two) == 1000 + 2 * 110 * 4 + 2 * 7 + 2 * (30 + 7)
+    heavy = [dataclasses.replace(one, head_activation_bytes=500) for one in parts]
+    # One body waits with its output and that one's gradient, while the next one is there with its head.
+    waiting = 30 + 2 * 7
+    assert held_bytes(heavy, frozen_first, [1, 2], two) == 1000 + 2 * 110 * 4 + 2 * 7 + waiting + (
+        30 + 500 + 7
+    )
 
 
 def test_memory_moves_a_partition_to_a_rank_where_it_fits() -> None:
