@@ -166,6 +166,10 @@ class TrainConfig(Section):
     )
     precision: str = setting("fp32", "arithmetic of the layers; bf16: autocast", words=("fp32", "bf16"))
     accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
+    activation_checkpointing: bool = setting(
+        False,
+        "keep each block's input alone and run the block again in the backward pass: the same bits in less memory",
+    )
     eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)
     eval_batches: int = setting(20, "batches of an evaluation, the same every time", low=1, high=2**30)
     log_every: int = setting(10, "steps between rows of metrics.jsonl", low=1, high=_MANY)

@@ -73,11 +73,11 @@ def parameter_bytes(pieces: Sequence[Piece]) -> int:
 
 
 def saved_bytes(measured: Sequence[PieceCosts]) -> int:
-    """Bytes that these pieces keep for backward, each storage once."""
+    """Bytes that these pieces keep for backward, each storage once, and what one of them that runs again needs then."""
     storages: dict[Hashable, int] = {}
     for one in measured:
         storages.update(one.saved)
-    return sum(storages.values())
+    return sum(storages.values()) + max((one.again_bytes for one in measured), default=0)
 
 
 def dearness(costs: PartitionCosts, balance: str) -> int:

@@ -25,13 +25,14 @@ class PieceCosts:
     """One piece on the example, in training mode.
 
     saved: what it keeps for backward, storage -> bytes. A storage that two pieces keep, such as the activations
-    between them, has the same key in both.
+    between them, has the same key in both. again_bytes: what it keeps while it runs again, if it is checkpointed.
     """
 
     forward_seconds: float
     backward_seconds: float
     saved: dict[Hashable, int]
     output_bytes: int
+    again_bytes: int = 0
 
 
 def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[PieceCosts]:
@@ -45,6 +46,7 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
     sources: list[Tensor] = []
     saved: list[dict[Hashable, int]] = []
     sizes: list[int] = []
+    again: list[int] = []
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
         for index, piece in enumerate(pieces):
@@ -55,12 +57,13 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
             # What lies inside a piece is gone after it, and its address may come again.
             saved.append({key if key in between else (index, key): size for key, size in storages.items()})
             sizes.append(inputs.numel() * inputs.element_size())
+            again.append(_saved_again(model, piece, sources[-1]))
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
         rounds = [_round(pieces, sources) for _ in range(REPEATS + 1)]
     costs: list[PieceCosts] = []
-    for index, (storages, size) in enumerate(zip(saved, sizes, strict=True)):
+    for index, (storages, size, more) in enumerate(zip(saved, sizes, again, strict=True)):
         forward, backward = (statistics.median(one[index][which] for one in rounds[1:]) for which in range(2))
-        costs.append(PieceCosts(forward, backward, storages, size))
+        costs.append(PieceCosts(forward, backward, storages, size, more))
     return costs
 
 
@@ -103,6 +106,17 @@ def _saved(model: nn.Module, piece: Piece, source: Tensor) -> tuple[dict[int, in
     if not isinstance(output, Tensor):
         raise TypeError(f"it returns {type(output).__name__}, not one tensor")
     return dict(meter.storages), output.detach()
+
+
+def _saved_again(model: nn.Module, piece: Piece, source: Tensor) -> int:
+    """What a piece whose forward pass was replaced keeps in its own."""
+    if "forward" not in piece.module.__dict__:
+        return 0
+    with SavedTensors(model) as meter:
+        output = type(piece.module).forward(piece.module, source)
+        held = meter.bytes
+    del output  # with what it kept
+    return held
 
 
 def _round(pieces: Sequence[Piece], sources: Sequence[Tensor]) -> list[tuple[float, float]]:

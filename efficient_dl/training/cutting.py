@@ -14,8 +14,8 @@ from efficient_dl.local_learning.cuts import dearness
 from efficient_dl.local_learning.measure import least_seconds
 from efficient_dl.local_learning.partition import Balance, Partitions, partition, rebalanced
 from efficient_dl.local_learning.pieces import pieces_of
-from efficient_dl.models import build_model
 from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.run_model import build_run_model
 
 _AUTO_HEADS = {"tokens": "causal:1", "samples": "auglocal"}
 _RECUTS = 3
@@ -78,4 +78,4 @@ class Cutter:
         )
 
     def _model(self) -> torch.nn.Module:
-        return build_model(self._config.model, self._spec, self._config.train.seed).to(self._device)
+        return build_run_model(self._config, self._spec, self._device)

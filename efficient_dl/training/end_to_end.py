@@ -26,7 +26,6 @@ from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_replanning import ChosenPlan
 from efficient_dl.integrations.nodes import ways
-from efficient_dl.models import build_model
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
@@ -34,6 +33,7 @@ from efficient_dl.training.entropy_log import EntropyLog
 from efficient_dl.training.fused import fused_head
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_loop import RunLoop
+from efficient_dl.training.run_model import build_run_model
 from efficient_dl.training.schedule import learning_rate
 from efficient_dl.training.task import evaluate_batch, predictions
 
@@ -44,7 +44,7 @@ class Trainer(RunLoop):
     def __init__(self, config: Config, data: Dataset, device: torch.device, progress: Progress) -> None:
         super().__init__(config, data, device, progress)
         self.label = f"bits {config.compression.bits}"
-        self.model = build_model(config.model, data.spec, config.train.seed).to(device)
+        self.model = build_run_model(config, data.spec, device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.fused = fused_head(config, data.spec, self.task)
         persistent = self.model.state_dict().keys()

@@ -151,6 +151,24 @@ def resumed_without_measuring(rank: int, out: Path, *settings: str) -> None:
     assert run(config_of(out, *settings), resumed=True).steps == 6
 
 
+CHECKPOINTED = {
+    "end to end": [*GPT, "local.mode=end-to-end", "compression.bits=none"],
+    "end to end, batch norm": [*RESNET, "local.mode=end-to-end"],
+    "window 2": [*GPT, "local.mode=layerwise", "local.window=2"],
+    "partitionwise, batch norm": [*RESNET, "local.mode=partitionwise"],
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_blocks_that_run_again_train_to_the_same_bits(tmp_path: Path, case: str) -> None:
+    settings = [*CHECKPOINTED[case], "model.dropout=0.1"]
+    plain = run_ranks(trained, 2, tmp_path / "plain", *settings)
+    again = run_ranks(trained, 2, tmp_path / "again", *settings, "train.activation_checkpointing=true")
+    for (one, tensors), (other, others) in zip(plain, again, strict=True):
+        assert differing(tensors, others) == []
+        assert one.val_loss == other.val_loss
+
+
 FEATURES = [
     *RESNET,
     "data.batch_size=350",  # so that samples come again

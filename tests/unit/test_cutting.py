@@ -13,9 +13,11 @@ from efficient_dl.coordinator import PartitionCosts
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.cuts import dearness
 from efficient_dl.local_learning.measure import least_seconds
+from efficient_dl.local_learning.partition import partition
 from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
 from efficient_dl.training.cutting import Cutter
+from efficient_dl.training.run_model import build_run_model
 
 SPEC = DataSpec("tokens", 256, (16,))
 TOKENS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -79,3 +81,24 @@ def test_work_takes_longer_on_a_slower_rank_and_changes_nothing() -> None:
     assert torch.equal(torch.rand(1), drawn)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(one.grad is None for one in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt", "vgg8b", "resnet18"])
+def test_checkpointed_blocks_save_less_and_what_they_need_again_is_counted(name: str) -> None:
+    spec, inputs = SPEC, BATCH[0]
+    if name != "gpt":
+        spec, inputs = DataSpec("images", 10, (1, 28, 28)), torch.rand(4, 1, 28, 28)
+    costs, again = [], []
+    for checkpointing in ("false", "true"):
+        settings = [
+            f"model.name={name}",
+            "model.size=nano",
+            f"train.activation_checkpointing={checkpointing}",
+        ]
+        model = build_run_model(with_overrides(Config(), settings), spec, torch.device("cpu"))
+        cut = partition(model, 1, inputs)
+        costs.append(cut[0].costs.activation_bytes)
+        again.append([one.again_bytes > 0 for one in cut.measured])
+    assert costs[1] < 0.9 * costs[0]
+    assert not any(again[0])
+    assert again[1][-1] is False and any(again[1])
