@@ -22,8 +22,17 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.partitionwise_report import BENCH, PROBES, Curve, Measured, print_report, read_rows, verdict
-from benchmarks.partitionwise_runs import CASES, RATE_OF, SYSTEMS, Case
+from benchmarks.partitionwise_report import (
+    BENCH,
+    PROBES,
+    Curve,
+    Measured,
+    print_memory,
+    print_report,
+    read_rows,
+    verdict,
+)
+from benchmarks.partitionwise_runs import CASES, IN_LESS_MEMORY, RATE_OF, SYSTEMS, Case
 from benchmarks.rows import Row, RowFile, as_dict
 from cluster.emulate import EmulatedNetwork
 
@@ -236,8 +245,10 @@ def main(
             if "times" in parts:
                 bench.times(of_sizes, size, named, links, rounds, round_steps)
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
-                bench.memory(of_sizes[0], size, named, cap)
-            print_report(of_sizes, size, links, seeds, cap, measured)
+                frugal = [one for one in IN_LESS_MEMORY if one.rpartition(", ")[0] in named]
+                bench.memory(of_sizes[0], size, [*named, *frugal], cap)
+                print_memory(of_sizes[0], size, cap, measured)
+            print_report(of_sizes, size, links, seeds, measured)
 
 
 def quick_case() -> Case:

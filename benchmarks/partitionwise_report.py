@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.partitionwise_runs import DATA_PARALLEL, NATIVE, RATE_OF, SYSTEMS, Case
+from benchmarks.partitionwise_runs import DATA_PARALLEL, IN_LESS_MEMORY, NATIVE, RATE_OF, SYSTEMS, Case
 from benchmarks.verdicts import Rows, says, span
 
 BENCH = "partitionwise"
@@ -121,9 +121,7 @@ def read_rows(path: Path | None) -> Measured:
     return measured
 
 
-def print_report(
-    cases: Sequence[Case], ranks: int, rates: list[str], seeds: int, cap_mib: int, measured: Measured
-) -> None:
+def print_report(cases: Sequence[Case], ranks: int, rates: list[str], seeds: int, measured: Measured) -> None:
     """One table for the sizes of a case: what was measured, and for each link the seconds to a loss near native's."""
     by_seed: dict[int, dict[Key, Curve]] = {}
     for case in cases:
@@ -135,7 +133,7 @@ def print_report(
     table = Table(
         title=parted(cases[0].title(ranks))[0],
         caption=f"losses are means of {SMOOTHED} evaluations; to target: {MIDDLE} x native's last loss of that seed; "
-        "against: the better data-parallel one's seconds / these; MB: growth of the largest rank",
+        "against: the better data-parallel one's seconds / these",
     )
     columns = [
         "size",
@@ -144,8 +142,6 @@ def print_report(
         "loss",
         "steps to target",
         "MB/step",
-        f"MB at batch {PROBES[0]}",
-        f"batch in {cap_mib} MiB",
     ]
     for rate in rates:
         columns += [f"ms/step, {rate}", "s to target", "against"]
@@ -179,8 +175,6 @@ def print_report(
                 _or_empty(_mean([curve.losses[-1] for curve in own]), ".4f"),
                 _or_empty(_mean(steps), ".0f"),
                 _or_empty(known(f"{title}, seed 0", "nic_bytes_per_step") / 1e6, ".2f"),
-                _or_empty(known(title, f"memory_at_batch_{PROBES[0]}") / 1e6, ".0f"),
-                _or_empty(known(title, f"largest_batch_in_{cap_mib}_MiB"), ".0f"),
             ]
             for rate in rates:
                 one = timed[rate][size, system]
@@ -195,6 +189,21 @@ def print_report(
                 ]
             table.add_row(*row)
     Console(width=max(190, Console().width)).print(table)
+
+
+def print_memory(case: Case, ranks: int, cap_mib: int, measured: Measured) -> None:
+    """A table of what each system needs, with and without checkpointing, and what fits."""
+    title = case.title(ranks)
+    table = Table(title=title, caption="MB: growth of the largest rank's process")
+    for name in ("system", *(f"MB at batch {probe}" for probe in PROBES), f"batch in {cap_mib} MiB"):
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for system in (*SYSTEMS, *IN_LESS_MEMORY):
+        found = [
+            measured.get((title, system, f"memory_at_batch_{probe}"), [math.nan])[-1] for probe in PROBES
+        ]
+        largest = measured.get((title, system, f"largest_batch_in_{cap_mib}_MiB"), [math.nan])[-1]
+        table.add_row(system, *(_or_empty(one / 1e6, ".0f") for one in found), _or_empty(largest, ".0f"))
+    Console().print(table)
 
 
 def _mean(values: list[float]) -> float:

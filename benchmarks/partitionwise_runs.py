@@ -40,6 +40,10 @@ SYSTEMS = {
     ),
 }
 DATA_PARALLEL = (NATIVE, TWO_BITS)
+IN_LESS_MEMORY = {  # of which only the memory is measured: the bits are the same
+    f"{name}, checkpointing": (*settings, "train.activation_checkpointing=true")
+    for name, settings in SYSTEMS.items()
+}
 
 
 RATE_OF = {TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
@@ -78,7 +82,7 @@ class Case:
         """The settings of one run: a partition for each rank, and one stage, as nothing moves."""
         return [
             *self.settings,
-            *SYSTEMS[system],
+            *(SYSTEMS | IN_LESS_MEMORY)[system],
             f"optimizer.lr={rate}",
             f"data.batch_size={self.batch // ranks}",
             f"local.partitions={ranks}",

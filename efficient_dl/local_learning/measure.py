@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -59,7 +58,12 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
             sizes.append(inputs.numel() * inputs.element_size())
             again.append(_saved_again(model, piece, sources[-1]))
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
-        rounds = [_round(pieces, sources) for _ in range(REPEATS + 1)]
+        rounds: list[list[tuple[float, float]]] = []
+        for _ in range(REPEATS + 1):
+            rounds.append([])
+            for piece, source in zip(pieces, sources, strict=True):
+                with _training_step(piece):
+                    rounds[-1].append(_seconds(piece, source))
     costs: list[PieceCosts] = []
     for index, (storages, size, more) in enumerate(zip(saved, sizes, again, strict=True)):
         forward, backward = (statistics.median(one[index][which] for one in rounds[1:]) for which in range(2))
@@ -70,21 +74,22 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
 def least_seconds(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> float:
     """Of one forward and backward pass through all pieces, each piece at its fastest of several times.
 
-    For ranks to compare themselves by: what disturbs one for a moment does not count. Leaves the model as `measure`.
+    For ranks to compare themselves by: what disturbs one for a moment does not count. Only one piece's activations
+    exist at a time. Leaves the model as `measure` does.
     """
-    sources = [example.clone()]
+    source, total = example.clone(), 0.0
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
-        for piece in pieces[:-1]:
-            with _training_step(piece), torch.no_grad():
-                output = piece.module(sources[-1])
-            sources.append(output.detach().requires_grad_(output.is_floating_point()))
-        begin = _now(example.device)
-        least, rounds = [math.inf] * len(pieces), 0
-        while rounds <= REPEATS or _now(example.device) - begin < LEAST_SECONDS:
-            seconds = [sum(one) for one in _round(pieces, sources)]
-            least, rounds = list(map(min, least, seconds)), rounds + 1
-    return sum(least)
+        for piece in pieces:
+            with _training_step(piece):
+                begin, taken = _now(example.device), list[float]()
+                while len(taken) <= REPEATS or _now(example.device) - begin < LEAST_SECONDS / len(pieces):
+                    taken.append(sum(_seconds(piece, source)))
+                total += min(taken)
+                with torch.no_grad():
+                    source = piece.module(source)
+                source.requires_grad_(source.is_floating_point())
+    return total
 
 
 @contextmanager
@@ -117,15 +122,6 @@ def _saved_again(model: nn.Module, piece: Piece, source: Tensor) -> int:
         held = meter.bytes
     del output  # with what it kept
     return held
-
-
-def _round(pieces: Sequence[Piece], sources: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Seconds forward and backward of each piece, once."""
-    seconds: list[tuple[float, float]] = []
-    for piece, source in zip(pieces, sources, strict=True):
-        with _training_step(piece):
-            seconds.append(_seconds(piece, source))
-    return seconds
 
 
 def _seconds(piece: Piece, source: Tensor) -> tuple[float, float]:
