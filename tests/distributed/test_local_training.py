@@ -22,7 +22,7 @@ from efficient_dl.errors import CheckpointError, ConfigError, TransportError
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
-from efficient_dl.training import Summary, cutting, run
+from efficient_dl.training import Summary, run, run_model
 from efficient_dl.training.checkpoint import CheckpointFolder
 from efficient_dl.training.cutting import Cutter
 from efficient_dl.training.local_loop import LocalTrainer
@@ -125,7 +125,7 @@ def trained_unevenly(rank: int, out: Path, slow: int, *settings: str) -> Summary
                 piece.module.register_forward_pre_hook(lambda *_: time.sleep(0.01))
             return model
 
-        cutting.build_model = slowed  # pyright: ignore[reportPrivateImportUsage]
+        run_model.build_model = slowed
     return run(config_of(out, *settings))
 
 
