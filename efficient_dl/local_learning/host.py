@@ -181,23 +181,11 @@ class Host:
                 with self._autocast():
                     features = one(features)
             else:
+                count = len(mine[index])
+                waits = self._waits(here[position + 1 : position + 2])
                 last = micro_batch == mine[index][-1]
-                entering = features.detach().requires_grad_(pending is not None)
-                with one.reducing(last):
-                    with self._autocast():
-                        features, loss, seen = one.forward(entering, targets)
-                    losses[index] = losses.get(index, 0.0) + loss.detach() / len(mine[index])
-                    now = self._due(one, features, loss / len(mine[index]), seen, last)
-                    if pending is not None:
-                        (gradient,) = torch.autograd.grad(
-                            now.outputs, entering, now.gradients, retain_graph=True
-                        )
-                        self._backward(pending, gradient, lr)
-                    pending = now
-                    if not self._waits(here[position + 1 : position + 2]):
-                        self._backward(pending, None, lr)
-                        pending = None
-                features = features.detach()
+                features, loss, pending = self._train(one, features, targets, count, last, waits, pending, lr)
+                losses[index] = losses.get(index, 0.0) + loss
                 if self._selection is not None and position + 1 < len(here):
                     chosen = self._selection.of(one, targets)
                     if chosen is not None:
@@ -205,6 +193,36 @@ class Host:
             made = (index, features)
             if index + 1 < len(self._assignment.ranks) and self._assignment.ranks[index + 1]:
                 self._hand_on(index, micro_batch, features, step)
+
+    def _train(
+        self,
+        held: Trained,
+        features: Tensor,
+        targets: Tensor,
+        count: int,
+        last: bool,
+        waits: bool,
+        pending: _Pending | None,
+        lr: Callable[[int], float],
+    ) -> tuple[Tensor, Tensor, _Pending | None]:
+        """One partition on one of `count` micro-batches: its output, its share of the mean loss, what is pending then.
+
+        waits: whether its backward pass does. pending: that of the partition before, which is done in any case.
+        """
+        entering = features.detach().requires_grad_(pending is not None)
+        with held.reducing(last):
+            with self._autocast():
+                features, loss, seen = held.forward(entering, targets)
+            share = loss / count
+            now = self._due(held, features, share, seen, last)
+            if not waits:
+                self._backward(now, lr, reached=[entering] if pending is not None else [])
+                if pending is not None:
+                    self._backward(pending, lr, entering.grad)
+            elif pending is not None:
+                (back,) = torch.autograd.grad(now.outputs, entering, now.gradients, retain_graph=True)
+                self._backward(pending, lr, back)
+        return features.detach(), share.detach(), now if waits else None
 
     def _waits(self, following: Sequence[Held]) -> bool:
         """Whether a partition's backward pass waits for the gradient of the one that follows here, if that trains."""
@@ -216,11 +234,19 @@ class Host:
         loss.backward()  # through the head, of which nothing is kept while the body waits
         return _Pending(held, features, [features], [seen.grad], last)
 
-    def _backward(self, pending: _Pending, gradient: Tensor | None, lr: Callable[[int], float]) -> None:
+    def _backward(
+        self,
+        pending: _Pending,
+        lr: Callable[[int], float],
+        gradient: Tensor | None = None,
+        reached: Sequence[Tensor] = (),
+    ) -> None:
+        """gradient: of the features, by the next partition's loss. reached: what gets gradients beside parameters."""
         outputs, gradients = pending.outputs, pending.gradients
         if gradient is not None:
             outputs, gradients = [*outputs, pending.features], [*gradients, gradient]
-        torch.autograd.backward(outputs, gradients, inputs=pending.held.reached)  # type: ignore[arg-type]
+        inputs = None if pending.held.reached is None else [*pending.held.reached, *reached]
+        torch.autograd.backward(outputs, gradients, inputs=inputs)  # type: ignore[arg-type]
         if pending.last:
             pending.held.step(lr(pending.held.index))
 
