@@ -40,6 +40,14 @@ def check_local(config: Config, data: str) -> None:
             found=f"local.mode={local.mode}, local.schedule={local.schedule}",
             fix="--window 1, or --mode layerwise",
         )
+    if local.heads == "predsim" and config.data.batch_size < 2:
+        raise ConfigError(
+            "predsim compares the samples of a batch with each other",
+            expected="data.batch_size of at least 2",
+            found=f"data.batch_size={config.data.batch_size}",
+            where="local.heads",
+            fix="a larger batch_size with a smaller train.accumulate, or local.heads=auglocal",
+        )
     if found[:2] == ("layerwise", "sequential") and config.train.steps < partitions:
         raise ConfigError(
             "there is not a step for each partition",

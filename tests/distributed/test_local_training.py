@@ -431,6 +431,11 @@ REFUSED = {
         "a step for each partition",
     ),
     "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
+    "a cut at no piece": (["local.mode=partitionwise", "local.cuts=blocks.9"], "no piece 'blocks.9'"),
+    "nothing to compare": (
+        ["local.mode=layerwise", "local.heads=predsim", "data.batch_size=1"],
+        "data.batch_size of at least 2",
+    ),
 }
 
 
