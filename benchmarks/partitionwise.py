@@ -127,7 +127,10 @@ class Bench:
                 self._add(where, system, "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
 
     def memory(self, case: Case, ranks: int, systems: list[str], cap_mib: int) -> None:
-        """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third."""
+        """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third.
+
+        The model is cut such that partitions need equal memory.
+        """
         title, cap = case.title(ranks), cap_mib * MIB
         for system in systems:
             metric = f"largest_batch_in_{cap_mib}_MiB"
@@ -170,6 +173,7 @@ class Bench:
                     case.rate,
                     "train.eval_every=0",
                     "train.eval_batches=1",
+                    "local.balance=memory",
                     f"data.batch_size={batch}",
                 ),
                 1,
