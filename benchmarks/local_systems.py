@@ -22,8 +22,8 @@ from efficient_dl.local_learning.heads import make_head
 from efficient_dl.local_learning.learner import LocalLearner
 from efficient_dl.local_learning.objectives import cross_entropy, make_objective
 from efficient_dl.local_learning.partition import Partitions, partition
+from efficient_dl.local_learning.recompute import checkpointed
 from efficient_dl.local_learning.saved import SavedTensors
-from efficient_dl.local_learning.thrift import checkpointed
 from efficient_dl.models import build_model
 
 Batch = tuple[Tensor, Tensor]

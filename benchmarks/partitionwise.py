@@ -129,7 +129,7 @@ class Bench:
     def memory(self, case: Case, ranks: int, systems: list[str], cap_mib: int) -> None:
         """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third.
 
-        The model is cut such that partitions need equal memory.
+        The model is cut by memory.
         """
         title, cap = case.title(ranks), cap_mib * MIB
         for system in systems:

@@ -9,6 +9,7 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,7 @@ SYSTEMS = {
     ),
 }
 DATA_PARALLEL = (NATIVE, TWO_BITS)
-IN_LESS_MEMORY = {  # of which only the memory is measured: the bits are the same
+IN_LESS_MEMORY = {  # of which only the memory is measured
     f"{name}, checkpointing": (*settings, "train.activation_checkpointing=true")
     for name, settings in SYSTEMS.items()
 }
@@ -194,10 +195,16 @@ class WatchedTrainer(Watched, Trainer):
 class WatchedLocalTrainer(Watched, LocalTrainer):
     """Partition-wise training, watched; the memory of measuring the cut counts, too."""
 
-    def _measured_cut(self) -> Any:
-        found = super()._measured_cut()
-        self.peak_bytes = max(self.peak_bytes, measure.peak_memory_bytes(self.device))
-        return found
+    def _prepare(self) -> None:
+        super()._prepare()
+        cut = self.survey.cut
+
+        def watched(note: Callable[[str], None]) -> Any:
+            found = cut(note)
+            self.peak_bytes = max(self.peak_bytes, measure.peak_memory_bytes(self.device))
+            return found
+
+        self.survey.cut = watched
 
 
 def run_jobs(worker: Worker, jobs: list[dict[str, Any]], folder: Path) -> None:

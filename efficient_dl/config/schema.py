@@ -168,7 +168,8 @@ class TrainConfig(Section):
     accumulate: int = setting(1, "batches a worker adds up before a step", low=1, high=2**20)
     activation_checkpointing: bool = setting(
         False,
-        "keep each block's input alone and run the block again in the backward pass: the same bits in less memory",
+        "keep each block's input alone and run the block again in the backward pass: less memory, and the same bits "
+        "where cuts are the same",
     )
     eval_every: int = setting(100, "steps between evaluations; 0: only at the end", low=0, high=_MANY)
     eval_batches: int = setting(20, "batches of an evaluation, the same every time", low=1, high=2**30)
@@ -188,7 +189,8 @@ class LocalConfig(Section):
     )
     partitions: int = setting(4, "parts that the model is cut into", low=1, high=4096)
     cuts: str = setting(
-        "", "names of the pieces that begin parts 1, 2, ..., with commas; empty: partitions, cut by balance"
+        "",
+        "names of the pieces that begin parts 1, 2, ..., with commas; empty: partitions of them, cut by balance",
     )
     schedule: str = setting(
         "simultaneous",
@@ -250,7 +252,12 @@ class LocalConfig(Section):
     @property
     def count(self) -> int:
         """Of the parts."""
-        return self.cuts.count(",") + 2 if self.cuts else self.partitions
+        return len(self.names) + 1 if self.names else self.partitions
+
+    @property
+    def names(self) -> list[str]:
+        """In `cuts`."""
+        return [one.strip() for one in self.cuts.split(",")] if self.cuts else []
 
 
 @dataclass(frozen=True)

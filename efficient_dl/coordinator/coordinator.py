@@ -125,6 +125,14 @@ class Coordinator:
         """Whether it has decided for as many ranks before; the same on all ranks."""
         return len(self._speeds) == self._rounds.world_size
 
+    def speed_of(self, rank: int) -> float:
+        """Relative to the rank on which costs hold, as last decided with; 1.0 if that is not known."""
+        return self._speeds[rank] if self.knows_speeds else 1.0
+
+    def forget_speeds(self) -> None:
+        """The ranks are on other machines now; all of them call it, before they decide."""
+        self._speeds = ()
+
     def close(self) -> None:
         """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""
         self._rounds.close()

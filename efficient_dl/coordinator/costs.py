@@ -11,9 +11,9 @@ class PartitionCosts:
 
     forward_seconds, backward_seconds: of the partition alone, without its auxiliary head. parameter_bytes: of its
     parameters. activation_bytes: what backward needs of a forward pass, parameters left out. output_bytes: what the
-    next partition receives. head_seconds, head_parameter_bytes, head_activation_bytes: the same of the auxiliary head
-    with its loss, forward and backward together; only a partition that trains has one. 0.0 and 0 stand for "not
-    measured".
+    next partition receives. again_bytes: what a checkpointed layer keeps while it runs again, at most.
+    head_seconds, head_parameter_bytes, head_activation_bytes: the same of the auxiliary head with its loss, forward and
+    backward together; only a partition that trains has one. 0.0 and 0 stand for "not measured".
     """
 
     name: str
@@ -25,6 +25,7 @@ class PartitionCosts:
     head_seconds: float = 0.0
     head_parameter_bytes: int = 0
     head_activation_bytes: int = 0
+    again_bytes: int = 0
 
     def seconds(self, training: bool) -> float:
         """Of one micro-batch: all of it where the partition trains, else the forward pass alone."""

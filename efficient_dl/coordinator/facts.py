@@ -77,6 +77,7 @@ class ScheduleOptions:
     release_frozen: the outputs of a frozen beginning of the chain are read from a cache, hence no rank holds it.
     move_gain: by what share a step must become faster before partitions move to other ranks.
     window: 2: a partition's activations also wait for the next one's loss.
+    heads_wait: its head's, too, because the loss also depends on what happens inside of the partition.
     """
 
     kind: Kind
@@ -93,6 +94,7 @@ class ScheduleOptions:
     release_frozen: bool = False
     move_gain: float = 0.05
     window: int = 1
+    heads_wait: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

@@ -14,9 +14,10 @@ def held_bytes(
     """Of a rank that holds the partitions `held` (ascending): what stays, and the most of what comes and goes.
 
     Parameters stay, and for what trains also gradients and the optimizer's state, heads included. Activations exist
-    of one partition at a time, because each runs backward before the next runs forward. With window 2 that of a body
-    waits for the next partition, with its output and the gradient of that; the head is done. Where a partition's input
-    comes from elsewhere, or its output goes to another rank, a queue of micro-batches stands between.
+    of one partition at a time, because each runs backward before the next runs forward, its head before its layers.
+    With window 2 those of its layers wait for the next partition, with their output and the gradient of that; the
+    head's, too, if heads wait. Where a partition's input comes from elsewhere, or its output goes to another rank, a
+    queue of micro-batches stands between.
     options.reserved_bytes comes on top.
     """
     if not held:
@@ -27,9 +28,10 @@ def held_bytes(
         if training[index]:
             copies = 2.0 + options.optimizer_bytes_per_parameter_byte
             resident += round((cost.parameter_bytes + cost.head_parameter_bytes) * copies)
-            own = cost.activation_bytes + cost.head_activation_bytes + cost.output_bytes
-            passing = max(passing, waiting + own)
-            waiting = cost.activation_bytes + 2 * cost.output_bytes if options.window == 2 else 0
+            own = cost.activation_bytes + cost.output_bytes
+            head, again = cost.head_activation_bytes, cost.again_bytes
+            passing = max(passing, waiting + own + (head + again if options.heads_wait else max(head, again)))
+            waiting = own + (head if options.heads_wait else cost.output_bytes) if options.window == 2 else 0
         else:
             resident += cost.parameter_bytes
             passing = max(passing, cost.output_bytes)

@@ -11,7 +11,10 @@ from typing import Any
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import RankFacts
 
-ALIKE = 1.25  # ranks whose speeds differ by less count as equal: two measurements on one machine may
+ALIKE, ALIKE_IN_ALL = (
+    1.25,
+    1.5,
+)  # ranks less apart than the former, and all together than the latter, count as equal
 LINK_GRAIN = 0.25  # and bytes a second in proportion
 
 _STATIC = (
@@ -109,7 +112,8 @@ def _speeds(works: Sequence[float]) -> list[float]:
     order = sorted(range(len(works)), key=lambda rank: works[rank])
     classes: list[list[int]] = []
     for rank in order:
-        if classes and works[rank] < ALIKE * works[classes[-1][0]]:
+        near = classes and works[rank] < ALIKE * works[classes[-1][-1]]
+        if near and works[rank] < ALIKE_IN_ALL * works[classes[-1][0]]:
             classes[-1].append(rank)
         else:
             classes.append([rank])
@@ -145,6 +149,7 @@ def merged_costs(
                 head_seconds=median(cost.head_seconds * speed for cost, speed in found),
                 activation_bytes=max(cost.activation_bytes for cost, _ in found),
                 head_activation_bytes=max(cost.head_activation_bytes for cost, _ in found),
+                again_bytes=max(cost.again_bytes for cost, _ in found),
             )
     return merged
 

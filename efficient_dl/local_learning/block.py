@@ -35,7 +35,7 @@ class LocalBlock(nn.Module):
     def part(self) -> None:
         """From now on the loss's graph ends at the features, so that the head's backward pass can go before the body's.
 
-        That is without effect where the loss also depends on what happens inside of the body.
+        That is without effect where the loss also depends on what happens inside of the body, or nothing there trains.
         """
         self._apart = not self.objective.reaches_body
 
@@ -63,5 +63,6 @@ class LocalBlock(nn.Module):
         The latter are the same tensor or, after `part`, a leaf with the same values.
         """
         features = self.body(inputs)
-        seen = features.detach().requires_grad_() if self._apart else features
+        parts = self._apart and features.requires_grad
+        seen = features.detach().requires_grad_() if parts else features
         return features, self.objective(inputs, seen, self.head, targets), seen

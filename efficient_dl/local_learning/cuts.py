@@ -11,6 +11,8 @@ from efficient_dl.local_learning.balance import best_cuts
 from efficient_dl.local_learning.measure import PieceCosts
 from efficient_dl.local_learning.pieces import Piece
 
+COPIES = 4  # of the bytes of parameters in training: themselves, gradients, and Adam's two moments
+
 
 def named_cuts(pieces: Sequence[Piece], names: Sequence[str]) -> list[int]:
     """The indices of the pieces with these names, which begin partitions 1 to K - 1."""
@@ -41,6 +43,8 @@ def balanced_cuts(
     heads: Sequence[PartitionCosts] = (),
 ) -> list[int]:
     """The first pieces of partitions 1 to n - 1, by measured "time" or "memory" or by "parameters".
+
+    Memory is that of training with Adam: COPIES of the parameters, and what is saved for backward.
 
     heads: the costs of n partitions, of which those of their heads count, too.
     """
@@ -73,11 +77,16 @@ def parameter_bytes(pieces: Sequence[Piece]) -> int:
 
 
 def saved_bytes(measured: Sequence[PieceCosts]) -> int:
-    """Bytes that these pieces keep for backward, each storage once, and what one of them that runs again needs then."""
+    """Bytes that these pieces keep for backward, each storage once."""
     storages: dict[Hashable, int] = {}
     for one in measured:
         storages.update(one.saved)
-    return sum(storages.values()) + max((one.again_bytes for one in measured), default=0)
+    return sum(storages.values())
+
+
+def again_bytes(measured: Sequence[PieceCosts]) -> int:
+    """Of the piece that needs most of them when it runs again."""
+    return max((one.again_bytes for one in measured), default=0)
 
 
 def dearness(costs: PartitionCosts, balance: str) -> int:
@@ -86,15 +95,16 @@ def dearness(costs: PartitionCosts, balance: str) -> int:
     if balance == "parameters":
         own = costs.parameter_bytes
     if balance == "memory":
-        own = costs.parameter_bytes + costs.activation_bytes
+        own = COPIES * costs.parameter_bytes + costs.activation_bytes + costs.again_bytes
     return own + _of_head(costs, balance)
 
 
 def _of_head(costs: PartitionCosts, balance: str) -> int:
     if balance == "parameters":
         return costs.head_parameter_bytes
-    if balance == "memory":
-        return costs.head_parameter_bytes + costs.head_activation_bytes
+    if balance == "memory":  # a head is done before a layer runs again
+        more = max(0, costs.head_activation_bytes - costs.again_bytes)
+        return COPIES * costs.head_parameter_bytes + more
     return _nanoseconds(costs.head_seconds)
 
 
@@ -106,6 +116,10 @@ def _cost(pieces: Sequence[Piece], balance: str, measured: Sequence[PieceCosts])
     if balance == "parameters":
         return lambda first, end: parameter_bytes(pieces[first:end])
     if balance == "memory":
-        return lambda first, end: parameter_bytes(pieces[first:end]) + saved_bytes(measured[first:end])
+        return lambda first, end: (
+            COPIES * parameter_bytes(pieces[first:end])
+            + saved_bytes(measured[first:end])
+            + again_bytes(measured[first:end])
+        )
     nanoseconds = [_nanoseconds(one.forward_seconds + one.backward_seconds) for one in measured]
     return lambda first, end: sum(nanoseconds[first:end])

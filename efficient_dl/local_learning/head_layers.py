@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficient_dl.errors import ConfigError
-from efficient_dl.local_learning.thrift import plain
+from efficient_dl.local_learning.recompute import plain
 
 Shape = tuple[int, ...]  # of one sample, without the batch
 

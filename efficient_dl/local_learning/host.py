@@ -243,7 +243,7 @@ class Host:
     ) -> None:
         """gradient: of the features, by the next partition's loss. reached: what gets gradients beside parameters."""
         outputs, gradients = pending.outputs, pending.gradients
-        if gradient is not None:
+        if gradient is not None and pending.features.requires_grad:
             outputs, gradients = [*outputs, pending.features], [*gradients, gradient]
         inputs = None if pending.held.reached is None else [*pending.held.reached, *reached]
         torch.autograd.backward(outputs, gradients, inputs=inputs)  # type: ignore[arg-type]

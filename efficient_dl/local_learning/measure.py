@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.pieces import Piece
+from efficient_dl.local_learning.recompute import run_once, runs_again
 from efficient_dl.local_learning.saved import SavedTensors
 
 REPEATS = 5  # forward and backward passes a piece, of which the medians count, after one to warm up
-LEAST_SECONDS = 0.2  # for which ranks measure how fast they are, at least
+TRIES, TRIES_SECONDS = 12, 1.0  # by which ranks measure how fast they are: of each piece, and of all of them
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PieceCosts:
     """One piece on the example, in training mode.
 
     saved: what it keeps for backward, storage -> bytes. A storage that two pieces keep, such as the activations
-    between them, has the same key in both. again_bytes: what it keeps while it runs again, if it is checkpointed.
+    between them, has the same key in both. again_bytes: what it also keeps while it runs again, if it is checkpointed.
     """
 
     forward_seconds: float
@@ -56,7 +57,8 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
             # What lies inside a piece is gone after it, and its address may come again.
             saved.append({key if key in between else (index, key): size for key, size in storages.items()})
             sizes.append(inputs.numel() * inputs.element_size())
-            again.append(_saved_again(model, piece, sources[-1]))
+            with _training_step(piece):
+                again.append(_saved_again(model, piece, sources[-1]))
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
         rounds: list[list[tuple[float, float]]] = []
         for _ in range(REPEATS + 1):
@@ -83,7 +85,9 @@ def least_seconds(model: nn.Module, pieces: Sequence[Piece], example: Tensor) ->
         for piece in pieces:
             with _training_step(piece):
                 begin, taken = _now(example.device), list[float]()
-                while len(taken) <= REPEATS or _now(example.device) - begin < LEAST_SECONDS / len(pieces):
+                while len(taken) < 2 or (
+                    len(taken) < TRIES and _now(example.device) - begin < TRIES_SECONDS / len(pieces)
+                ):
                     taken.append(sum(_seconds(piece, source)))
                 total += min(taken)
                 with torch.no_grad():
@@ -96,6 +100,8 @@ def least_seconds(model: nn.Module, pieces: Sequence[Piece], example: Tensor) ->
 def _training_step(piece: Piece) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"the piece {piece.name!r} cannot run a training step on the example",
@@ -114,14 +120,15 @@ def _saved(model: nn.Module, piece: Piece, source: Tensor) -> tuple[dict[int, in
 
 
 def _saved_again(model: nn.Module, piece: Piece, source: Tensor) -> int:
-    """What a piece whose forward pass was replaced keeps in its own."""
-    if "forward" not in piece.module.__dict__:
+    """What a checkpointed piece keeps while it runs again, beside its input."""
+    if not runs_again(piece.module):
         return 0
     with SavedTensors(model) as meter:
-        output = type(piece.module).forward(piece.module, source)
-        held = meter.bytes
+        output = run_once(piece.module, source)
+        held = {**meter.storages}
     del output  # with what it kept
-    return held
+    held.pop(source.untyped_storage().data_ptr(), None)
+    return sum(held.values())
 
 
 def _seconds(piece: Piece, source: Tensor) -> tuple[float, float]:

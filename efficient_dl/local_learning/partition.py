@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.errors import ConfigError
-from efficient_dl.local_learning.cuts import balanced_cuts, named_cuts, parameter_bytes, saved_bytes
+from efficient_dl.local_learning.cuts import (
+    again_bytes,
+    balanced_cuts,
+    named_cuts,
+    parameter_bytes,
+    saved_bytes,
+)
 from efficient_dl.local_learning.measure import PieceCosts, measure
 from efficient_dl.local_learning.pieces import Piece, pieces_of
 from efficient_dl.local_learning.tied import TiedWeight, resolve_tied
@@ -125,10 +131,10 @@ def partition(
     example: a batch of inputs on the model's device. With it the chain is verified against the model, bit for bit, in
     evaluation and in training mode, and costs are measured, under autocast if it is on; random generators, buffers,
     gradients and modes are afterwards what they were.
-    balance: "time" (forward and backward, median of 5; the default with an example), "memory" (parameters, and what
-    is saved for backward) or "parameters" (the default without one). The dearest partition is as cheap as cuts
-    between pieces allow. Measured times differ from run to run and from rank to rank: ranks that must agree take the
-    `cuts` of one of them as n.
+    balance: "time" (forward and backward, median of 5; the default with an example), "memory" (of training with Adam:
+    parameters four times, and what is saved for backward) or "parameters" (the default without one). The dearest
+    partition is as cheap as cuts between pieces allow. Measured times differ from run to run and from rank to rank:
+    ranks that must agree take the `cuts` of one of them as n.
     tied: weights that two partitions use. "untie": the later partition gets a copy of its own, in the model itself;
     "share": they stay one parameter, owned by the first, which works on one device only.
 
@@ -149,15 +155,23 @@ def partition(
     return _cut(model, pieces, begins, by if isinstance(n, int) else "names", tied, measured)
 
 
-def rebalanced(model: nn.Module, before: Partitions, heads: Sequence[PartitionCosts]) -> Partitions:
-    """Into as many partitions, balanced as before by what was measured then, but with what their heads cost.
+def cut_again(
+    model: nn.Module,
+    n: int | Sequence[str],
+    measured: Sequence[PieceCosts],
+    balance: Balance,
+    heads: Sequence[PartitionCosts] = (),
+) -> Partitions:
+    """`partition` of a model like one whose `measured` these are, without measuring again.
 
-    model: one like before.model, that was not cut. heads: the costs of before's partitions with those of their heads,
-    which are taken to be the same elsewhere.
+    heads: the costs of n partitions with those of their heads, which are taken to be the same elsewhere.
     """
     pieces = pieces_of(model)
-    begins = balanced_cuts(pieces, len(before), before.balance, before.measured, heads)
-    return _cut(model, pieces, begins, before.balance, "untie", before.measured)
+    if isinstance(n, int):
+        return _cut(
+            model, pieces, balanced_cuts(pieces, n, balance, measured, heads), balance, "untie", measured
+        )
+    return _cut(model, pieces, named_cuts(pieces, n), balance, "untie", measured)
 
 
 def _cut(
@@ -229,6 +243,7 @@ def _make(
         parameter_bytes=parameter_bytes(pieces),
         activation_bytes=saved_bytes(measured),
         output_bytes=measured[-1].output_bytes if measured else 0,
+        again_bytes=again_bytes(measured),
     )
     return Partition(index, name, module, names, costs, not_owned)
 

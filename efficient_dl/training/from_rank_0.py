@@ -14,7 +14,7 @@ from efficient_dl.errors import EdlError, TransportError
 T = TypeVar("T")
 
 
-def from_rank_0(make: Callable[[], T], rank: int, store: dist.Store, key: str, patience: float) -> T:
+def from_rank_0(rank: int, store: dist.Store, key: str, patience: float, make: Callable[[], T]) -> T:
     """What make() returns on rank 0, on all ranks; or raises its EdlError there, too.
 
     key: of the store, used once. patience: seconds that the others wait. Raises TransportError if rank 0 has failed.

@@ -32,6 +32,14 @@ def check_local(config: Config, data: str) -> None:
             fix="local.cache_bytes=0, or what is expected",
         )
     if local.mode == "end-to-end":
+        if local.cuts:
+            raise ConfigError(
+                "the whole model is trained at once, and is not cut",
+                expected="local.mode=layerwise or partitionwise",
+                found=f"local.cuts={local.cuts}",
+                where="local.cuts",
+                fix="--mode partitionwise, or leave local.cuts out",
+            )
         return
     if local.window == 2 and found[:2] != ("layerwise", "simultaneous"):
         raise ConfigError(

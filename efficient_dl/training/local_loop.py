@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficient_dl.comm import ProcessGroupTransport
-from efficient_dl.comm.probe import exchange_line
-from efficient_dl.comm.transport import telling_peers
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Assignment, Decision
 from efficient_dl.coordinator.coordinator import Coordinator
@@ -37,6 +37,7 @@ from efficient_dl.training.pace import Pace
 from efficient_dl.training.run_loop import RunLoop
 from efficient_dl.training.schedule import learning_rate
 from efficient_dl.training.stage import Groups, Stage, Traffic, wanted_from
+from efficient_dl.training.survey import Survey
 from efficient_dl.training.task import evaluate_batch, predictions
 
 _KINDS: dict[str, Kind] = {"simultaneous": "simultaneous", "sequential": "sequential"}
@@ -45,6 +46,7 @@ _SENT_SHARES = {"lossless": 0.85}  # of fp32 bytes, as gradients of small GPTs m
 _runs: WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = WeakKeyDictionary()
 _MEASURING_PATIENCE = 10  # time-outs that ranks wait for rank 0 to measure the model
 _PATIENCE_SECONDS, _PATIENCE_STEPS = 5.0, 5
+_THRIFT = "train.activation_checkpointing"
 _STAGES = 10  # of a run, unless local.stage_steps says otherwise
 
 
@@ -72,6 +74,7 @@ class LocalTrainer(RunLoop):
             activation_share=_sent_share(local.activations),
             gradient_share=_sent_share(config.compression.bits),
             window=local.window,
+            heads_wait=local.penalty > 0,
         )
         self.stage: Stage | None = None
         self.losses: dict[int, list[float]] = {}  # of this stage's steps, on this rank
@@ -82,10 +85,16 @@ class LocalTrainer(RunLoop):
 
     def _prepare(self) -> None:
         timeout, number = self.config.run.timeout_seconds, _number_of_run()
-        self.store = store = dist.distributed_c10d._get_default_store()
-        self.cut_key = f"cut-{number}"
+        store = dist.distributed_c10d._get_default_store()
         self.groups = Groups(timeout)
         self.transport = ProcessGroupTransport(_gloo_group(), timeout=timeout)
+        self.survey = Survey(
+            self.cutter,
+            lambda: self._micro_batch(0),
+            self._autocast,
+            self.transport,
+            partial(from_rank_0, self.rank, store, f"cut-{number}", _MEASURING_PATIENCE * timeout),
+        )
         self.coordinator = Coordinator(
             self.rank,
             self.world_size,
@@ -109,17 +118,16 @@ class LocalTrainer(RunLoop):
             lambda: self.watch.at("waiting for slower ranks", self.step),
         )
         self.compute_seconds = 0.0
-        self.costs: list[PartitionCosts] = []  # as rank 0 has measured them for the first decision
+        self.costs: list[PartitionCosts] = []  # as rank 0 has measured them for the next decision
+        self.hosts = self._over_ranks(socket.gethostname())
+        measure.reset_peak_memory(self.device)
         torch.manual_seed(
             self.config.train.seed + 1_000_003 * (self.rank + 1)
         )  # dropout differs between ranks
 
     def _start(self) -> None:
         """Cut the model as rank 0 measures it; nothing is placed before the first decision."""
-        patience = _MEASURING_PATIENCE * self.config.run.timeout_seconds
-        self.cuts, self.names, self.costs = from_rank_0(
-            self._measured_cut, self.rank, self.store, self.cut_key, patience
-        )
+        self.cuts, self.names, self.costs = self.survey.cut(self.progress.note)
         self.pace.tell(0)
         self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         measure.reset_peak_memory(self.device)
@@ -127,13 +135,6 @@ class LocalTrainer(RunLoop):
     def _patience(self) -> float:
         """Seconds without a step of another rank after which it may have ended: a few steps and a little more."""
         return _PATIENCE_SECONDS + _PATIENCE_STEPS * self.clock.median()
-
-    def _measured_cut(self) -> tuple[tuple[str, ...], tuple[str, ...], list[PartitionCosts]]:
-        with self._autocast():
-            cut, costs = self.cutter.measured(self._micro_batch(0))
-        for line in str(cut).splitlines():
-            self.progress.note(line)
-        return cut.cuts, tuple(one.name for one in cut), costs
 
     def _train_step(self) -> dict[str, Tensor | float]:
         if self.stage is None:
@@ -194,37 +195,26 @@ class LocalTrainer(RunLoop):
             self._begin(decision, self.checkpoints.load(self.step, wanted).tensors)
             self._carry_over(compressed)
 
-    def _decide(self, losses: Mapping[int, float]) -> Decision:
-        first = self.rank == 0 and not len(self.coordinator.history)
+    def _decide(self, losses: Mapping[int, float], replan: bool = False) -> Decision:
+        work = link = None
+        if self.options.kind == "pipelined" and self.world_size > 1:
+            work, link = self.survey.here(not self.coordinator.knows_speeds, not self.coordinator.knows_links)
         report = Report(
             self.names,
-            dict(enumerate(self.costs)) if first else {},
+            dict(enumerate(self.costs)) if self.rank == 0 else {},
             losses,
             self.config.local.memory_bytes or None,
-            bytes_per_second=self._link(),
-            work_seconds=self._work(),
+            bytes_per_second=link,
+            work_seconds=work,
         )
         num_decisions = len(self.coordinator.history)
-        decision = self.coordinator.decide(self.step, report)
+        decision = self.coordinator.decide(self.step, report, replan=replan)
+        self.costs = []
         for entry in list(self.coordinator.history)[num_decisions:]:
             if self.stage is None or self.stage.moves(entry.decision):
                 self.progress.note(f"step {entry.step}: {entry.decision.reason}")
             self.folder.log_decision(entry.to_row())
         return decision
-
-    def _link(self) -> float | None:
-        """Bytes a second of this rank's link, measured on all ranks at once where a decision wants to know them."""
-        if self.options.kind != "pipelined" or self.world_size == 1 or self.coordinator.knows_links:
-            return None
-        with telling_peers(self.transport):
-            return exchange_line(self.transport, self.transport, glance=True).bytes_per_second
-
-    def _work(self) -> float | None:
-        """Seconds of the same work on all ranks at once, where a decision wants to know how fast each is."""
-        if self.options.kind != "pipelined" or self.world_size == 1 or self.coordinator.knows_speeds:
-            return None
-        with self._autocast():
-            return self.cutter.work_seconds(self._micro_batch(0))
 
     def _begin(self, decision: Decision, state: Mapping[str, Tensor] | None) -> None:
         self.stage = Stage(
@@ -244,6 +234,7 @@ class LocalTrainer(RunLoop):
             self.coordinator.costs[index].seconds(decision.training[index])
             * self.micro_batches
             / len(decision.assignment.ranks[index])
+            / self.coordinator.speed_of(self.rank)
             for index in decision.assignment.of_rank(self.rank)
         )
 
@@ -372,6 +363,7 @@ class LocalTrainer(RunLoop):
         local = {
             "cuts": list(self.cuts),
             "names": list(self.names),
+            "hosts": self.hosts,
             "coordinator": self.coordinator.state_dict(),
         }
         self.checkpoints.save(self.step, tensors, state, self._about() | {"local": local})
@@ -404,6 +396,12 @@ class LocalTrainer(RunLoop):
         self.cuts, self.names = tuple(local["cuts"]), tuple(local["names"])
         self.state_names = [dict(one.names) for one in self.cutter.fresh(self.cuts)]
         self.coordinator.load_state_dict(local["coordinator"])
+        if local.get("hosts") != self.hosts:
+            self.coordinator.forget_speeds()
+        thrifty = checkpoint.about["settings"].get(_THRIFT, False)
+        costs_other = thrifty != self.config.train.activation_checkpointing
+        if costs_other:
+            self.costs = self.survey.costs(self.cuts)
         state = checkpoint.rank_states[0]
         same_ranks = checkpoint.about["ranks"] == self.world_size
         counts_on = same_ranks and self._same_plan(checkpoint)
@@ -416,7 +414,7 @@ class LocalTrainer(RunLoop):
         if self.step >= self.config.train.steps:
             return
         before = self.coordinator.history[-1]
-        decision = self._decide({})
+        decision = self._decide({}, replan=costs_other)
         goes_on = self.coordinator.history[-1] is before
         if decision.ended:
             self.last_step = self.step

@@ -30,7 +30,6 @@ _NO_MATTER = (
     "data.fingerprint",
     "data.batch_size",
     "train.accumulate",
-    "train.activation_checkpointing",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -7,7 +7,7 @@ from torch import nn
 
 from efficient_dl.config import Config, DataSpec
 from efficient_dl.local_learning.pieces import pieces_of
-from efficient_dl.local_learning.thrift import checkpointed
+from efficient_dl.local_learning.recompute import checkpointed
 from efficient_dl.models import build_model
 
 

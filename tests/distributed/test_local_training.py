@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from efficient_dl.config import Config, DataSpec, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, TransportError
+from efficient_dl.local_learning import recompute
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
@@ -27,6 +29,7 @@ from efficient_dl.training.checkpoint import CheckpointFolder
 from efficient_dl.training.cutting import Cutter
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.run_folder import DECISIONS, RunFolder
+from efficient_dl.training.survey import Survey
 from tests.distributed.launch import run_failing_ranks, run_ranks
 
 GPT = [
@@ -104,10 +107,16 @@ def test_the_result_is_a_state_of_the_whole_model(tmp_path: Path) -> None:
     model.load_state_dict(state)  # strict: no name of a head, none missing
 
 
+def trained_unmeasured(rank: int, out: Path, *settings: str) -> tuple[Summary, dict[str, torch.Tensor]]:
+    """`trained` where nothing is known of ranks and links, so that all ranks are worth using."""
+    Survey.here = lambda self, work, link: (None, None)  # type: ignore[method-assign]
+    return trained(rank, out, *settings)
+
+
 def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> None:
     """Two ranks a partition average its gradients, about as one rank does that takes both micro-batches."""
     settings = ["local.mode=partitionwise", "optimizer.name=sgd", "optimizer.lr=0.01"]
-    four = run_ranks(trained, 4, tmp_path / "four", *GPT, *settings)
+    four = run_ranks(trained_unmeasured, 4, tmp_path / "four", *GPT, *settings)
     two = run_ranks(trained, 2, tmp_path / "two", *GPT, *settings, "train.accumulate=2")
     decisions = RunFolder(tmp_path / "four", writes=False).rows(DECISIONS)
     assert decisions[0]["ranks"] == [[0, 1], [2, 3]]
@@ -146,9 +155,47 @@ def test_a_resumed_run_measures_nothing_again(tmp_path: Path) -> None:
 
 
 def resumed_without_measuring(rank: int, out: Path, *settings: str) -> None:
-    for name in ("measured", "work_seconds"):
+    for name in ("measured", "costs", "work_seconds"):
         setattr(Cutter, name, None)
     assert run(config_of(out, *settings), resumed=True).steps == 6
+
+
+def resumed_elsewhere(rank: int, out: Path, *settings: str) -> int:
+    """How often a rank has measured how fast it is, on a machine with another name."""
+    socket.gethostname = lambda: f"another host of rank {rank}"
+    work, measured = Cutter.work_seconds, 0
+
+    def counted(self: Cutter, batch: Any) -> float:
+        nonlocal measured
+        measured += 1
+        return work(self, batch)
+
+    Cutter.work_seconds = counted  # type: ignore[method-assign]
+    run(config_of(out, *settings), resumed=True)
+    return measured
+
+
+def test_ranks_on_other_hosts_measure_themselves_again(tmp_path: Path) -> None:
+    settings = [*GPT, "local.mode=partitionwise", "local.stage_steps=2"]
+    run_ranks(trained, 2, tmp_path / "run", *settings, "train.steps=4")
+    assert all(count >= 1 for count in run_ranks(resumed_elsewhere, 2, tmp_path / "run", *settings))
+
+
+def trained_with_a_bad_rank(rank: int, out: Path, *settings: str) -> None:
+    def fails(self: Cutter, batch: Any) -> float:
+        raise ArithmeticError("an error of rank 1 alone")
+
+    if rank == 1:
+        Cutter.work_seconds = fails  # type: ignore[method-assign]
+    run(config_of(out, *settings))
+
+
+def test_a_rank_that_fails_in_measuring_itself_ends_the_others(tmp_path: Path) -> None:
+    settings = [*GPT, "local.mode=partitionwise", "run.timeout_seconds=300"]
+    other, bad = run_failing_ranks(trained_with_a_bad_rank, 2, tmp_path / "run", *settings)
+    assert "an error of rank 1 alone" in bad.trace
+    assert isinstance(other.error, TransportError), other.trace
+    assert other.seconds < 100.0  # less than any time-out
 
 
 CHECKPOINTED = {
@@ -159,14 +206,46 @@ CHECKPOINTED = {
 }
 
 
+def trained_again(rank: int, out: Path, *settings: str) -> tuple[int, Summary, dict[str, torch.Tensor]]:
+    """How often blocks have forgotten their activations, and what `trained` returns."""
+    forgot = recompute._run_checkpointed
+    passes = 0
+
+    def counted(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += torch.is_grad_enabled()
+        return forgot(module, x)
+
+    recompute._run_checkpointed = counted
+    summary, tensors = trained(rank, out, *settings)
+    return passes, summary, tensors
+
+
 @pytest.mark.parametrize("case", CHECKPOINTED)
 def test_blocks_that_run_again_train_to_the_same_bits(tmp_path: Path, case: str) -> None:
     settings = [*CHECKPOINTED[case], "model.dropout=0.1"]
-    plain = run_ranks(trained, 2, tmp_path / "plain", *settings)
-    again = run_ranks(trained, 2, tmp_path / "again", *settings, "train.activation_checkpointing=true")
-    for (one, tensors), (other, others) in zip(plain, again, strict=True):
+    plain = run_ranks(trained_again, 2, tmp_path / "plain", *settings)
+    again = run_ranks(trained_again, 2, tmp_path / "again", *settings, "train.activation_checkpointing=true")
+    for (none, one, tensors), (some, other, others) in zip(plain, again, strict=True):
         assert differing(tensors, others) == []
         assert one.val_loss == other.val_loss
+        assert none == 0 and some >= 6  # in every step at least
+
+
+def test_a_resume_with_checkpointing_plans_with_other_costs(tmp_path: Path) -> None:
+    settings = [*GPT, "local.mode=partitionwise"]
+    run_ranks(trained, 2, tmp_path / "run", *settings, "train.steps=4")
+    again = [*settings, "train.activation_checkpointing=true"]
+    notes = run_ranks(resumed, 2, tmp_path / "run", *again)
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    before, after = (folder.load(step).about["local"]["coordinator"]["costs"] for step in (4, 6))
+    assert all(one["again_bytes"] == 0 for one in before)
+    assert all(one["again_bytes"] > 0 for one in after)
+    assert notes == [6, 6]
+
+
+def resumed(rank: int, out: Path, *settings: str) -> int:
+    return run(config_of(out, *settings), resumed=True).steps
 
 
 FEATURES = [
@@ -431,7 +510,8 @@ REFUSED = {
         "a step for each partition",
     ),
     "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
-    "a cut at no piece": (["local.mode=partitionwise", "local.cuts=blocks.9"], "no piece 'blocks.9'"),
+    "a cut at no piece": (["local.mode=partitionwise", "local.cuts=blocks.9"], "where: local.cuts"),
+    "a cut of the whole": (["local.cuts=blocks.2"], "is not cut"),
     "nothing to compare": (
         ["local.mode=layerwise", "local.heads=predsim", "data.batch_size=1"],
         "data.batch_size of at least 2",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +65,7 @@ def test_a_slow_head_moves_the_cut_to_the_front() -> None:
 def test_named_pieces_begin_the_partitions_whatever_their_heads_cost() -> None:
     config = with_overrides(Config(), ["local.cuts=blocks.1,head", "local.partitions=2"])
     assert config.local.count == 3
-    cut, costs = cutter("local.cuts=blocks.1,head").measured(BATCH)
+    cut, costs = cutter("local.cuts=blocks.1, head").measured(BATCH)
     assert cut.cuts == ("blocks.1", "head") and len(costs) == 3
     with pytest.raises(ConfigError, match=r"no piece 'block\.1'"):
         cutter("local.cuts=block.1").measured(BATCH)
@@ -102,3 +105,22 @@ def test_checkpointed_blocks_save_less_and_what_they_need_again_is_counted(name:
     assert costs[1] < 0.9 * costs[0]
     assert not any(again[0])
     assert again[1][-1] is False and any(again[1])
+
+
+def test_only_one_model_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 tries several cuts, and may have memory for one model alone."""
+    living: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    most = 0
+
+    def counted(*arguments: Any) -> torch.nn.Module:
+        nonlocal most
+        gc.collect()
+        most = max(most, len(living) + 1)
+        model = build_run_model(*arguments)
+        living.add(model)
+        return model
+
+    monkeypatch.setattr("efficient_dl.training.cutting.build_run_model", counted)
+    cut, _ = cutter("local.partitions=2", "local.heads=causal:3", "local.balance=parameters").measured(BATCH)
+    assert most == 1 and len(living) == 1
+    assert cut.model in living

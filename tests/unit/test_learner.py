@@ -20,8 +20,8 @@ from efficient_dl.coordinator.plateau import PlateauRule
 from efficient_dl.errors import CheckpointError, ConfigError
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
 from efficient_dl.local_learning.heads import make_head
+from efficient_dl.local_learning.recompute import checkpointed
 from efficient_dl.local_learning.saved import SavedTensors
-from efficient_dl.local_learning.thrift import checkpointed
 
 CUTS = ["1.0", "2"]
 
@@ -179,6 +179,19 @@ def test_with_window_2_no_head_waits_for_the_next_partition() -> None:
     head = 256 * 256 * 4
     assert one > head
     assert one < two < one + head / 2
+
+
+def test_with_window_2_a_head_learns_on_a_body_that_does_not() -> None:
+    """The user has frozen the first layers."""
+    model = chain()
+    model[0].requires_grad_(False)
+    learner = learner_of(model, window=2)
+    before = [copy.deepcopy(module.state_dict()) for module in (learner.block(0).head, model[1])]
+    assert all(math.isfinite(loss) for loss in learner.step(*batch(1)))
+    after = (learner.block(0).head.state_dict(), model[1].state_dict())
+    for old, new in zip(before, after, strict=True):
+        assert not all(torch.equal(old[key], new[key]) for key in old)
+    assert learner.train_sequentially(itertools.repeat(batch(2)), 2) == [2, 2, 2]
 
 
 def wide(num_pieces: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -426,3 +427,21 @@ def test_the_table_says_what_each_partition_holds() -> None:
 def test_impossible_choices_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         edl.partition(_model("mlp")[0], 2, **arguments)
+
+
+def test_a_forward_of_the_users_own_is_measured_as_it_is() -> None:
+    """As tools do that wrap a module in place: it is not taken for a checkpointed one."""
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrapped = copy.deepcopy(plain)
+    inner = wrapped[0].forward
+    wrapped[0].forward = lambda x: inner(x)
+    bare = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    bare[1].weight = nn.Parameter(torch.eye(4))
+    bare[1].forward = lambda x: x @ bare[1].weight
+    x = torch.randn(3, 4)
+    assert edl.partition(bare, 2, x).cuts == ("1",)
+    bytes_of = [
+        [one.costs.activation_bytes for one in edl.partition(model, 2, x)] for model in (plain, wrapped)
+    ]
+    assert bytes_of[0] == bytes_of[1]
+    assert [one.again_bytes for one in edl.partition(wrapped, 2, x).measured] == [0, 0]

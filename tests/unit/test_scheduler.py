@@ -260,11 +260,17 @@ def test_memory_counts_state_queues_and_the_largest_activations() -> None:
     assert held_bytes(parts, frozen_first, [], chosen) == 0
     two = options(queue_micro_batches=2, reserved_bytes=1000, window=2)
     heavy = [dataclasses.replace(one, head_activation_bytes=500) for one in parts]
+    kept = 1000 + 2 * 110 * 4 + 2 * 7
     # One body waits with its output and that one's gradient, while the next one is there with its head.
     waiting = 30 + 2 * 7
-    assert held_bytes(heavy, frozen_first, [1, 2], two) == 1000 + 2 * 110 * 4 + 2 * 7 + waiting + (
-        30 + 500 + 7
-    )
+    assert held_bytes(heavy, frozen_first, [1, 2], two) == kept + waiting + (30 + 500 + 7)
+    both = dataclasses.replace(two, heads_wait=True)
+    assert held_bytes(heavy, frozen_first, [1, 2], both) == kept + 2 * (30 + 500 + 7)
+    # A layer that runs again does so when the head is done.
+    for again, most in ((200, 500), (700, 700)):
+        thrifty = [dataclasses.replace(one, again_bytes=again) for one in heavy]
+        assert held_bytes(thrifty, frozen_first, [1, 2], chosen) == kept + (30 + most + 7)
+        assert held_bytes(thrifty, frozen_first, [1, 2], two) == kept + waiting + (30 + most + 7)
 
 
 def test_memory_moves_a_partition_to_a_rank_where_it_fits() -> None:

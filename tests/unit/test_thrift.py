@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.errors import ConfigError
 from efficient_dl.local_learning.pieces import pieces_of
-from efficient_dl.local_learning.thrift import (
-    checkpointed,
-    choose_thrift,
-    chunked,
-    economize,
-    plain,
-    treats_samples_apart,
-)
+from efficient_dl.local_learning.recompute import checkpointed, chunked, plain, treats_samples_apart
+from efficient_dl.local_learning.thrift import choose_thrift, economize
 
 
 class Wide(nn.Module):
