@@ -118,6 +118,27 @@ def sizes(case: Case, *batches: int) -> tuple[Case, ...]:
     return tuple(replace(case, batch=batch) for batch in batches)
 
 
+def _gpt(heads: str) -> tuple[Case, ...]:
+    return sizes(
+        Case(
+            (
+                "model.name=gpt",
+                "model.size=mini",
+                "model.tie_weights=false",
+                "data.name=stdlib",
+                "optimizer.lr=0.003",
+                f"local.heads={heads}",
+            ),
+            batch=8,
+            samples=1_200,
+            every=80,
+            held_out=256,
+        ),
+        8,
+        16,
+    )
+
+
 CASES = {
     "mlp": sizes(
         Case(
@@ -130,24 +151,8 @@ CASES = {
         128,
         512,
     ),
-    "gpt": sizes(
-        Case(
-            (
-                "model.name=gpt",
-                "model.size=mini",
-                "model.tie_weights=false",
-                "data.name=stdlib",
-                "optimizer.lr=0.003",
-                "local.heads=causal:1",
-            ),
-            batch=8,
-            samples=1_200,
-            every=80,
-            held_out=256,
-        ),
-        8,
-        16,
-    ),
+    "gpt-linear": _gpt("linear"),
+    "gpt": _gpt("causal:1"),
 }
 
 
