@@ -40,6 +40,7 @@ __all__ = ["run_study", "verdict"]
 
 PARTS = ("losses", "times", "memory")
 FACTORS = (1 / 3, 1.0, 3.0)  # of the case's learning rate
+MORE_FACTORS = 2
 TUNING_SEED = 1000
 MIB = 2**20
 _TIMEOUT_SECONDS = 3600.0
@@ -58,12 +59,12 @@ class Bench:
     def losses(self, case: Case, ranks: int, systems: list[str], seed: int) -> None:
         """Whole runs on links that are not shaped: losses by step, and bytes."""
         title = f"{case.title(ranks)}, seed {seed}"
-        todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
+        todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps(one)}") not in self.measured]
         jobs = [
             _job(
                 one,
                 case.overrides(
-                    one, ranks, seed, case.steps, self._rate(case, ranks, one), *case.evaluations(ranks)
+                    one, ranks, seed, case.steps(one), self._rate(case, ranks, one), *case.evaluations(ranks)
                 ),
                 1,
             )
@@ -76,31 +77,41 @@ class Bench:
                 self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
 
     def _rate(self, case: Case, ranks: int, system: str) -> float:
-        """The learning rate with the lowest loss at the end of a run with another seed: of a third, one and three."""
+        """The learning rate with the lowest loss at the end of a run with another seed.
+
+        Tried are a third of the case's, itself and three times it; then further on the side where the best one lies.
+        """
         system, title = RATE_OF.get(system, system), f"{case.title(ranks)}, tuning"
         if not case.tuned:
             return case.rate
         if known := self.measured.get((title, system, "learning_rate")):
             return known[-1]
-        rates = [case.rate * factor for factor in FACTORS]
-        jobs = [
-            _job(
-                system,
-                case.overrides(system, ranks, TUNING_SEED, case.steps, rate, *case.evaluations(ranks)),
-                1,
-            )
-            for rate in rates
-        ]
         losses: dict[float, float] = {}
-        for rate, found in zip(rates, _run(jobs, ranks, "none"), strict=True):
-            steps = sorted(map(int, found["losses"]))
-            curve = Curve(tuple(steps), tuple(found["losses"][str(step)] for step in steps))
-            finite = len(steps) > 0 and all(map(math.isfinite, curve.losses))
-            losses[rate] = curve.smoothed().losses[-1] if finite else math.inf
-            self._add(title, system, f"loss_at_rate_{rate:.3g}", losses[rate], "nats, smoothed, at the end")
-        best = min(losses, key=lambda rate: losses[rate])
-        self._add(title, system, "learning_rate", best, "")
-        return best
+
+        def attempt(factors: Sequence[float]) -> float:
+            steps, rates = case.steps(system), [case.rate * factor for factor in factors]
+            settings = [
+                case.overrides(system, ranks, TUNING_SEED, steps, rate, *case.evaluations(ranks))
+                for rate in rates
+            ]
+            jobs = [_job(system, one, 1) for one in settings]
+            for factor, rate, found in zip(factors, rates, _run(jobs, ranks, "none"), strict=True):
+                at = sorted(map(int, found["losses"]))
+                curve = Curve(tuple(at), tuple(found["losses"][str(step)] for step in at))
+                finite = len(at) > 0 and all(map(math.isfinite, curve.losses))
+                losses[factor] = curve.smoothed().losses[-1] if finite else math.inf
+                self._add(
+                    title, system, f"loss_at_rate_{rate:.3g}", losses[factor], "nats, smoothed, at the end"
+                )
+            return min(losses, key=lambda one: losses[one])
+
+        best = attempt(FACTORS)
+        for _ in range(MORE_FACTORS):
+            if min(losses) < best < max(losses):
+                break
+            best = attempt([best * (FACTORS[-1] if best == max(losses) else FACTORS[0])])
+        self._add(title, system, "learning_rate", case.rate * best, "")
+        return case.rate * best
 
     def times(
         self, cases: Sequence[Case], ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int

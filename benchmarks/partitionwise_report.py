@@ -93,8 +93,9 @@ def curves(case: Case, ranks: int, seed: int, measured: Measured) -> dict[str, C
             for (where, name, metric), values in measured.items()
             if (where, name) == (title, system) and metric.startswith(_LOSS)
         )
-        points = [point for point in points if point[0] <= case.steps]
-        if points and points[-1][0] == case.steps:
+        last = case.steps(system)
+        points = [point for point in points if point[0] <= last]
+        if points and points[-1][0] == last:
             found[system] = Curve(*(tuple(one) for one in zip(*points, strict=True))).smoothed()
     return found
 
@@ -285,10 +286,13 @@ def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[Key, Curve]]]:
     found: dict[str, dict[int, dict[Key, Curve]]] = {}
     for case, of_case in points.items():
         family, size = parted(case)
-        last = max(max(losses) for of_seed in of_case.values() for losses in of_seed.values())
+        last: dict[str, int] = {}
+        for of_seed in of_case.values():
+            for system, losses in of_seed.items():
+                last[system] = max(last.get(system, 0), *losses)
         for seed, of_seed in of_case.items():
             for system, losses in of_seed.items():
-                if max(losses) == last and all(map(math.isfinite, losses.values())):
+                if max(losses) == last[system] and all(map(math.isfinite, losses.values())):
                     steps = sorted(losses)
                     curve = Curve(tuple(steps), tuple(losses[step] for step in steps)).smoothed()
                     found.setdefault(family, {}).setdefault(seed, {})[size, system] = curve

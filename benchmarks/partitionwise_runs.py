@@ -51,12 +51,17 @@ RATE_OF = {TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
 """Whose learning rate a system takes that computes nearly the same."""
 
 
+LENGTH = {NATIVE: 1.0, TWO_BITS: 1.5}
+LENGTH_OF_LOCAL = 3.0
+"""Of a run, as a part of native's, whose last loss is what all are to reach: local losses may need more steps."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What all systems have in common, for one size of a step.
 
-    batch: samples of a step, over all ranks. samples: of a whole run. every: samples between evaluations, held_out: of
-    an evaluation. tuned: whether each system has a learning rate of its own.
+    batch: samples of a step, over all ranks. samples: of a whole native run. every: samples between evaluations,
+    held_out: of an evaluation. tuned: whether each system has a learning rate of its own.
     Learning rates are constant after their warm-up, so that a curve does not depend on where it was to end.
     """
 
@@ -67,9 +72,9 @@ class Case:
     held_out: int
     tuned: bool = True
 
-    @property
-    def steps(self) -> int:
-        return self.samples // self.batch
+    def steps(self, system: str) -> int:
+        """Of a whole run."""
+        return round(LENGTH.get(system, LENGTH_OF_LOCAL) * self.samples) // self.batch
 
     def title(self, ranks: int) -> str:
         config = with_overrides(Config(), self.settings)
@@ -130,9 +135,9 @@ def _gpt(heads: str) -> tuple[Case, ...]:
                 f"local.heads={heads}",
             ),
             batch=8,
-            samples=1_200,
+            samples=1_280,
             every=80,
-            held_out=256,
+            held_out=128,
         ),
         8,
         16,
