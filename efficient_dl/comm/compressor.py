@@ -338,7 +338,9 @@ class Compressor:
         if self.common_step is not None:
             self.common_step.load_state_dict(state["common_step"])
         if self.residuals is not None:
-            self.residuals.load_state_dict(state["residuals"])
+            # A state of a run that kept none, under a plan that leaves nothing out.
+            kept = state["residuals"] or {"scale": 1.0, "parameters": {}}
+            self.residuals.load_state_dict(kept)
 
     def start_afresh(self, meter: Mapping[str, Any]) -> None:
         """Forgets residuals and takes this meter's state: what was counted and left out belongs to another run."""

@@ -34,13 +34,14 @@ from efficient_dl.integrations.ddp_backward import Backward
 from efficient_dl.integrations.ddp_buckets import bucket_names
 from efficient_dl.integrations.ddp_engines import Engines
 from efficient_dl.integrations.ddp_native import CODED, left_to_torch, log_left_to_torch
-from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner
+from efficient_dl.integrations.ddp_replanning import Replanner
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     join_check,
 )
 from efficient_dl.integrations.ddp_transport import transport_kind
 from efficient_dl.integrations.group_guards import GroupGuards
+from efficient_dl.integrations.plan_watch import ChosenPlan
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
