@@ -78,8 +78,8 @@ class _AllRanks:
     kernel: str
 
     def look(self, known: Measurements) -> Measurements:
-        values, segments = self.sample.taken()
         with telling_peers(self.control, self.carrier, *(self.levels.transports if self.levels else [])):
+            values, segments = self.sample.taken()
             return look(
                 known, self.carrier, self._native, self.levels, self.itemsize, values, segments, self.kernel
             )
