@@ -17,7 +17,8 @@ from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, plan_for
 from efficient_dl.comm.probe import SAMPLE_NUMEL, sample_gradient
 from efficient_dl.comm.routes import gradual
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor, measured
-from efficient_dl.integrations.fsdp_comms import Lane
+from efficient_dl.integrations.fsdp_comms import Lane, native_reduce_scatter
+from efficient_dl.integrations.fsdp_gathers import native_all_gather
 from efficient_dl.integrations.fsdp_setup import REPLICATE, SHARD
 from efficient_dl.integrations.fsdp_units import Unit
 from efficient_dl.integrations.plan_watch import wait_for_native
@@ -157,9 +158,9 @@ def native_of(one: str, own: ProcessGroupTransport) -> Callable[[Tensor], object
     """
     group = own.group
     starts: dict[str, Callable[[Tensor], dist.Work | None]] = {
-        SHARD: lambda x: dist.reduce_scatter_tensor(_chunk(x, own), x, group=group, async_op=True),
+        SHARD: lambda x: native_reduce_scatter(_chunk(x, own), x, group, dist.ReduceOp.SUM, async_op=True),
         REPLICATE: lambda x: dist.all_reduce(x, group=group, async_op=True),
-        WEIGHTS: lambda x: dist.all_gather_into_tensor(x, _chunk(x, own), group=group, async_op=True),
+        WEIGHTS: lambda x: native_all_gather(x, _chunk(x, own), group, async_op=True),
     }
     names = {SHARD: "reduce-scatter", REPLICATE: "all-reduce", WEIGHTS: "all-gather"}
     return lambda x: wait_for_native(

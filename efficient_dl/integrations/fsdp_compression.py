@@ -290,8 +290,8 @@ class FsdpCompression:
         With bits="auto" a run goes on with the plans it was saved with, whatever this start has measured, which is
         logged, and with the measurements and the allowance for looks that it had. On another mesh this start's plans
         hold. There, and between a shadow run and a real one, the counters and the residuals start again from zero,
-        which is logged, too. Raises PlanMismatch for other bits or weights,
-        also where a higher floor_bits excludes the saved ones; CheckpointError for another rank, model or version.
+        which is logged, too. Raises PlanMismatch for other bits or weights, also where a higher floor_bits excludes the
+        saved ones; CheckpointError for another rank, model or version.
         """
         if self._automatic is None:
             self._check_place(state)

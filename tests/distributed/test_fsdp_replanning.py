@@ -51,34 +51,31 @@ def bits_by(plans: Sequence[dict[str, Any]], about: str) -> list[str]:
 
 
 # -------------------------------------------------------------------- by measurements
-def measured(rank: int) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Planned for a slow link; the loopback interface is none, and its transfers hide behind a long backward pass."""
-    model = sharded()
+def measured(rank: int, replicas: int) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
+    """Planned for a slow link, and looked at as it is."""
+    model = sharded(mesh=mesh_of(replicas))
     optimizer, compression = started(model, SLOW, EAGER)
-    with log_lines() as lines:
-        for number in range(80):
-            step(rank, number, model, optimizer)
-    stats, weights = compression.stats(), full(model)
+    for number in range(40):
+        step(rank, number, model, optimizer)
+    state, stats, weights = compression.state_dict()["replanner"], compression.stats(), full(model)
     compression.close()
-    return stats, weights, lines
+    assert stats["looks"] >= len(state)
+    return stats["plans"], state, weights
 
 
-def test_a_link_that_became_fast_takes_all_ranks_to_native_after_the_same_step() -> None:
-    (stats, weights, lines), (other, their_weights, _) = run_ranks(measured, 2)
-    assert stats["plans"] == other["plans"] and stats["looks"] == other["looks"] >= 4
-    assert bits_by(stats["plans"], "gradients") == ["2.0", "none"]
-    assert bits_by(stats["plans"], "weights") == ["lossless", "none"]
-    for row in stats["plans"][2:]:
-        assert row["step"] > 0 and row["step"] % 10 == 0
-        assert row["reason"].startswith("switched from "), row
-    assert (stats["bits"], stats["weights_bits"], stats["bytes_source"]) == (
-        "none",
-        "none",
-        "counted, analytic",
-    )
-    assert stats["steps"] == 80 and 0 < stats["gradients"]["native_bytes"] < stats["gradients"]["wire_bytes"]
-    assert any("bits auto, gradients, from step" in line for line in lines), lines
-    assert same_bits(weights, their_weights)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_look_finds_for_each_axis_what_the_link_is_like_the_same_on_all_ranks(replicas: int) -> None:
+    (plans, state, weights), *others = run_ranks(measured, 2 * replicas, replicas)
+    assert len(state) == (2 if replicas == 1 else 3)
+    for one in state.values():
+        assert one["looks"] >= 1 and one["allowance"]["cost"] != EAGER.allowance.cost
+        found = one["measurements"]
+        for line in ("native", "exchange"):
+            assert found[line]["bytes_per_second"] > 4 * SLOW.native.bytes_per_second
+        assert all(codec["encode_seconds"] > SLOW.codecs[0].encode_seconds for codec in found["codecs"])
+    for their_plans, their_state, their_weights in others:
+        assert their_plans == plans and their_state == state
+        assert same_bits(weights, their_weights)
 
 
 class Scripted:
@@ -96,23 +93,47 @@ class Scripted:
         return replace(known, native=line, exchange=line)
 
 
-def scripted(rank: int, replicas: int, found: dict[str, Line], options: Any) -> dict[str, Any]:
+def scripted(
+    rank: int, replicas: int, links: Measurements, found: dict[str, Line], options: Any
+) -> dict[str, Any]:
     fsdp_replanning.look = Scripted(found)
     model = sharded(mesh=mesh_of(replicas))
-    optimizer, compression = started(model, FAST, options)
+    optimizer, compression = started(model, links, options)
     before = []
-    for number in range(80):
-        step(rank, number, model, optimizer)
-        if number % 10 == 9:
-            before.append(compression.stats()["wire_bytes"])
+    with log_lines() as lines:
+        for number in range(80):
+            step(rank, number, model, optimizer)
+            if number % 10 == 9:
+                before.append(compression.stats()["wire_bytes"])
     stats, weights = compression.stats(), full(model)
-    seen = {"stats": stats, "weights": weights, "bytes": before, "seen": fsdp_replanning.look.seen}
+    seen = {"stats": stats, "weights": weights, "bytes": before, "lines": lines}
+    seen["seen"] = fsdp_replanning.look.seen
     compression.close()
     return seen
 
 
+def test_a_link_that_became_fast_takes_all_ranks_to_native_after_the_same_step() -> None:
+    fast = Line(1e-4, 1e11)
+    first, other = run_ranks(scripted, 2, 1, SLOW, {"gradients": fast, "weights": fast}, EAGER)
+    stats = first["stats"]
+    assert stats["plans"] == other["stats"]["plans"] and stats["looks"] == other["stats"]["looks"] >= 4
+    assert bits_by(stats["plans"], "gradients") == ["2.0", "none"]
+    assert bits_by(stats["plans"], "weights") == ["lossless", "none"]
+    for row in stats["plans"][2:]:
+        assert row["step"] > 0 and row["step"] % 10 == 0
+        assert row["reason"].startswith("switched from "), row
+    assert (stats["bits"], stats["weights_bits"]) == ("none", "none")
+    assert stats["bytes_source"] == "counted, analytic"
+    assert stats["steps"] == 80 and 0 < stats["gradients"]["native_bytes"] < stats["gradients"]["wire_bytes"]
+    assert first["bytes"] == sorted(set(first["bytes"]))
+    for rank, one in enumerate((first, other)):
+        said = [line for line in one["lines"] if "bits auto, gradients, from step" in line]
+        assert len(said) == (rank == 0), one["lines"]
+    assert same_bits(first["weights"], other["weights"])
+
+
 def test_a_link_between_replicas_that_became_slow_changes_their_plan_alone() -> None:
-    ranks = run_ranks(scripted, 4, 2, {"replicas": Line(1e-4, 1e4)}, EAGER)
+    ranks = run_ranks(scripted, 4, 2, FAST, {"replicas": Line(1e-4, 1e4)}, EAGER)
     first = ranks[0]["stats"]
     assert bits_by(first["plans"], "replicas") == ["none", "2.0"], first["plans"]
     assert bits_by(first["plans"], "gradients") == bits_by(first["plans"], "weights") == ["none"]
@@ -127,7 +148,7 @@ def test_a_link_between_replicas_that_became_slow_changes_their_plan_alone() -> 
 
 @pytest.mark.parametrize("options", [NEVER, False], ids=["no allowance", "replan=False"])
 def test_nothing_is_looked_at_without_an_allowance_or_with_replan_false(options: Any) -> None:
-    for one in run_ranks(scripted, 2, 1, {}, options):
+    for one in run_ranks(scripted, 2, 1, FAST, {}, options):
         assert one["seen"] == [] and one["stats"]["looks"] == 0
         assert [row["bits"] for row in one["stats"]["plans"]] == ["none", "none"]
 
