@@ -381,3 +381,131 @@ def old(rank: int) -> tuple[list[Any], str, int]:
 def test_a_state_without_the_new_keys_is_still_loaded() -> None:
     for found in run_ranks(old, 2):
         assert found == ([("gradients", 10, "2.0"), ("weights", 10, "lossless")], "2.0", 20)
+
+
+# -------------------------------------------------------------------- beside other things that a run may do
+def with_scaler(rank: int) -> tuple[float, float, float]:
+    """The first step after the switch overflows on rank 0: what it drained comes with the next one."""
+    model: Any = Constant()
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    wishes: dict[str, Any] = {"check_every": 1, "error_feedback": True, "scaler": scaler}
+    _, compression = started(model, SLOW, NEVER, optimizer, **wishes)
+    compression.replay([row("gradients", 4, "none")], 100)
+    inputs = [torch.randn(5001, generator=torch.Generator().manual_seed(one)) for one in range(2)]
+    mean, seen = torch.stack(inputs).mean(0)[:3001], []
+    for number in range(1, 8):
+        is_poisoned = number == 5
+        optimizer.zero_grad()
+        loss = model(inputs[rank], 1) * (torch.inf if is_poisoned and rank == 0 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps = number - (number >= 5)
+        missing = model.weight.detach().full_tensor() + steps * mean
+        seen.append(float(missing.norm() / mean.norm()))
+    assert scaler.get_scale() == 32.0
+    compression.close()
+    return seen[3], seen[4], seen[5]
+
+
+def test_a_step_that_the_scaler_skips_drains_nothing() -> None:
+    for before, skipped, after in run_ranks(with_scaler, 2):
+        assert before == skipped > 0.01 and after < 1e-5
+
+
+def accumulated(rank: int, dtype: torch.dtype) -> tuple[float, dict[str, float]]:
+    """HSDP, in two passes a step of which the first is not all-reduced; both axes go native after the same step."""
+    model: Any = Constant().to(dtype)
+    fully_shard(model, mesh=mesh_of(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0**-4)
+    _, compression = started(model, SLOW, NEVER, optimizer, check_every=1, error_feedback=True)
+    compression.replay([row("gradients", 4, "none"), row("replicas", 4, "none")], 100)
+    inputs = [torch.randn(5001, generator=torch.Generator().manual_seed(one)).to(dtype) for one in range(4)]
+    for _ in range(6):
+        optimizer.zero_grad()
+        for last in (False, True):
+            model.set_requires_all_reduce(last)
+            model(inputs[rank], 0).backward()
+        optimizer.step()
+    mean = torch.stack(inputs).float().mean(0)
+    weights = torch.cat([p.detach().full_tensor().float() for p in (model.weight, model.rare)])
+    rows = compression.stats(all_ranks=True)["parameters"]
+    compression.close()
+    missing = weights + 6 * 2 * 2.0**-4 * mean
+    return float(missing.norm() / mean.norm()), {name: one["residual_norm"] for name, one in rows.items()}
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str)
+def test_what_both_axes_left_out_arrives_in_an_accumulated_step(dtype: torch.dtype, rounding: float) -> None:
+    for error, norms in run_ranks(accumulated, 4, dtype):
+        assert error < rounding and norms == {"weight": 0.0, "rare": 0.0}
+
+
+def bounded_and_disabled(rank: int) -> tuple[list[str], bool, Any, dict[str, Tensor]]:
+    model = sharded()
+    optimizer, compression = started(model, SLOW, NEVER, check_every=2, messages="bounded")
+    compression.replay(
+        [row("gradients", 2, "lossless"), row("gradients", 4, "4.0"), row("gradients", 6, "none")], 10
+    )
+    kinds = []
+    for number in range(8):
+        kinds.append(compression.stats()["messages"])
+        step(rank, number, model, optimizer)
+    assert compression.plan.codec == "none"
+    if rank == 1:
+        compression.disable("a test")
+    for number in range(8, 14):
+        step(rank, number, model, optimizer)
+    stats, weights = compression.stats(), full(model)
+    plugged = compression.weights_plan.codec
+    compression.close()
+    return kinds, plugged == "lossless", stats["disabled"], weights
+
+
+def test_bounded_messages_come_and_go_with_plans_and_disable_ends_them_all() -> None:
+    (kinds, lossless, disabled, weights), other = run_ranks(bounded_and_disabled, 2)
+    assert kinds == ["bounded"] * 2 + ["exact"] * 2 + ["bounded"] * 2 + ["exact"] * 2
+    assert lossless and disabled == other[2] == {"step": 10, "reason": "rank 1: a test"}
+    assert same_bits(weights, other[3])
+
+
+def own_axis(rank: int) -> tuple[list[tuple[str, str]], str]:
+    """Bits of one's own on one axis are not planned, nor changed."""
+    fsdp_replanning.look = Scripted({"gradients": Line(1e-4, 1e4)})
+    model = sharded(mesh=mesh_of(2))
+    optimizer, compression = started(model, FAST, EAGER, axes={"replicate": 4.0}, weights="lossless")
+    for number in range(70):
+        step(rank, number, model, optimizer)
+    stats = compression.stats()
+    assert set(fsdp_replanning.look.seen) == {"gradients"}
+    compression.close()
+    return [(one["about"], one["bits"]) for one in stats["plans"]], stats["replicas_bits"]
+
+
+def test_what_the_user_has_decided_stays() -> None:
+    for plans, replicas in run_ranks(own_axis, 4):
+        assert plans == [("gradients", "none"), ("gradients", "2.0")] and replicas == "4.0"
+
+
+def several_meshes(rank: int) -> tuple[list[str], list[Any], str]:
+    torch.manual_seed(7)
+    model: Any = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 40))
+    fully_shard(model[0], mesh=mesh_of(2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    with log_lines() as lines:
+        optimizer, compression = started(model, SLOW, True, check_every=1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(3, 40)).square().mean().backward()
+        optimizer.step()
+    stats = compression.stats()
+    compression.close()
+    return lines, stats["plans"], stats["bits"]
+
+
+def test_with_modules_on_several_meshes_plans_stay_which_is_logged() -> None:
+    for rank, (lines, plans, bits) in enumerate(run_ranks(several_meshes, 4)):
+        said = [line for line in lines if "planned once, because of modules on several meshes" in line]
+        assert len(said) == (rank == 0) and plans == [] and bits == "2.0", lines
