@@ -187,10 +187,10 @@ def _gradients(units: Sequence[Unit]) -> tuple[Tensor, list[int]]:
 
 def sample_of_weights(units: Sequence[Unit], limit: int) -> tuple[Tensor, list[int]]:
     """The own part of the last units' weights as gathered: 1-D, at most so many values; and its parts' numels."""
-    chunks = [chunk for unit in reversed(units) if (chunk := unit.own_chunk()) is not None]
     parts: list[Tensor] = []
-    for chunk in chunks:
-        if chunk.dtype == chunks[0].dtype and (part := chunk[:limit]).numel():
-            parts.append(part)
-            limit -= part.numel()
+    for unit in reversed(units):
+        chunk = unit.own_chunk() if limit > 0 else None  # a copy, which is given up at once
+        if chunk is not None and chunk.numel() and (not parts or chunk.dtype == parts[0].dtype):
+            parts.append(chunk[:limit].clone())
+            limit -= parts[-1].numel()
     return torch.cat(parts), [part.numel() for part in parts]
