@@ -30,6 +30,7 @@ from efficient_dl.errors import CheckpointError, CorruptPacket, PlanMismatch
 SAMPLE_EVERY_STEPS = 20
 _STATE_VERSION = 3
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
+_NO_RESIDUALS: Mapping[str, Any] = {"scale": 1.0, "parameters": {}}
 _log = logging.getLogger(__name__)
 
 
@@ -338,7 +339,9 @@ class Compressor:
         if self.common_step is not None:
             self.common_step.load_state_dict(state["common_step"])
         if self.residuals is not None:
-            self.residuals.load_state_dict(state["residuals"])
+            # A state of a run that kept none, under a plan that leaves nothing out.
+            kept: Mapping[str, Any] | None = state["residuals"]
+            self.residuals.load_state_dict(_NO_RESIDUALS if kept is None else kept)
 
     def start_afresh(self, meter: Mapping[str, Any]) -> None:
         """Forgets residuals and takes this meter's state: what was counted and left out belongs to another run."""
@@ -346,7 +349,7 @@ class Compressor:
         self.meter.load_state_dict(meter)
         self._bytes_before = self.meter.totals.wire_bytes
         if self.residuals is not None:
-            self.residuals.load_state_dict({"scale": 1.0, "parameters": {}})
+            self.residuals.load_state_dict(_NO_RESIDUALS)
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]], residuals: bool = True) -> None:
         """Continues from states of another number of ranks; the meter starts again from zero.

@@ -22,7 +22,7 @@ from efficient_dl.comm.transport import Transport
 
 LOOK_NUMEL = 1 << 20  # of a gradient, on which codecs are timed again
 _CODEC_TRIES = 3
-_DTYPES = {4: torch.float32, 2: torch.bfloat16}  # what a native all-reduce of such values takes
+_DTYPES = {4: torch.float32, 2: torch.bfloat16, 1: torch.uint8}  # what native collectives of such values take
 _SLOWER, _OTHER_LINE, _OTHER_BITS = 1.15, 1.5, 1.05
 
 
@@ -35,12 +35,13 @@ def look(
     sample: Tensor | None,
     segments: Sequence[int],
     kernel: str = "auto",
+    native_one_way: bool = False,
 ) -> Measurements:
     """`known` with links and codecs as they are now; all ranks call it together, and get the same.
 
     sample: 1-D values of a gradient that was neither quantized nor reduced, at most `LOOK_NUMEL`; segments: their
-    parameters' numels. None on any rank: codecs stay as they are known. itemsize: of gradients, bytes.
-    levels: of a hierarchy, where one can be had; idle.
+    parameters' numels. None on any rank: codecs stay as they are known. itemsize: of the values, bytes.
+    levels: of a hierarchy, where one can be had; idle. native_one_way: as `native_line` takes it.
     Pairs of nodes are not measured again. Raises TransportError if a rank is gone.
     """
     own: dict[str, Any] = {}
@@ -67,7 +68,7 @@ def look(
     slower = exchange.latency_seconds / max(known.exchange.latency_seconds, 1e-9)
     return replace(
         known,
-        native=native_line(native, transport, _DTYPES[itemsize], glance=True),
+        native=native_line(native, transport, _DTYPES[itemsize], native_one_way, glance=True),
         exchange=exchange,
         told_seconds=known.told_seconds * slower,
         between=exchange_line(levels.exchange, transport, glance=True) if levels else known.between,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.sections import Section
 from efficient_dl.errors import CheckpointError
 
@@ -40,6 +41,7 @@ class Residuals:
         self._scale = 1.0
         self.draining = False
         self._drained: set[str] = set()
+        self._waiting: set[str] = set()  # what is drained by itself, and was not yet
         self._lock = threading.Lock()
 
     def begin(self, scale: float = 1.0) -> None:
@@ -71,12 +73,23 @@ class Residuals:
         with self._lock:
             self._written.update(section.names)
 
-    def start_draining(self) -> None:
+    def start_draining(self, each: bool = False) -> None:
         """From the next step on no packet takes residuals along: `drain` is to put them into gradients instead.
 
-        It ends by itself with the first step that drained and was committed; then nothing is kept.
+        It ends by itself with the first step that drained and was committed; then nothing is kept. each: for every
+        parameter by itself, where not all of them have gradients in every step (see `waits`).
         """
         self.draining = True
+        self._waiting = set(self._numels) if each else set()
+
+    def stop_draining(self) -> None:
+        """Packets take along again what has not been drained."""
+        self.draining = False
+        self._waiting.clear()
+
+    def waits(self, names: Iterable[str]) -> bool:
+        """Whether any of these parameters is to be drained by itself; the same on ranks with the same numels."""
+        return not self._waiting.isdisjoint(names)
 
     def drain(self, name: str, x: Tensor) -> None:
         """Adds what is kept of a parameter to x, its 1-D gradient on this rank, which then goes out uncompressed.
@@ -90,6 +103,18 @@ class Residuals:
             factor = self._scale / self._committed_scale
             x.add_((kept * factor if factor != 1.0 else kept).to(x.dtype))
 
+    def drain_shard(self, shard: Shard, x: Tensor) -> None:
+        """The same for the values of a shard, x, 1-D; every shard of its parameters must follow in the same step."""
+        factor = self._scale / self._committed_scale
+        for name, offset, part in zip(
+            shard.names, shard.offsets, x.split_with_sizes(shard.segments), strict=True
+        ):
+            self._drained.add(name)
+            kept = self._committed.get(name)
+            if kept is not None:
+                values = kept[offset : offset + part.numel()]
+                part.add_((values * factor if factor != 1.0 else values).to(part.dtype))
+
     def commit(self) -> None:
         """Makes the step's residuals those of the next; in a step without packets, does nothing."""
         if self._drained:
@@ -97,8 +122,9 @@ class Residuals:
                 for name in self._drained:
                     self._committed.pop(name, None)
                     self._pending.pop(name, None)
+            self._waiting -= self._drained
             self._drained.clear()
-            self.draining = False
+            self.draining = bool(self._waiting)
         if not self._written:
             return
         if self._scale != self._committed_scale:
@@ -121,10 +147,15 @@ class Residuals:
         return 0.0 if kept is None else math.sqrt(float(kept.dot(kept)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was committed: float32 tensors on the CPU, by name, and their scale; and whether they are drained."""
+        """What was committed: float32 tensors on the CPU, by name, and their scale; and what is to be drained."""
         with self._lock:
             kept = {name: values.to("cpu", copy=True) for name, values in self._committed.items()}
-        return {"scale": self._committed_scale, "parameters": kept, "draining": self.draining}
+        return {
+            "scale": self._committed_scale,
+            "parameters": kept,
+            "draining": self.draining,
+            "waiting": sorted(self._waiting),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict` of the same parameters. Raises CheckpointError for other sizes."""
@@ -140,6 +171,7 @@ class Residuals:
             self._drained.clear()
             self._pending.clear()
             self.draining = state.get("draining", False)
+            self._waiting = set(state.get("waiting", ()))
             self._committed_scale = self._scale = state["scale"]
             self._committed = {
                 name: values.to(self._device, torch.float32, copy=True)

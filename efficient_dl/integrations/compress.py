@@ -39,7 +39,7 @@ def compress(
     options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
         All three: check_every, timeout, kernel, extra, error_feedback, messages, shadow, max_relative_error,
         on_alarm, floor_bits.
-        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, scaler, backward_seconds.
+        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, scaler, backward_seconds, replan.
         DistributedDataParallel and DeepSpeed: scale.
         DistributedDataParallel: hierarchy, transport, group.
         FSDP2: weights, axes.

@@ -34,7 +34,7 @@ from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
-from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner, ReplanOptions, flat
+from efficient_dl.integrations.ddp_replanning import Replanner, flat
 from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     check_hierarchy,
@@ -47,6 +47,7 @@ from efficient_dl.integrations.ddp_transport import check_transport, make_transp
 from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
+from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)

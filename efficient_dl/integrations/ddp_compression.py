@@ -34,13 +34,11 @@ from efficient_dl.integrations.ddp_backward import Backward
 from efficient_dl.integrations.ddp_buckets import bucket_names
 from efficient_dl.integrations.ddp_engines import Engines
 from efficient_dl.integrations.ddp_native import CODED, left_to_torch, log_left_to_torch
-from efficient_dl.integrations.ddp_replanning import ChosenPlan, Replanner
-from efficient_dl.integrations.ddp_setup import (
-    averaged_parameters,
-    join_check,
-)
+from efficient_dl.integrations.ddp_replanning import Replanner
+from efficient_dl.integrations.ddp_setup import averaged_parameters, join_check
 from efficient_dl.integrations.ddp_transport import transport_kind
 from efficient_dl.integrations.group_guards import GroupGuards
+from efficient_dl.integrations.plan_watch import ChosenPlan
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -82,9 +80,8 @@ class Compression:
         self._parameters = averaged_parameters(model)
         self._left_to_torch = left_to_torch(model, self._parameters)
         self._guards = guards
-        self._residuals_of: bool | None = (
-            None  # what left some behind: packets of a hierarchy, or others; None: nothing
-        )
+        # What left some behind: packets of a hierarchy, or others; None: nothing.
+        self._residuals_of: bool | None = None
         self._marks: dict[str, dict[str, Any]] = {}
         self._checks = 0
         self._engines = Engines(
@@ -124,7 +121,7 @@ class Compression:
 
         reason: for the logs.
         """
-        if not self._compresses and (self._replanner is None or not self._replanner.active):
+        if not self._compresses and not self._replans:
             _log.warning('there is nothing to disable: bits="none"')
         else:
             self._guards.wish(reason)
@@ -424,8 +421,7 @@ class Compression:
     def _continue_in(self, buckets: list[list[str]], settled: bool) -> None:
         if not buckets or self.shadow or not self._compresses:
             return
-        trained = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
-        trained -= set(self._left_to_torch)
+        trained = {name for name, p in self._parameters.items() if p.requires_grad} - set(self._left_to_torch)
         if trained == {name for names in buckets for name in names}:
             self._backward.record.hold(buckets, settled)
         else:
@@ -462,6 +458,10 @@ class Compression:
     def _compresses(self) -> bool:
         return self._backward.engine is not None
 
+    @property
+    def _replans(self) -> bool:
+        return self._replanner is not None and self._replanner.active
+
     def _topology_of(self, plan: ChosenPlan) -> Topology | None:
         if plan.group_size:
             return Topology.in_groups(self._control.world_size, plan.group_size)
@@ -474,26 +474,20 @@ class Compression:
         if self._compressor.residuals is not None and not (found_inf is not None and float(found_inf) > 0):
             self._compressor.commit_step()
         if not self._hooked:
-            trained = {
-                name: p
-                for name, p in self._parameters.items()
-                if p.requires_grad and not (p.grad is not None and p.grad.is_sparse)
-            }
+            dense = {n: p for n, p in self._parameters.items() if p.grad is None or not p.grad.is_sparse}
+            trained = {name: p for name, p in dense.items() if p.requires_grad}
             numels = {name: p.numel() for name, p in trained.items()}
             itemsizes = {name: p.element_size() for name, p in trained.items()}
             self._compressor.meter.add(native_tally(numels, itemsizes, self._control.world_size))
             self._compressor.meter.stepped(exposed_seconds=0.0)
         if self._replanner is not None:
             self._replanner.stepped()
-        if self._is_due(self._optimizer_steps) and (
-            self._hooked or (self._replanner is not None and self._replanner.active)
-        ):
+        if self._is_due(self._optimizer_steps) and (self._hooked or self._replans):
             self._check(self._parameters if self._compresses else {})
 
     def _count(self, steps: int) -> None:
         self._optimizer_steps = steps
-        active = self._replanner is not None and self._replanner.active
-        self._backward.samples = active and self._is_due(steps + 1)
+        self._backward.samples = self._replans and self._is_due(steps + 1)
 
     def _is_due(self, step: int) -> bool:
         return bool(self._check_every) and step % self._check_every == 0

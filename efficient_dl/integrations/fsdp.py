@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,7 +36,10 @@ from efficient_dl.integrations.fsdp_setup import (
     lane_key,
     lanes_of,
 )
-from efficient_dl.integrations.fsdp_units import units_of
+from efficient_dl.integrations.fsdp_units import Unit, units_of
+from efficient_dl.integrations.plan_watch import ReplanOptions
+
+_log = logging.getLogger(__name__)
 
 
 def compress_fsdp(
@@ -59,6 +64,7 @@ def compress_fsdp(
     on_alarm: OnAlarm = "warn",
     floor_bits: float = DEFAULT_FLOOR_BITS,
     backward_seconds: float = 0.0,
+    replan: bool | ReplanOptions = True,
 ) -> FsdpCompression:
     """Compresses what FSDP2 reduce-scatters, all-reduces and all-gathers, for every module that it has sharded.
 
@@ -79,6 +85,9 @@ def compress_fsdp(
         replicate axis 8 bytes a value of the own shard.
     messages: as for DistributedDataParallel; "bounded" where a plan allows it: the reduce-scatter of 2.0 bits, not the
         all-gather of lossless weights.
+    replan: for "auto": look again during the run, for at most 0.5 % of the time, at each axis and the weights by
+        itself, and go over to what pays by then, on all ranks after the same step (docs/planner.md); where parameters
+        are compared, so it needs an optimizer and check_every, and all modules on one mesh.
 
     Gradients are decoded and summed in float32 in rank order, the own contribution unquantized, and stay on their
     rank: on the shard axis a value is rounded by the codec once. Between replicas a shard is all-reduced as DDP's
@@ -111,6 +120,14 @@ def compress_fsdp(
         measured += [WEIGHTS] if measured and weights is None else []
         check_supported(units, model, optimizer, scaler, wish, check_every)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
+        why_once = _why_planned_once(units, len(lanes), wish, check_every if optimizer else 0)
+        if isinstance(replan, ReplanOptions) and replan.active and why_once:
+            raise ConfigError(
+                "plans cannot change during this run",
+                expected="an optimizer, check_every above 0, and all modules on one mesh",
+                found=why_once,
+                fix="compress(model, optimizer), or replan=False",
+            )
         names = list(dict.fromkeys(name for unit in units for name in unit.names))
         by_axis = wish.compressors(units, names, kernel)
         weights_plan = replace(Plan.of("lossless" if weights is None else weights), messages=messages)
@@ -119,24 +136,37 @@ def compress_fsdp(
     except EdlError as error:
         agree(facts, controls, error)
         raise
-    facts["auto"] = auto.facts() if measured else None
+    facts["auto"] = {**auto.facts(), "replan": str(replan)} if measured else None
     compressors = _compressors(by_axis, Compressor(weights_plan, names, kernel))
     facts |= _plan_facts(compressors, units[0].device)
     agree(facts, controls, None)
 
-    def compressors_of(chosen: Chosen) -> dict[str, Compressor]:
-        by_axis = wish.decided(chosen.bits, chosen.reasons).compressors(units, names, kernel)
+    def wishes(chosen: Chosen) -> tuple[AxisWish, Plan]:
+        """The user's wishes with what was chosen: of gradients, and the plan of weights."""
         plan = weights_plan
         if WEIGHTS in chosen.bits:
             plan = replace(Plan.of(chosen.bits[WEIGHTS]), reason=chosen.reasons[WEIGHTS], messages=messages)
-        return _compressors(by_axis, Compressor(plan, names, kernel))
+        return wish.decided(chosen.bits, chosen.reasons), plan
 
-    automatic = None
+    def plans_of(chosen: Chosen) -> dict[str, Plan]:
+        gradients, plan = wishes(chosen)
+        by_axis = gradients.compressors(units, names, kernel)
+        return {key: one.plan for key, one in _compressors(by_axis, Compressor(plan, names, kernel)).items()}
+
+    automatic, options = None, ReplanOptions(active=False)
     if measured:
-        chosen = choose(units, list(lanes.values()), measured, auto)
-        compressors = compressors_of(chosen)
-        automatic = Automatic(chosen, floor_bits, compressors_of)
+        chosen, planned = choose(units, list(lanes.values()), measured, auto)
+        gradients, plan = wishes(chosen)
+        compressors = _compressors(
+            gradients.compressors(units, names, kernel), Compressor(plan, names, kernel)
+        )
+        automatic = Automatic(chosen, floor_bits, plans_of, planned)
         agree(facts | _plan_facts(compressors, units[0].device), controls, None)
+        options = (
+            replan if isinstance(replan, ReplanOptions) else ReplanOptions(active=replan and not why_once)
+        )
+        if replan and why_once and dist.get_rank() == 0:
+            _log.warning("bits auto: planned once, because of %s", why_once)
     return FsdpCompression(
         units,
         [lanes[lane_key(unit)] for unit in units],
@@ -148,7 +178,21 @@ def compress_fsdp(
         shadow=shadow,
         max_relative_error=max_relative_error,
         on_alarm=on_alarm,
+        replan=options,
     )
+
+
+def _why_planned_once(units: Sequence[Unit], lanes: int, wish: AxisWish, check_every: int) -> str:
+    """Why plans cannot change during the run; "" if they can. check_every: 0 without an optimizer."""
+    if not check_every:
+        return "no optimizer, or check_every=0"
+    if lanes > 1:
+        return "modules on several meshes"
+    has_replicas = any(unit.replicas is not None for unit in units)
+    if wish.error_feedback and has_replicas and any(u.gradient_dtype == torch.float16 for u in units):
+        # torch divides float16 before and after, by other numbers where it reduces between replicas itself.
+        return "error feedback of float16 gradients between replicas"
+    return ""
 
 
 def _compressors(by_axis: Mapping[str, Compressor], weights: Compressor) -> dict[str, Compressor]:

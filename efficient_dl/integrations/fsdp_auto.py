@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efficient_dl.comm import Compressor, ProcessGroupTransport, gather_json
+from efficient_dl.comm import Plan, ProcessGroupTransport, gather_json
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, plan_for
 from efficient_dl.comm.probe import SAMPLE_NUMEL, sample_gradient
 from efficient_dl.comm.routes import gradual
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor, measured
-from efficient_dl.integrations.fsdp_comms import Lane
+from efficient_dl.integrations.fsdp_comms import Lane, native_reduce_scatter
+from efficient_dl.integrations.fsdp_gathers import native_all_gather
 from efficient_dl.integrations.fsdp_setup import REPLICATE, SHARD
 from efficient_dl.integrations.fsdp_units import Unit
+from efficient_dl.integrations.plan_watch import wait_for_native
 
 WEIGHTS = "weights"
 _EACH_UNIT_A_BUCKET = 1  # bytes: every unit fills one
@@ -47,15 +49,34 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Automatic:
-    """What "auto" chose at this start, and how a run that was saved with another choice goes on with that one.
+class Planned:
+    """One thing that was measured and planned; it can be looked at again by the same means.
 
-    compressors: of a choice, by what they encode: "gradients", "replicas" and "weights".
+    what: SHARD, REPLICATE or WEIGHTS. own: the group that was planned for. other: of the mesh's other axis, along which
+    there are more such groups, the first of which measures for all. auto: with what the planner may choose here.
+    """
+
+    what: str
+    measurements: Measurements
+    decision: Decision
+    model: Shapes
+    auto: AutoOptions
+    own: ProcessGroupTransport
+    other: ProcessGroupTransport | None
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What "auto" chose at this start, and what other choices mean, at a resume or later in the run.
+
+    plans: of a choice, by what they are for: "gradients", "replicas" and "weights". planned: what was measured; empty
+    where nothing was, on several meshes.
     """
 
     chosen: Chosen
     floor_bits: float
-    compressors: Callable[[Chosen], dict[str, Compressor]]
+    plans: Callable[[Chosen], dict[str, Plan]]
+    planned: tuple[Planned, ...] = ()
 
     def resumed(self, saved: Chosen) -> Chosen:
         """What a run with this saved choice goes on with: the saved one, unless the user asks for other things now.
@@ -70,7 +91,7 @@ class Automatic:
 
 def choose(
     units: Sequence[Unit], lanes: Sequence[Lane], wanted: Sequence[str], options: AutoOptions
-) -> Chosen:
+) -> tuple[Chosen, tuple[Planned, ...]]:
     """Measures and plans each of `wanted`; every rank calls it together with equal arguments, and gets the same.
 
     lanes: the model's distinct ones. With several, of modules on several meshes, nothing is measured: gradients get
@@ -78,7 +99,7 @@ def choose(
 
     Raises TransportError if a rank is gone.
     """
-    chosen = Chosen()
+    chosen, planned = Chosen(), list[Planned]()
     for one in wanted:
         if len(lanes) > 1:
             chosen.bits[one] = "lossless" if one == WEIGHTS else f"{options.floor_bits}"
@@ -91,43 +112,60 @@ def choose(
             own, other = other, own
         takes_part = one != WEIGHTS or any(unit.own_chunk() is not None for unit in units)
         if own.world_size > 1 and takes_part:
-            decision = _decided(one, units, own, other, options)
+            planned.append(_planned(one, units, own, other, options))
+            decision = planned[-1].decision
             chosen.bits[one], chosen.reasons[one] = decision.bits, decision.reason
             if dist.get_rank() == 0:
                 _log.info("auto, %s: %s", one, decision.reason)
-    return chosen
+    return chosen, tuple(planned)
 
 
-def _decided(
+def _planned(
     one: str,
     units: Sequence[Unit],
     own: ProcessGroupTransport,
     other: ProcessGroupTransport | None,
     options: AutoOptions,
-) -> Decision:
-    """own: the group to plan for. other: of the mesh's other axis, along which there are more such groups."""
+) -> Planned:
     one_way = one != REPLICATE
     planner = PlannerOptions(bucket_bytes=_EACH_UNIT_A_BUCKET, one_way=one_way, native_one_way=one_way)
     options = replace(options, planner=planner)
-    native: dict[str, Callable[[Tensor], object]] = {
-        SHARD: lambda x: dist.reduce_scatter_tensor(_chunk(x, own), x, group=own.group),
-        REPLICATE: lambda x: dist.all_reduce(x, group=own.group),
-        WEIGHTS: lambda x: dist.all_gather_into_tensor(x, _chunk(x, own), group=own.group),
-    }
     if one == WEIGHTS:
-        sample, codecs = _weights(units), ("lossless",)
+        sample, codecs = sample_of_weights(units, SAMPLE_NUMEL), ("lossless",)
         numels = [unit.gather_layout().bucket.numel for unit in units]
     else:
         sample, codecs = _gradients(units), options.codecs()
         layouts = [unit.trained_layout() for unit in units]
         numels = [x.bucket.numel if one == SHARD else x.chunk_numel for x in layouts]
-    found = measured(sample, codecs, own, own, None, options, native[one])
-    if other is not None:  # the first of these groups measures for all of them
-        found = Measurements.from_json(gather_json(found.to_json(), other)[0])
+    found = measured(sample, codecs, own, own, None, options, native_of(one, own))
+    found = of_the_first(found, other)
     model = Shapes(tuple(filter(None, numels)), sample[0].element_size())
     if one == WEIGHTS:  # wanted from the first moment of a step on, not from the end of its forward pass
         found = replace(found, ready=gradual(model.numels, 0.0))
-    return plan_for(found, model, options.floor_bits, planner)
+    decision = plan_for(found, model, options.floor_bits, planner)
+    return Planned(one, found, decision, model, options, own, other)
+
+
+def of_the_first(found: Measurements, other: ProcessGroupTransport | None) -> Measurements:
+    """What the first of the groups along the other axis has found, the same in all of them."""
+    return found if other is None else Measurements.from_json(gather_json(found.to_json(), other)[0])
+
+
+def native_of(one: str, own: ProcessGroupTransport) -> Callable[[Tensor], object]:
+    """torch's own collective, of a tensor as long as the whole; it waits, at most for the transport's time-out.
+
+    one: what it carries, SHARD, REPLICATE or WEIGHTS. It raises TransportError.
+    """
+    group = own.group
+    starts: dict[str, Callable[[Tensor], dist.Work | None]] = {
+        SHARD: lambda x: native_reduce_scatter(_chunk(x, own), x, group, dist.ReduceOp.SUM, async_op=True),
+        REPLICATE: lambda x: dist.all_reduce(x, group=group, async_op=True),
+        WEIGHTS: lambda x: native_all_gather(x, _chunk(x, own), group, async_op=True),
+    }
+    names = {SHARD: "reduce-scatter", REPLICATE: "all-reduce", WEIGHTS: "all-gather"}
+    return lambda x: wait_for_native(
+        lambda: starts[one](x), own, f"{names[one]}, in a measurement of the links,"
+    )
 
 
 def _chunk(x: Tensor, group: ProcessGroupTransport) -> Tensor:
@@ -147,13 +185,12 @@ def _gradients(units: Sequence[Unit]) -> tuple[Tensor, list[int]]:
     return sample_gradient([torch.empty(numel, dtype=dtype, device=units[0].device) for numel in numels])
 
 
-def _weights(units: Sequence[Unit]) -> tuple[Tensor, list[int]]:
-    """The own part of the last units' weights, as they are gathered."""
-    chunks = [chunk for unit in reversed(units) if (chunk := unit.own_chunk()) is not None]
+def sample_of_weights(units: Sequence[Unit], limit: int) -> tuple[Tensor, list[int]]:
+    """The own part of the last units' weights as gathered: 1-D, at most so many values; and its parts' numels."""
     parts: list[Tensor] = []
-    left = SAMPLE_NUMEL
-    for chunk in chunks:
-        if chunk.dtype == chunks[0].dtype and (part := chunk[:left]).numel():
-            parts.append(part)
-            left -= part.numel()
+    for unit in reversed(units):
+        chunk = unit.own_chunk() if limit > 0 else None  # a copy, which is given up at once
+        if chunk is not None and chunk.numel() and (not parts or chunk.dtype == parts[0].dtype):
+            parts.append(chunk[:limit].clone())
+            limit -= parts[-1].numel()
     return torch.cat(parts), [part.numel() for part in parts]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from efficient_dl.comm import (
     AllGather,
+    BucketLayout,
     ChunkLayout,
     Compressor,
     GatherSource,
@@ -28,8 +29,10 @@ from efficient_dl.comm import (
     SizeRound,
     sharded_native_tally,
 )
+from efficient_dl.comm.collectives import Op
 from efficient_dl.errors import EdlError, UnsupportedTensor
 from efficient_dl.integrations.fsdp_units import Unit
+from efficient_dl.integrations.plan_watch import wait_for_native
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,12 +57,6 @@ class Lane:
         self.sources: list[GatherSource] = []
         self.weights_may_have_changed = True
         self._sharding: OverlappedSharding | None = None
-
-    def reset(self) -> None:
-        """Forgets the groups, which are closed, and the weights: others may be started."""
-        self._sharding = None
-        self.sources.clear()
-        self.weights_may_have_changed = True
 
     @property
     def controls(self) -> list[ProcessGroupTransport]:
@@ -175,7 +172,9 @@ class GradientReduceScatter(Comm):
     """Reduce-scatters the gradients of one unit, and with HSDP reduces them between replicas.
 
     gradients, replicas: for each axis; with the plan "none" torch does it, and we count. shadow: torch does both, and
-    the compressors only count.
+    the compressors only count. sample: called with the rank's own gradients and their layout, before they are reduced.
+
+    Where a compressor's residuals wait to be drained, torch's own collective takes its place, with them added.
     """
 
     def __init__(
@@ -186,9 +185,11 @@ class GradientReduceScatter(Comm):
         lane: Lane,
         backward: Backward,
         shadow: ShardedShadow | None,
+        sample: Callable[[Tensor, ChunkLayout], None],
     ) -> None:
         self._unit = unit
         self._gradients, self._replicas = gradients, replicas
+        self._sample = sample
         self._lane = lane
         self._backward = backward
         self._shadow = shadow
@@ -216,17 +217,21 @@ class GradientReduceScatter(Comm):
                 fix="report this with your torch version",
             )
         in_backward = self._backward.opened()
-        compresses = self._gradients.plan.codec != "none" and not self._backward.is_off
+        drains = self._drains(self._gradients, layout.bucket.names)
+        compresses = self._gradients.plan.codec != "none" and not self._backward.is_off and not drains
         self.has_reduced_replicas |= unit.reduces_replicas
         if unit.reduces_replicas and not unit.is_replacing:
             self._count_native_replicas(output_tensor)
         if compresses or unit.is_replacing:
             _check_dtype(unit, input_tensor.dtype)
+        self._sample(input_tensor, layout)
         scatter = None
         if compresses and self._shadow is None:
             divisor = self._divisor(op, unit.world_size)
             scatter = ReduceScatter(input_tensor, output_tensor, layout, self._gradients, rank, divisor)
         else:
+            if drains:
+                _drain(self._gradients, input_tensor, layout)
             if compresses and self._shadow is not None:
                 watched = ShadowScatter(input_tensor, layout, self._gradients, rank)
                 self._backward.wait_at_end(self._shadow.submit(watched))
@@ -241,6 +246,11 @@ class GradientReduceScatter(Comm):
                 self._watch_replicas(output_tensor, layout, rank)
             if not unit.is_replacing:
                 return work
+        if unit.is_replacing and not self._encodes_replicas(layout, rank):
+            if scatter is not None:
+                self._backward.wait(self._lane.sharding.reduce(GradientReduction(scatter)))
+            self._reduce_replicas_natively(output_tensor, layout, rank)
+            return _FINISHED if async_op else None
         replicas = self._reduction_of_replicas(output_tensor, layout, rank) if unit.is_replacing else None
         future = self._lane.sharding.reduce(GradientReduction(scatter, replicas))
         if async_op:
@@ -265,22 +275,63 @@ class GradientReduceScatter(Comm):
     def _compresses_replicas(self) -> bool:
         return self._replicas.plan.codec != "none" and not self._backward.is_off
 
+    def _drains(self, compressor: Compressor, names: Sequence[str]) -> bool:
+        """Whether what it has left out of these parameters is to go out now, uncompressed; the same on all ranks."""
+        residuals = compressor.residuals
+        idle = residuals is None or self._shadow is not None or self._backward.is_off
+        return not idle and residuals is not None and residuals.waits(names)
+
+    def _encodes_replicas(self, layout: ChunkLayout, rank: int) -> bool:
+        drains = self._drains(self._replicas, layout.bucket.shards[rank].names)
+        return self._replicas.plan.codec != "none" and not drains
+
     def _reduction_of_replicas(self, chunk: Tensor, layout: ChunkLayout, rank: int) -> ReplicaReduction:
         unit = self._unit
         assert unit.replicas is not None
-        partial = unit.partial
+        partial = self._partial_of(chunk)
+        replica_rank, num_replicas = unit.replicas.rank(), unit.replicas.size()
+        return ReplicaReduction(
+            chunk, layout, rank, self._replicas, replica_rank, num_replicas, self._replica_op, partial
+        )
+
+    def _reduce_replicas_natively(self, chunk: Tensor, layout: ChunkLayout, rank: int) -> None:
+        """In the units of `_reduction_of_replicas`, so that what its packets left out can be added."""
+        replicas, control = self._unit.replicas, self._lane.replica_control
+        assert replicas is not None and control is not None
+        partial = self._partial_of(chunk)
+        if partial is not None:
+            chunk.add_(partial)
+        shard = layout.bucket.shards[rank]
+        if self._drains(self._replicas, shard.names) and self._replicas.residuals is not None and shard.numel:
+            values = layout.take(chunk, rank)
+            whole = BucketLayout.of(shard.names, shard.segments, 1).shards[0]
+            self._replicas.residuals.drain_shard(whole, values)
+            layout.put(values, chunk, rank)
+        wait_for_native(
+            lambda: dist.all_reduce(chunk, group=replicas, async_op=True),
+            control,
+            "all-reduce between replicas",
+        )
+        if self._replica_op == "avg":
+            chunk.div_(replicas.size())
+        self._count_native_replicas(chunk)
+
+    @property
+    def _replica_op(self) -> Op:
+        """A divisor of the user's own has been applied already; else torch, which sees one axis, divides by that."""
+        return "avg" if self._unit.divide_factor is None else "sum"
+
+    def _partial_of(self, chunk: Tensor) -> Tensor | None:
+        partial = self._unit.partial
         if partial is not None and partial.shape != chunk.shape:
             raise EdlError(
                 "passes without an all-reduce had gradients of other parameters than this one",
                 expected=f"{partial.numel()} values in a chunk",
                 found=f"{chunk.numel()}",
-                where=f"the module of {unit.label!r}",
+                where=f"the module of {self._unit.label!r}",
                 fix="use the same parameters in every accumulated pass, or set_reduce_scatter_unused_params(True)",
             )
-        # A divisor of the user's own has been applied already; else torch, which sees one axis, divides by that.
-        op = "avg" if unit.divide_factor is None else "sum"
-        replica_rank, num_replicas = unit.replicas.rank(), unit.replicas.size()
-        return ReplicaReduction(chunk, layout, rank, self._replicas, replica_rank, num_replicas, op, partial)
+        return partial
 
     def _watch_replicas(self, chunk: Tensor, layout: ChunkLayout, rank: int) -> None:
         replicas, partial = self._unit.replicas, self._unit.partial
@@ -326,6 +377,29 @@ class FutureWork(dist.Work):
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
         return self._future.done()
+
+
+class _Finished(dist.Work):
+    """Work that is done."""
+
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+_FINISHED = _Finished()
+
+
+def _drain(compressor: Compressor, x: Tensor, layout: ChunkLayout) -> None:
+    """Adds what its packets have left out to a buffer of gradients."""
+    assert compressor.residuals is not None
+    for owner, (chunk, shard) in enumerate(zip(layout.chunks(x), layout.bucket.shards, strict=True)):
+        if shard.numel:
+            values = layout.take(chunk, owner)
+            compressor.residuals.drain_shard(shard, values)
+            layout.put(values, chunk, owner)
 
 
 def _check_dtype(unit: Unit, dtype: torch.dtype) -> None:

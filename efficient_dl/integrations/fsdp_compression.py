@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from efficient_dl.comm import (
+    ChunkLayout,
     Compressor,
     OnAlarm,
     check_equal,
@@ -23,12 +26,13 @@ from efficient_dl.integrations.fsdp_auto import Automatic, Chosen
 from efficient_dl.integrations.fsdp_collectives import FsdpCollectives
 from efficient_dl.integrations.fsdp_comms import Lane
 from efficient_dl.integrations.fsdp_guards import Guards
+from efficient_dl.integrations.fsdp_replanning import ABOUT, FsdpReplanner
 from efficient_dl.integrations.fsdp_setup import agree
 from efficient_dl.integrations.fsdp_units import Unit
+from efficient_dl.integrations.plan_watch import ReplanOptions
 
 _log = logging.getLogger(__name__)
 _STATE_VERSION = 2
-_FOLLOW_SECONDS = 10.0  # for the threads of the plan that is given up; nothing is under way then
 
 
 class FsdpCompression:
@@ -47,6 +51,7 @@ class FsdpCompression:
         shadow: bool,
         max_relative_error: float | None,
         on_alarm: OnAlarm,
+        replan: ReplanOptions | None = None,
     ) -> None:
         # lanes: each unit's. compressors: of "gradients", "replicas" and "weights".
         self.shadow = shadow
@@ -58,16 +63,15 @@ class FsdpCompression:
         self._units, self._lanes = list(units), list(lanes)
         self._control = self._lanes[0].control
         self._controls = list({id(one): one for lane in lanes for one in lane.controls}.values())
-        self._alarm_options = max_relative_error, on_alarm
         self._optimizer_steps = 0
         self._checks = 0
-        self._start(compressors)
-        self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
-
-    def _start(self, compressors: Mapping[str, Compressor]) -> None:
-        gradients, replicas, weights = (compressors[key] for key in ("gradients", "replicas", "weights"))
-        self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
-        self._compressors = {"gradients": gradients, "replicas": replicas, "weights": weights}
+        self._compressors = {key: compressors[key] for key in ("gradients", "replicas", "weights")}
+        self._tell_plans()
+        self._replanner: FsdpReplanner | None = None
+        if automatic is not None and automatic.planned:
+            self._replanner = FsdpReplanner(
+                automatic.planned, units, self._compressors, self._everyone, replan or ReplanOptions()
+            )
         self._collectives = FsdpCollectives(
             self._units,
             self._lanes,
@@ -76,13 +80,56 @@ class FsdpCompression:
             owner=self,
             begin=self._begin_step,
             end=self._end_step,
+            sample=self._sample,
+            changes=automatic is not None,
         )
-        self._compresses = bool(self._collectives.compressing)
         self._guards = Guards(
-            self._collectives.compressing, self._controls, *self._alarm_options, self.shadow
+            self._collectives.compressing, self._controls, max_relative_error, on_alarm, self.shadow
         )
-        if any(unit.replicas is not None for unit in self._units) and replicas.plan.codec == "none":
+        self._watch_anew()
+        self._count(0)
+        if any(unit.replicas is not None for unit in units) and self.replicas_plan.codec == "none":
             _log.warning("HSDP: gradients are all-reduced between replicas by torch, uncompressed")
+        self._step_hook = optimizer.register_step_post_hook(self._after_step) if optimizer else None
+
+    def _tell_plans(self) -> None:
+        gradients, replicas, weights = self._compressors.values()
+        self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
+
+    def _go_over(self, automatic: Automatic, chosen: Chosen, *, drains: bool) -> None:
+        """Goes over to the plans of a choice between two steps; on all ranks together. Statistics go on.
+
+        Residuals stay where the new plan's packets take them along, as they do at another rate. Else, if `drains`, they
+        go out with the next step's gradients, which torch's own collective then carries.
+        """
+        for key, plan in automatic.plans(chosen).items():
+            compressor = self._compressors[key]
+            before = compressor.plan
+            if plan.facts() == before.facts():
+                compressor.plan = plan  # another reason at most
+                continue
+            compressor.follow(plan)
+            residuals = compressor.residuals
+            if residuals is not None and plan.error_feedback:
+                residuals.stop_draining()
+            elif residuals is not None and before.error_feedback and drains:
+                residuals.start_draining(each=True)
+        self._chosen = chosen
+        self._tell_plans()
+        self._collectives.follow()
+        self._watch_anew()
+
+    def _watch_anew(self) -> None:
+        plans = {key: compressor.plan.bits for key, compressor in self._collectives.compressing.items()}
+        self._guards.watch(self._collectives.compressing, plans if self._automatic is not None else None)
+
+    @property
+    def _compresses(self) -> bool:
+        return bool(self._collectives.compressing)
+
+    @property
+    def _replans(self) -> bool:
+        return self._replanner is not None and self._replanner.active
 
     def disable(self, reason: str) -> None:
         """Turns compression off on all ranks: from then on all gradients and weights go by torch's own collectives.
@@ -93,7 +140,7 @@ class FsdpCompression:
 
         reason: for the logs.
         """
-        if self._compresses:
+        if self._compresses or self._replans:
             self._guards.wish(reason)
         else:
             _log.warning('there is nothing to disable: bits="none", weights="none"')
@@ -106,10 +153,11 @@ class FsdpCompression:
         Returns bits, weights_bits and replicas_bits (of HSDP's second axis) with their codecs and reasons, transport
         ("process_group", the model's own and two more of its ranks), messages, kernel, exact, shadow,
         error_feedback, world_size (of the first module's shard group), checks, disabled (None or {"step", "reason"}),
-        the alarms so far, and of gradients, replicas and weights together the `summary` of the meters, as for
-        DistributedDataParallel, with a row for each parameter (with error feedback also residual_norm, Euclidean);
-        under "gradients", "replicas" and "weights" the same of each alone. A step is one backward pass that reduces
-        gradients.
+        the alarms so far; with bits="auto" the plans that came into force, each {"about", "step", "bits", "reason"},
+        about "gradients", "replicas" or "weights", and how many looks there were; and of gradients, replicas and
+        weights together the `summary` of the meters, as for DistributedDataParallel, with a row for each parameter
+        (with error feedback also residual_norm, Euclidean); under "gradients", "replicas" and "weights" the same of
+        each alone. A step is one backward pass that reduces gradients.
 
         bytes_source: "counted", "shadow" (would have been sent), or "analytic" for what torch sends itself (bits or
         weights "none", and after `disable`: n − 1 chunks, padding included, for each of its calls).
@@ -147,7 +195,7 @@ class FsdpCompression:
             "transport": PROCESS_GROUP,
             "overrides": dict(self.plan.overrides),
             "messages": "bounded" if self.plan.is_bounded else "exact",
-            "error_feedback": any(c.residuals is not None for c in (gradients, replicas)),
+            "error_feedback": any(c.plan.error_feedback for c in (gradients, replicas)),
             "kernel": used[0] if used else "none",
             "exact": all(compressor.exact for compressor in self._compressors.values()),
             "shadow": self.shadow,
@@ -156,6 +204,8 @@ class FsdpCompression:
             "bytes_source": self._bytes_source(),
             "disabled": self._guards.switch.off,
             "alarms": self._guards.alarms,
+            "plans": self.plans,
+            "looks": self._replanner.looks if self._replanner else 0,
             **counts,
             **figures,
             **{key: summary(state) for key, state in states.items()},
@@ -167,7 +217,28 @@ class FsdpCompression:
         Every rank holds another shard, so it gathers all units once more, the same way as in a forward pass, and
         compares a hash of every gathered parameter; not where torch gathers. Between replicas (HSDP) it compares the
         shards themselves. Then the ranks agree on what was wished with `disable`, and on alarms about times.
+
+        With bits="auto" plans may change here: what is decided holds from the next step on, on all ranks. Raises
+        TransportError if a rank is gone.
         """
+        self._check(compares=True)
+
+    def _check(self, compares: bool) -> None:
+        failure = self._compared() if compares else None
+        self._checks += compares
+        planner, step = self._replanner, self._optimizer_steps
+        told = self._guards.agree(step, failure, planner.notes() if planner is not None else None)
+        if self._guards.is_off:
+            self._collectives.turn_off()
+        elif planner is not None and self._automatic is not None and (changed := planner.judge(told, step)):
+            chosen = planner.chosen
+            self._go_over(self._automatic, chosen, drains=True)
+            if dist.get_rank() == 0:
+                for what in changed:
+                    reason = chosen.reasons[what]
+                    _log.warning("bits auto, %s, from step %d on: %s", ABOUT[what], step + 1, reason)
+
+    def _compared(self) -> RanksDiverged | None:
         failure: RanksDiverged | None = None
         for unit, gather, lane in zip(self._units, self._collectives.gathers, self._lanes, strict=True):
             compared = [(gather.gathered(), lane.control)]
@@ -179,9 +250,21 @@ class FsdpCompression:
                         check_equal(parameters, control, self._optimizer_steps)
                 except RanksDiverged as error:  # told to all below: others are about to compare the next unit
                     failure = failure or error
-        self._checks += 1
-        if self._guards.agree(self._optimizer_steps, failure):
-            self._collectives.turn_off()
+        return failure
+
+    def replay(self, plans: Sequence[Mapping[str, Any]], until_step: int) -> None:
+        """With bits="auto": goes over to these plans after the same steps again, up to a step, and measures nothing.
+
+        plans: rows of `stats()["plans"]`. For a run that goes on from before decisions that were recorded, and is to
+        come to the same bits as before. All ranks call it with the same arguments, before the next step.
+        """
+        if self._replanner is not None:
+            self._replanner.replay(plans, until_step)
+
+    @property
+    def plans(self) -> list[dict[str, Any]]:
+        """With bits="auto" the plans in force so far, as in `stats`, in the order of their steps; else []."""
+        return self._replanner.plans if self._replanner else []
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, keyed by parameter name: plain numbers and strings, and with error feedback a float32
@@ -197,6 +280,7 @@ class FsdpCompression:
             "auto": None if self._chosen is None else self._chosen.to_json(),
             "counts": self._collectives.counts,
             "guards": self._guards.state_dict(),
+            "replanner": self._replanner.state_dict() if self._replanner else None,
             **{key: compressor.state_dict() for key, compressor in self._compressors.items()},
         }
 
@@ -204,9 +288,10 @@ class FsdpCompression:
         """Continues exactly from this rank's `state_dict`; every rank must call it, with its own.
 
         With bits="auto" a run goes on with the plans it was saved with, whatever this start has measured, which is
-        logged. On another mesh this start's plans hold. There, and between a shadow run and a real one, the counters
-        and the residuals start again from zero, which is logged, too. Raises PlanMismatch for other bits or weights,
-        also where a higher floor_bits excludes the saved ones; CheckpointError for another rank, model or version.
+        logged, and with the measurements and the allowance for looks that it had. On another mesh this start's plans
+        hold. There, and between a shadow run and a real one, the counters and the residuals start again from zero,
+        which is logged, too. Raises PlanMismatch for other bits or weights, also where a higher floor_bits excludes the
+        saved ones; CheckpointError for another rank, model or version.
         """
         if self._automatic is None:
             self._check_place(state)
@@ -223,10 +308,14 @@ class FsdpCompression:
                 compressor.load_state_dict(state[key])
             elif not replanned:
                 compressor.load_state_dicts([state[key]], residuals=False)
-        self._optimizer_steps = state["optimizer_steps"]
+        self._count(state["optimizer_steps"])
         self._guards.load_state_dict(state["guards"])
         if self._guards.switch.off is not None:
             self._collectives.turn_off()
+        self._collectives.prepare()
+        if self._replanner is not None and self._chosen is not None:
+            before = state.get("replanner") or {}
+            self._replanner.load_state_dict(before, self._chosen, self._optimizer_steps, resized)
         if afresh:
             _log.warning(
                 "compression state of %d x %d ranks%s, restored on %d x %d%s: the counters%s start again from zero%s",
@@ -276,10 +365,7 @@ class FsdpCompression:
         chosen = automatic.resumed(Chosen.from_json(saved))
         if chosen.bits != automatic.chosen.bits and self._control.rank == self._replica[0] == 0:
             log_saved_plan(str(chosen), str(automatic.chosen))
-        if chosen.bits != self._chosen.bits:
-            self._collectives.close(_FOLLOW_SECONDS)
-            self._start(automatic.compressors(chosen))
-        self._chosen = chosen
+        self._go_over(automatic, chosen, drains=False)
 
     def close(self, timeout: float = 10.0) -> None:
         """Ends the threads, destroys the groups it made, and gives the model torch's own collectives back.
@@ -291,7 +377,24 @@ class FsdpCompression:
             self._step_hook.remove()
         self._collectives.close(timeout)
 
+    def _everyone(self, value: Any) -> Mapping[int, Any]:
+        return self._guards.everyone(value)
+
+    def _sample(self, x: Tensor, layout: ChunkLayout) -> None:
+        if self._replanner is not None:
+            self._replanner.keep_sample(x, layout)
+
+    def _count(self, steps: int) -> None:
+        self._optimizer_steps = steps
+        if self._replanner is not None:
+            self._replanner.samples = self._replans and self._is_due(steps + 1)
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self._check_every) and step % self._check_every == 0
+
     def _begin_step(self) -> None:
+        if self._replanner is not None:
+            self._replanner.begin_pass()
         feeding = [c for c in self._compressors.values() if c.residuals is not None]
         scaler = self._scaler
         scale = scaler.get_scale() if feeding and scaler is not None and scaler.is_enabled() else 1.0
@@ -311,18 +414,23 @@ class FsdpCompression:
             self._compressors[key].end_step(exposed_seconds if key == "gradients" else 0.0)
             if self._commits_itself:
                 self._compressors[key].commit_step()
+        if self._commits_itself:
+            self._collectives.prepare()
         if self._guards.switch.off is None:
             self._guards.stepped(stepped)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._optimizer_steps += 1
+        self._count(self._optimizer_steps + 1)
         # A fused optimizer runs in a step that its GradScaler skips, and skips inside.
         found_inf = getattr(optimizer, "found_inf", None)
         if not (found_inf is not None and float(found_inf) > 0):
             for compressor in self._compressors.values():
                 compressor.commit_step()
-        if self._compresses and self._check_every and self._optimizer_steps % self._check_every == 0:
-            self.check()
+        self._collectives.prepare()
+        if self._replanner is not None:
+            self._replanner.stepped()
+        if self._is_due(self._optimizer_steps) and (self._compresses or self._replans):
+            self._check(compares=self._compresses)
 
     @property
     def _replica(self) -> list[int]:
@@ -331,11 +439,12 @@ class FsdpCompression:
         return [0, 1] if control is None else [control.rank, control.world_size]
 
     def _bytes_source(self) -> str:
-        axes = [c.plan.codec == "none" for key, c in self._compressors.items() if key != "replicas"]
-        if not all(axes) and self.shadow:
+        axes = {c.plan.codec == "none" for key, c in self._compressors.items() if key != "replicas"}
+        if False in axes and self.shadow:
             return "shadow"
-        natively = any(axes) or self._guards.switch.off is not None
-        return "analytic" if all(axes) else "counted, analytic" if natively else "counted"
+        axes |= {row["bits"] == "none" for row in self.plans if row["about"] != "replicas"}  # before a change
+        natively = True in axes or self._guards.is_off
+        return "analytic" if axes == {True} else "counted, analytic" if natively else "counted"
 
     def _residual_squares(self, names: Mapping[str, Any]) -> dict[str, float]:
         kept = [c.residuals for c in self._compressors.values() if c.residuals is not None]

@@ -25,8 +25,8 @@ _log = logging.getLogger(__name__)
 class Guards:
     """What a rank's watches find, and what all ranks do about it together.
 
-    compressors: by what they encode; those with the plan "none" are left out. controls: transports on all of the
-    model's groups, in one order on all ranks. times: whether the meters' seconds are those of real transfers.
+    compressors: to `watch` at first, by what they encode; those with the plan "none" are left out. controls: transports
+    on all of the model's groups, in one order on all ranks. shadow: the meters' seconds are no real transfers'.
     """
 
     def __init__(
@@ -39,30 +39,50 @@ class Guards:
     ) -> None:
         self.switch = KillSwitch()
         self._controls = list(controls)
+        self._max_relative_error, self._shadow = max_relative_error, shadow
         self._disables = on_alarm == "disable" and not shadow
+        self._watches: dict[str, Watch] = {}
+        self._alarms: dict[str, list[dict[str, Any]]] = {}  # of earlier watches
+        self.watch(compressors)
+
+    def watch(self, compressors: Mapping[str, Compressor], plans: Mapping[str, str] | None = None) -> None:
+        """Watches these from now on, instead of those before.
+
+        plans: a name for what is in force, by what is encoded, where a run has several; see `Watch`.
+        """
+        plans = plans or {}
+        self._alarms = self._alarms_by_watch()
         self._watches = {
             what: Watch(
                 compressor.meter,
-                max_relative_error,
+                self._max_relative_error,
                 times=False,
                 exact=compressor.exact,
                 escapes_are_usual=compressor.plan.codec.startswith("grid:"),
                 what=what,
+                plan=plans.get(what, ""),
             )
             for what, compressor in compressors.items()
         }
-        is_timed = not shadow and all(one.is_timed(controls[0].device) for one in compressors.values())
+        device = self._controls[0].device
+        is_timed = not self._shadow and all(one.is_timed(device) for one in compressors.values())
         if any(compressor.plan.codec != "identity" for compressor in compressors.values()) and is_timed:
             # Together, because they share the line and the seconds that are waited for.
             meters = [compressor.meter for compressor in compressors.values()]
-            self._watches["times"] = Watch(meters, None, times=True, exact=True)
+            label = ", ".join(f"{what}: {plan}" for what, plan in plans.items())
+            self._watches["times"] = Watch(meters, None, times=True, exact=True, plan=label)
+        for what, watch in self._watches.items():
+            watch.load_state_dict(self._alarms.get(what, []))
 
     @property
     def alarms(self) -> list[dict[str, Any]]:
         """All alarms so far, with what they are about."""
-        return [
-            {"about": what, **alarm} for what, watch in self._watches.items() for alarm in watch.state_dict()
-        ]
+        found = self._alarms_by_watch()
+        return [{"about": what, **alarm} for what, alarms in found.items() for alarm in alarms]
+
+    def _alarms_by_watch(self) -> dict[str, list[dict[str, Any]]]:
+        found = self._alarms | {what: watch.state_dict() for what, watch in self._watches.items()}
+        return {what: alarms for what, alarms in found.items() if alarms}
 
     def stepped(self, compressors: Collection[str]) -> None:
         """Looks at this rank's errors after a backward pass in which these compressors took part."""
@@ -78,16 +98,18 @@ class Guards:
             self.switch.wish = self.switch.wish or reason
             _log.warning("compression ends with the next comparison of parameters: %s", reason)
 
-    def agree(self, step: int, failure: RanksDiverged | None = None) -> bool:
-        """Ends compression if any rank wished it; all ranks call it, and get the same answer: whether it is off now.
+    def agree(self, step: int, failure: RanksDiverged | None = None, told: Any = None) -> list[Any]:
+        """Ends compression if any rank wished it (`is_off`); all ranks call it, and come to the same.
 
         failure: what this rank has found in a comparison; then all ranks raise RanksDiverged, those of other groups,
-        too, which would wait in vain otherwise.
+        too, which would wait in vain otherwise. told: what else the ranks tell each other on this way, as JSON holds
+        it. Returns all ranks', by global rank.
         """
         own = {
             "wish": self.switch.wish,
             "notes": {what: watch.notes() for what, watch in self._watches.items()},
             "failure": None if failure is None else [failure.problem, failure.details],
+            "told": told,
         }
         everyone = self.everyone(own)
         if failure is not None:
@@ -96,8 +118,9 @@ class Guards:
             if one["failure"] is not None:
                 problem, details = one["failure"]
                 raise RanksDiverged(f"rank {rank} says: {problem}", **details)
-        if self.switch.off is not None:
-            return True
+        heard = [one["told"] for one in everyone.values()]
+        if self.is_off:
+            return heard
         wishes = [f"rank {rank}: {one['wish']}" for rank, one in everyone.items() if one["wish"] is not None]
         for what, watch in self._watches.items():
             for alarm in watch.judge([one["notes"][what] for one in everyone.values()]):
@@ -106,6 +129,11 @@ class Guards:
                     wishes.append(alarm.text)
         if wishes:
             self.switch.end("; ".join(wishes), step)
+        return heard
+
+    @property
+    def is_off(self) -> bool:
+        """Whether compression has ended."""
         return self.switch.off is not None
 
     def everyone(self, value: Any) -> dict[int, Any]:
@@ -120,14 +148,14 @@ class Guards:
 
     def state_dict(self) -> dict[str, Any]:
         """The kill switch, and the alarms, which are not raised again."""
-        alarms = {what: watch.state_dict() for what, watch in self._watches.items()}
-        return {"switch": self.switch.state_dict(), "alarms": alarms}
+        return {"switch": self.switch.state_dict(), "alarms": self._alarms_by_watch()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`."""
         self.switch.load_state_dict(state["switch"])
+        self._alarms = {what: list(alarms) for what, alarms in state["alarms"].items()}
         for what, watch in self._watches.items():
-            watch.load_state_dict(state["alarms"].get(what, []))
+            watch.load_state_dict(self._alarms.get(what, []))
 
     def _log_alarm(self, alarm: Alarm) -> None:
         _log.warning("rank %d, step %d: %s", dist.get_rank(), alarm.step, alarm.text)

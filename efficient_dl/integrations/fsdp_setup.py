@@ -81,7 +81,10 @@ class AxisWish:
         return {axis: dataclasses.replace(plan, messages=self.messages) for axis, plan in plans.items()}
 
     def compressors(self, units: Sequence[Unit], names: Sequence[str], kernel: str) -> dict[str, Compressor]:
-        """A compressor for each axis, with residuals where error feedback was asked for and something is left out."""
+        """A compressor for each axis, with residuals where error feedback was asked for and something is left out.
+
+        Where "auto" has decided, there are residuals in any case: another decision may follow.
+        """
         numels: dict[str, Callable[[], dict[str, int]]] = {
             SHARD: lambda: _joined([_whole_numels(unit) for unit in units]),
             REPLICATE: lambda: _joined(
@@ -94,11 +97,14 @@ class AxisWish:
             plans[SHARD].check_messages()
         for axis, plan in plans.items():
             made[axis] = Compressor(plan, names, kernel)
-            if self.error_feedback and plan.codec != "none" and not made[axis].exact:
+            feeds = feeds_back(made[axis])
+            # What "auto" has decided may be decided otherwise later; residuals take memory only once something is kept.
+            if self.error_feedback and (feeds or axis in self.reasons):
                 residuals = Residuals(numels[axis](), units[0].device)
-                made[axis] = Compressor(
-                    dataclasses.replace(plan, error_feedback=True), names, kernel, residuals
-                )
+                fed = dataclasses.replace(plan, error_feedback=True)
+                made[axis] = Compressor(fed, names, kernel, residuals)
+                if not feeds:
+                    made[axis].follow(plan)
         if self.error_feedback and not self.reasons and all(one.residuals is None for one in made.values()):
             raise ConfigError(
                 "error_feedback has nothing to feed back",
@@ -106,6 +112,11 @@ class AxisWish:
                 fix="bits=2.0, or leave error_feedback out",
             )
         return made
+
+
+def feeds_back(compressor: Compressor) -> bool:
+    """Whether its packets leave something out that error feedback could bring back."""
+    return compressor.plan.codec != "none" and not compressor.exact
 
 
 def agree(

@@ -24,8 +24,8 @@ from efficient_dl.data import Dataset
 from efficient_dl.integrations.auto import AutoOptions, planned_bucket_bytes
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
-from efficient_dl.integrations.ddp_replanning import ChosenPlan
 from efficient_dl.integrations.nodes import ways
+from efficient_dl.integrations.plan_watch import ChosenPlan
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress

@@ -30,7 +30,7 @@ import efficient_dl as edl
 from efficient_dl.comm.look import Allowance
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements
 from efficient_dl.comm.replanning import Hysteresis
-from efficient_dl.integrations.ddp_replanning import ReplanOptions
+from efficient_dl.integrations.plan_watch import ReplanOptions
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")

@@ -17,7 +17,7 @@ from efficient_dl.comm.look import Allowance
 from efficient_dl.comm.measurements import CodecSpeed, Measurements
 from efficient_dl.comm.replanning import Hysteresis
 from efficient_dl.errors import TransportError
-from efficient_dl.integrations.ddp_replanning import ChosenPlan, ReplanOptions
+from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
 from tests.distributed.launch import run_failing_ranks, run_ranks
 from tests.distributed.measured_links import network
 

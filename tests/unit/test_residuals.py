@@ -201,3 +201,43 @@ def test_redistribution_respects_each_rank_s_scale() -> None:
         {"scale": 4.0, "parameters": {"a": torch.ones(3) * 4}},
     ]
     assert torch.equal(redistributed(states)["parameters"]["a"], torch.ones(3))
+
+
+def test_shards_are_drained_parameter_by_parameter_and_states_know_which_still_wait() -> None:
+    """What has no gradient keeps its residual; a step that is skipped drains nothing."""
+    numels = dict(zip(NAMES, NUMELS, strict=True))
+    kept = {name: torch.randn(numel) for name, numel in numels.items()}
+    one = Residuals(numels, torch.device("cpu"))
+    one.load_state_dict({"scale": 2.0, "parameters": kept})
+    one.start_draining(each=True)
+    assert one.waits(NAMES) and one.waits(["bias"])
+    layout = BucketLayout.of(NAMES[:2], NUMELS[:2], 2)
+    for scale, skipped in ((4.0, True), (2.0, False)):
+        one.begin(scale)
+        x = torch.zeros(layout.numel)
+        for shard in layout.shards:
+            one.drain_shard(shard, x[shard.start : shard.stop])
+        assert torch.equal(x, torch.cat([kept["weight"], kept["bias"]]) * (scale / 2.0))
+        if not skipped:
+            one.commit()
+    assert one.draining and not one.waits(NAMES[:2]) and one.waits(["head"])
+    again = Residuals(numels, torch.device("cpu"))
+    again.load_state_dict(one.state_dict())
+    for residuals in (one, again):
+        assert residuals.norm("weight") == residuals.norm("bias") == 0.0 < residuals.norm("head")
+        residuals.begin(2.0)
+        y = torch.zeros(1000)
+        residuals.drain_shard(BucketLayout.of(["head"], [1000], 1).shards[0], y)
+        assert torch.equal(y, kept["head"])
+        residuals.commit()
+        assert not residuals.draining and residuals.norm("head") == 0.0
+
+
+def test_packets_take_along_again_what_was_not_drained() -> None:
+    one = Residuals({"head": 3}, torch.device("cpu"))
+    one.load_state_dict(
+        {"scale": 1.0, "parameters": {"head": torch.ones(3)}, "draining": True, "waiting": ["head"]}
+    )
+    assert one.draining and one.waits(["head"])
+    one.stop_draining()
+    assert not one.draining and not one.waits(["head"]) and one.norm("head") > 0
