@@ -80,6 +80,10 @@ class Compressor:
         self.exact = self.codec.exact and all(self._codec(codec).exact for _, codec in plan.overrides)
         self.bounded = plan.is_bounded
 
+    def feeds_back(self, name: str) -> bool:
+        """Whether packets take the residual of this parameter along."""
+        return self.plan.error_feedback and not self._codec(self.plan.codec_for(name)).exact
+
     def expect_groups(self) -> None:
         """Reductions in groups are to come: their sums get a common step of their own. All ranks call it together."""
         self._legs = len(Leg)

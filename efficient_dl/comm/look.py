@@ -89,6 +89,13 @@ class Allowance:
     looks: float = 3.0
     cost: float = 1.0  # a guess until a look has been timed
 
+    def shared(self, count: int) -> Allowance:
+        """An even part for each of so many that look by themselves; each may save up one look at least."""
+        if count < 2:
+            return self
+        full = max(self.full / count, 1.0)
+        return replace(self, share=self.share / count, full=full, looks=min(self.looks / count, full))
+
     def earned(self, seconds: float) -> Allowance:
         """After so many seconds of training."""
         return replace(self, looks=min(self.looks + self.share * seconds / self.cost, self.full))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Residuals:
         self._scale = 1.0
         self.draining = False
         self._drained: set[str] = set()
+        self._sent: set[str] = set()  # drained in an earlier backward pass of this step
         self._waiting: set[str] = set()  # what is drained by itself, and was not yet
         self._lock = threading.Lock()
 
@@ -48,7 +49,9 @@ class Residuals:
         """Starts a step whose gradients are scaled by `scale` (of a GradScaler)."""
         if scale < self._scale:
             self.discard()  # skipped
-        self.commit()
+        self._sent |= self._drained  # they count when the optimizer has stepped, and go out once until then
+        self._drained.clear()
+        self._swap()
         self._scale = scale
 
     def take(self, section: Section, units: float) -> Tensor:
@@ -73,19 +76,21 @@ class Residuals:
         with self._lock:
             self._written.update(section.names)
 
-    def start_draining(self, each: bool = False) -> None:
+    def start_draining(self, each: bool = False, keep: Callable[[str], bool] = lambda name: False) -> None:
         """From the next step on no packet takes residuals along: `drain` is to put them into gradients instead.
 
         It ends by itself with the first step that drained and was committed; then nothing is kept. each: for every
-        parameter by itself, where not all of them have gradients in every step (see `waits`).
+        parameter by itself of which something is kept, where not all have gradients in every step (see `waits`), and
+        without those that packets still take along, as keep(name) says.
         """
-        self.draining = True
-        self._waiting = set(self._numels) if each else set()
+        self._waiting = {name for name in self.kept if not keep(name)} if each else set()
+        self.draining = bool(self._waiting) or not each
 
-    def stop_draining(self) -> None:
-        """Packets take along again what has not been drained."""
-        self.draining = False
-        self._waiting.clear()
+    @property
+    def kept(self) -> list[str]:
+        """The parameters of which something may be kept."""
+        with self._lock:
+            return list(self._committed)
 
     def waits(self, names: Iterable[str]) -> bool:
         """Whether any of these parameters is to be drained by itself; the same on ranks with the same numels."""
@@ -97,8 +102,7 @@ class Residuals:
         The mean over ranks of what they add is what the parameter still lacks: nothing is lost but the rounding of one
         addition in x's dtype. As with packets it counts once the optimizer has stepped.
         """
-        self._drained.add(name)
-        kept = self._committed.get(name)
+        kept = self._to_drain(name)
         if kept is not None:
             factor = self._scale / self._committed_scale
             x.add_((kept * factor if factor != 1.0 else kept).to(x.dtype))
@@ -109,22 +113,30 @@ class Residuals:
         for name, offset, part in zip(
             shard.names, shard.offsets, x.split_with_sizes(shard.segments), strict=True
         ):
-            self._drained.add(name)
-            kept = self._committed.get(name)
+            kept = self._to_drain(name)
             if kept is not None:
                 values = kept[offset : offset + part.numel()]
                 part.add_((values * factor if factor != 1.0 else values).to(part.dtype))
 
+    def _to_drain(self, name: str) -> Tensor | None:
+        """What is kept of a parameter, once in a step."""
+        self._drained.add(name)
+        return None if name in self._sent else self._committed.get(name)
+
     def commit(self) -> None:
         """Makes the step's residuals those of the next; in a step without packets, does nothing."""
-        if self._drained:
+        if drained := self._drained | self._sent:
             with self._lock:
-                for name in self._drained:
+                for name in drained:
                     self._committed.pop(name, None)
                     self._pending.pop(name, None)
-            self._waiting -= self._drained
+            self._waiting -= drained
             self._drained.clear()
+            self._sent.clear()
             self.draining = bool(self._waiting)
+        self._swap()
+
+    def _swap(self) -> None:
         if not self._written:
             return
         if self._scale != self._committed_scale:
@@ -139,6 +151,7 @@ class Residuals:
         """Forgets the packets since the last `commit`: the optimizer has skipped the step."""
         self._written.clear()
         self._drained.clear()
+        self._sent.clear()
 
     def norm(self, name: str) -> float:
         """The Euclidean norm of a parameter's residual."""
@@ -169,6 +182,7 @@ class Residuals:
         with self._lock:
             self._written.clear()
             self._drained.clear()
+            self._sent.clear()
             self._pending.clear()
             self.draining = state.get("draining", False)
             self._waiting = set(state.get("waiting", ()))

@@ -274,7 +274,8 @@ class Compression:
         residuals, left_by = self._compressor.residuals, self._residuals_of
         if residuals is not None:
             lossy = not self._compressor.exact
-            if left_by is not None and not (lossy and left_by == chosen.hierarchy):
+            taken = lossy and all(map(self._compressor.feeds_back, residuals.kept))
+            if left_by is not None and not (taken and left_by == chosen.hierarchy):
                 residuals.start_draining()
             self._residuals_of = chosen.hierarchy if lossy else None
         self._watch_anew()

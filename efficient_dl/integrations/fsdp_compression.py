@@ -19,7 +19,7 @@ from efficient_dl.comm import (
     combined,
     summary,
 )
-from efficient_dl.errors import CheckpointError, EdlError, RanksDiverged
+from efficient_dl.errors import CheckpointError, ConfigError, EdlError, RanksDiverged
 from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_transport import PROCESS_GROUP
 from efficient_dl.integrations.fsdp_auto import Automatic, Chosen
@@ -111,7 +111,7 @@ class FsdpCompression:
             compressor.follow(plan)
             residuals = compressor.residuals
             if residuals is not None and plan.error_feedback:
-                residuals.stop_draining()
+                residuals.start_draining(each=True, keep=compressor.feeds_back)
             elif residuals is not None and before.error_feedback and drains:
                 residuals.start_draining(each=True)
         self._chosen = chosen
@@ -256,10 +256,17 @@ class FsdpCompression:
         """With bits="auto": goes over to these plans after the same steps again, up to a step, and measures nothing.
 
         plans: rows of `stats()["plans"]`. For a run that goes on from before decisions that were recorded, and is to
-        come to the same bits as before. All ranks call it with the same arguments, before the next step.
+        come to the same bits as before. All ranks call it with the same arguments, before the next step. Raises
+        ConfigError where plans do not change (replan=False).
         """
-        if self._replanner is not None:
-            self._replanner.replay(plans, until_step)
+        if self._replanner is None:
+            return
+        if not self._replans:
+            raise ConfigError(
+                "this run does not change its plans, and so cannot repeat changes",
+                fix="replan=True, an optimizer and check_every as in the run that is repeated",
+            )
+        self._replanner.replay(plans, until_step)
 
     @property
     def plans(self) -> list[dict[str, Any]]:
@@ -359,7 +366,9 @@ class FsdpCompression:
             failure = error
         saved, replica = state.get("auto"), state.get("replica")
         ranks = [state.get("world_size"), replica and replica[1]]
-        agree({"checkpoint": {"auto": str(saved), "ranks": str(ranks)}}, self._controls, failure)
+        step = str(state.get("optimizer_steps"))  # looks are due after the same ones
+        facts = {"auto": str(saved), "ranks": str(ranks), "step": step}
+        agree({"checkpoint": facts}, self._controls, failure)
         if saved is None or self._is_resized(state) or self._chosen is None:
             return
         chosen = automatic.resumed(Chosen.from_json(saved))

@@ -56,8 +56,7 @@ class FsdpReplanner:
         self._sample = Sample()
         self._compressors = compressors
         self._active = options.active
-        share = options.allowance.share / max(len(planned), 1)
-        options = replace(options, allowance=replace(options.allowance, share=share))
+        options = replace(options, allowance=options.allowance.shared(len(planned)))
         self._watches = {
             one.what: PlanWatch(
                 one.measurements,
@@ -108,7 +107,7 @@ class FsdpReplanner:
         """Copies values of a reduce-scatter's input, for a look after this step, if it is sampled."""
         if self.samples:
             for owner, (chunk, shard) in enumerate(zip(layout.chunks(x), layout.bucket.shards, strict=True)):
-                if shard.numel:
+                if shard.numel and not self._sample.is_full:
                     self._sample.keep(layout.take(chunk, owner), shard.segments)
 
     def stepped(self) -> None:

@@ -88,13 +88,18 @@ class Sample:
 
     def keep(self, x: Tensor, numels: Sequence[int]) -> None:
         """Copies values of x, 1-D, of parameters with these numels."""
+        if self._parts and self._parts[0].dtype != x.dtype:
+            return
         for part in x.split(list(numels)):
             left = LOOK_NUMEL - sum(self._segments)
-            if self._parts and self._parts[0].dtype != x.dtype:
-                return
             if left > 0 and part.numel():
                 self._parts.append(part[:left].detach().clone())
                 self._segments.append(self._parts[-1].numel())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more values would change nothing."""
+        return sum(self._segments) >= LOOK_NUMEL
 
     def taken(self) -> tuple[Tensor | None, list[int]]:
         """The values, 1-D, and their parameters' numels; None without any, or where one is not finite."""
@@ -196,7 +201,7 @@ class PlanWatch:
             return None
         if step <= self._recorded_until:
             self._begin(meter)
-            found = self._recorded.get(step)
+            found = self._recorded.pop(step, None)  # once, however often ranks meet after it
             if found is not None:
                 self._state = _state_of(found, step)
                 return self._choose(replace(found, reason=_replayed(found.reason)))

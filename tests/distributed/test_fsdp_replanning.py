@@ -216,11 +216,13 @@ def row(about: str, after: int, bits: str) -> dict[str, Any]:
     return {"about": about, "step": after, "bits": bits, "reason": "a test"}
 
 
-def drained(rank: int, replicas: int, plans: list[dict[str, Any]], steps: int) -> tuple[Any, ...]:
+def drained(
+    rank: int, replicas: int, plans: list[dict[str, Any]], steps: int, **more: Any
+) -> tuple[Any, ...]:
     model: Any = Constant()
     fully_shard(model, **({"mesh": mesh_of(replicas)} if replicas > 1 else {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    _, compression = started(model, SLOW, NEVER, optimizer, check_every=1, error_feedback=True)
+    _, compression = started(model, SLOW, NEVER, optimizer, check_every=1, error_feedback=True, **more)
     compression.replay(plans, 100)
     inputs = [torch.randn(5001, generator=torch.Generator().manual_seed(one)) for one in range(2 * replicas)]
     mean = torch.stack(inputs).mean(0)
@@ -264,6 +266,18 @@ def test_after_a_switch_no_part_of_any_gradient_is_missing(
         assert final < 1e-5
         assert norms == {"weight": 0.0, "rare": 0.0}
         assert told[:2] == (False, 10) and len(told[2]) == 1 + replicas + len(plans)
+
+
+def overridden(rank: int) -> dict[str, float]:
+    """After the switch one parameter stays lossy by the user's wish."""
+    _, _, norms, told = drained(rank, 1, [row("gradients", 4, "lossless")], 10, overrides={"rare": 2.0})
+    assert told[0] is True  # packets feed back still
+    return norms
+
+
+def test_what_becomes_exact_is_drained_beside_what_stays_lossy() -> None:
+    for norms in run_ranks(overridden, 2):
+        assert norms["weight"] == 0.0 < norms["rare"]
 
 
 def unfinished(rank: int) -> tuple[float, float, dict[str, float]]:

@@ -239,5 +239,28 @@ def test_packets_take_along_again_what_was_not_drained() -> None:
         {"scale": 1.0, "parameters": {"head": torch.ones(3)}, "draining": True, "waiting": ["head"]}
     )
     assert one.draining and one.waits(["head"])
-    one.stop_draining()
+    one.start_draining(each=True, keep=lambda name: True)
     assert not one.draining and not one.waits(["head"]) and one.norm("head") > 0
+
+
+def test_only_what_is_kept_and_not_taken_along_waits_to_be_drained() -> None:
+    """A frozen parameter has nothing to drain; one that stays lossy needs no draining."""
+    one = Residuals({"exact": 3, "lossy": 3, "frozen": 3}, torch.device("cpu"))
+    one.load_state_dict({"scale": 1.0, "parameters": {"exact": torch.ones(3), "lossy": torch.ones(3)}})
+    one.start_draining(each=True, keep=lambda name: name == "lossy")
+    assert [one.waits([name]) for name in ("exact", "lossy", "frozen")] == [True, False, False]
+
+
+def test_what_is_drained_in_one_of_several_passes_goes_out_once_and_is_back_if_the_step_is_skipped() -> None:
+    shard = BucketLayout.of(["head"], [3], 1).shards[0]
+    one = Residuals({"head": 3}, torch.device("cpu"))
+    one.load_state_dict({"scale": 4.0, "parameters": {"head": torch.ones(3)}})
+    one.start_draining(each=True)
+    for scale, drained in ((4.0, 1.0), (4.0, 0.0), (2.0, 0.5), (2.0, 0.0)):  # skipped after the second
+        x = torch.zeros(3)
+        one.begin(scale)
+        one.drain_shard(shard, x)
+        assert torch.equal(x, torch.full((3,), drained))
+        assert one.norm("head") > 0 and one.waits(["head"])
+    one.commit()
+    assert one.norm("head") == 0 and not one.draining
