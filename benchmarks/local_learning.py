@@ -391,7 +391,7 @@ def verdict(rows: Rows) -> str:
             found.append(
                 (
                     len(pairs) < LEAST_SEEDS,
-                    f"{name}, {_short(case)}: {interval_text(-mean if unit == 'points' else mean, half)} {unit}, "
+                    f"{name}, {short(case)}: {interval_text(-mean if unit == 'points' else mean, half)} {unit}, "
                     f"{share:.2f} x backprop's memory (the best control: {control:.2f} x), seeds: {len(pairs)}",
                 )
             )
@@ -399,14 +399,14 @@ def verdict(rows: Rows) -> str:
     if not passing:
         return says(None, texts)
     everywhere = [name for name in LOCAL if all(name in passing.get(case, []) for _, case, _ in cases)]
-    some = [f"{_short(case)} by {' or '.join(names)}" for case, names in passing.items()]
+    some = [f"{short(case)} by {' or '.join(names)}" for case, names in passing.items()]
     conditions = [] if everywhere else [f"the task is {' or '.join(some)}"]
     if not beaten:
         conditions.append("backprop that checkpoints or accumulates, and needs less still, does not count")
     return says(conditions, texts)
 
 
-def _short(case: str) -> str:
+def short(case: str) -> str:
     """ "mlp-base on fashion-mnist, heads linear, 600 steps, equal tokens" of a row's case."""
     words = case.split(", ")
     kept = (word for word in words[1:] if word.endswith(" steps") or word.startswith(("heads ", "equal ")))

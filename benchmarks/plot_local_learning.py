@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import typer
@@ -17,7 +17,7 @@ import typer
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.local_learning import BENCH, BUDGETS, METRIC, REFERENCE, gap
+from benchmarks.local_learning import BENCH, BUDGETS, METRIC, REFERENCE, gap, short
 from benchmarks.local_systems import SAME, SYSTEMS
 from benchmarks.verdicts import by_seed
 
@@ -39,6 +39,7 @@ def main(
     figure, panels = plt.subplots(
         len(budgets), len(columns), figsize=(5.2 * len(columns), 4 * len(budgets)), squeeze=False
     )
+    named: dict[str, Any] = {}
     colours = dict(zip(SYSTEMS, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     for panel, (budget, column) in zip(panels.flat, itertools.product(budgets, columns), strict=True):
         case = f"{column}, equal {budget}"
@@ -74,9 +75,14 @@ def main(
         panel.set_ylabel(
             "points of accuracy below backprop" if metric == "accuracy" else "% more bits than backprop"
         )
-        panel.set_title("\n".join(case.split(", ", 2)), fontsize=7)
-        panel.legend(fontsize=6, title="system (paired seeds)", title_fontsize=6)
-    figure.tight_layout()
+        panel.set_title(short(case), fontsize=8)
+        panel.margins(y=0.12)
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    figure.legend(
+        named.values(), named.keys(), title="system (paired seeds)", loc="lower center", ncols=5, fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0.12 if len(budgets) > 1 else 0.22, 1, 1))
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
