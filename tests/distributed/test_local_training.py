@@ -53,8 +53,14 @@ def config_of(out: Path, *settings: str) -> Config:
     return with_overrides(Config(), [*base, *settings])
 
 
+def measure_no_ranks() -> None:
+    """So that each partition lies on a rank of its own, however busy the machine is: its bits are to be compared."""
+    Survey.here = lambda self, work, link: (None, None)  # type: ignore[method-assign]
+
+
 def trained(rank: int, out: Path, *settings: str) -> tuple[Summary, dict[str, torch.Tensor]]:
-    """A run's summary, and all tensors of its last checkpoint."""
+    """A run's summary, and all tensors of its last checkpoint; nothing is known of ranks and links."""
+    measure_no_ranks()
     summary = run(config_of(out, *settings))
     folder = CheckpointFolder(out / "checkpoints")
     latest = folder.latest()
@@ -69,10 +75,16 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 PLACES = {
     "2 ranks, a partition each": (2, ["local.mode=partitionwise"]),
-    "2 ranks, activations lossless": (2, ["local.mode=partitionwise", "local.activations=lossless"]),
+    "2 ranks, activations lossless": (
+        2,
+        ["local.mode=partitionwise", "local.activations=lossless", "train.accumulate=2"],
+    ),
     "3 ranks, three partitions": (
         3,
-        ["local.mode=partitionwise", "local.partitions=3", "train.accumulate=2"],
+        [
+            "local.mode=partitionwise",
+            "local.partitions=3",
+        ],  # 3 micro-batches: no group of 2 ranks divides them
     ),
 }
 
@@ -107,16 +119,10 @@ def test_the_result_is_a_state_of_the_whole_model(tmp_path: Path) -> None:
     model.load_state_dict(state)  # strict: no name of a head, none missing
 
 
-def trained_unmeasured(rank: int, out: Path, *settings: str) -> tuple[Summary, dict[str, torch.Tensor]]:
-    """`trained` where nothing is known of ranks and links, so that all ranks are worth using."""
-    Survey.here = lambda self, work, link: (None, None)  # type: ignore[method-assign]
-    return trained(rank, out, *settings)
-
-
 def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> None:
     """Two ranks a partition average its gradients, about as one rank does that takes both micro-batches."""
     settings = ["local.mode=partitionwise", "optimizer.name=sgd", "optimizer.lr=0.01"]
-    four = run_ranks(trained_unmeasured, 4, tmp_path / "four", *GPT, *settings)
+    four = run_ranks(trained, 4, tmp_path / "four", *GPT, *settings)
     two = run_ranks(trained, 2, tmp_path / "two", *GPT, *settings, "train.accumulate=2")
     decisions = RunFolder(tmp_path / "four", writes=False).rows(DECISIONS)
     assert decisions[0]["ranks"] == [[0, 1], [2, 3]]
@@ -346,6 +352,7 @@ def resume_differences(rank: int, folder: Path, settings: list[str], crash_at: i
     Both follow the same measured costs, because the crash is a copy of the run itself: other measurements may give
     other decisions.
     """
+    measure_no_ranks()
     intervals = ["train.steps=8", "train.checkpoint_every=3", "train.eval_every=2", "local.stage_steps=5"]
     whole, crashed = (config_of(folder / name, *settings, *intervals) for name in ("whole", "crashed"))
     with copied_after_saving(crash_at, Path(whole.run.out), Path(crashed.run.out)):
