@@ -11,10 +11,8 @@ from typing import Any
 from efficient_dl.coordinator.costs import PartitionCosts
 from efficient_dl.coordinator.facts import RankFacts
 
-ALIKE, ALIKE_IN_ALL = (
-    1.25,
-    1.5,
-)  # ranks less apart than the former, and all together than the latter, count as equal
+ALIKE = 1.25  # ranks that take less than so many times as long as the next faster one count as equal to it,
+ALIKE_IN_ALL = 1.5  # unless the fastest that counts so is so many times as fast
 LINK_GRAIN = 0.25  # and bytes a second in proportion
 
 _STATIC = (
