@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +20,9 @@ from efficient_dl.config import Config, DataSpec, with_overrides
 from efficient_dl.errors import CheckpointError, ConfigError, TransportError
 from efficient_dl.local_learning import recompute
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
-from efficient_dl.local_learning.pieces import pieces_of
 from efficient_dl.models import build_model
-from efficient_dl.training import Summary, run, run_model
+from efficient_dl.training import Summary, run
 from efficient_dl.training.checkpoint import CheckpointFolder
-from efficient_dl.training.cutting import Cutter
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.run_folder import DECISIONS, RunFolder
 from efficient_dl.training.survey import Survey
@@ -128,80 +124,6 @@ def test_partitions_on_several_ranks_each_stay_equal_there(tmp_path: Path) -> No
     assert decisions[0]["ranks"] == [[0, 1], [2, 3]]
     for key, value in two[0][1].items():
         torch.testing.assert_close(four[0][1][key], value, rtol=1e-4, atol=1e-5)
-
-
-def trained_unevenly(rank: int, out: Path, slow: int, *settings: str) -> Summary:
-    """On one rank every piece of the model takes 10 ms longer."""
-    if rank == slow:
-
-        def slowed(*arguments: Any) -> torch.nn.Module:
-            model = build_model(*arguments)
-            for piece in pieces_of(model):
-                piece.module.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-            return model
-
-        run_model.build_model = slowed
-    return run(config_of(out, *settings))
-
-
-@pytest.mark.parametrize("slow", [0, 1])
-def test_a_slow_rank_gets_less_to_do(tmp_path: Path, slow: int) -> None:
-    run_ranks(
-        trained_unevenly, 2, tmp_path / "run", slow, *GPT, "local.mode=partitionwise", "local.partitions=4"
-    )
-    (first, *_) = RunFolder(tmp_path / "run", writes=False).rows(DECISIONS)
-    held = [sum(rank in ranks for ranks in first["ranks"]) for rank in range(2)]
-    assert held[slow] < held[1 - slow]
-
-
-def test_a_resumed_run_measures_nothing_again(tmp_path: Path) -> None:
-    settings = [*GPT, "local.mode=partitionwise"]
-    run_ranks(trained, 2, tmp_path / "run", *settings, "train.steps=4")
-    run_ranks(resumed_without_measuring, 2, tmp_path / "run", *settings)
-
-
-def resumed_without_measuring(rank: int, out: Path, *settings: str) -> None:
-    for name in ("measured", "costs", "work_seconds"):
-        setattr(Cutter, name, None)
-    assert run(config_of(out, *settings), resumed=True).steps == 6
-
-
-def resumed_elsewhere(rank: int, out: Path, *settings: str) -> int:
-    """How often a rank has measured how fast it is, on a machine with another name."""
-    socket.gethostname = lambda: f"another host of rank {rank}"
-    work, measured = Cutter.work_seconds, 0
-
-    def counted(self: Cutter, batch: Any) -> float:
-        nonlocal measured
-        measured += 1
-        return work(self, batch)
-
-    Cutter.work_seconds = counted  # type: ignore[method-assign]
-    run(config_of(out, *settings), resumed=True)
-    return measured
-
-
-def test_ranks_on_other_hosts_measure_themselves_again(tmp_path: Path) -> None:
-    settings = [*GPT, "local.mode=partitionwise", "local.stage_steps=2"]
-    run_ranks(trained, 2, tmp_path / "run", *settings, "train.steps=4")
-    assert all(count >= 1 for count in run_ranks(resumed_elsewhere, 2, tmp_path / "run", *settings))
-
-
-def trained_with_a_bad_rank(rank: int, out: Path, *settings: str) -> None:
-    def fails(self: Cutter, batch: Any) -> float:
-        raise ArithmeticError("an error of rank 1 alone")
-
-    if rank == 1:
-        Cutter.work_seconds = fails  # type: ignore[method-assign]
-    run(config_of(out, *settings))
-
-
-def test_a_rank_that_fails_in_measuring_itself_ends_the_others(tmp_path: Path) -> None:
-    settings = [*GPT, "local.mode=partitionwise", "run.timeout_seconds=300"]
-    other, bad = run_failing_ranks(trained_with_a_bad_rank, 2, tmp_path / "run", *settings)
-    assert "an error of rank 1 alone" in bad.trace
-    assert isinstance(other.error, TransportError), other.trace
-    assert other.seconds < 100.0  # less than any time-out
 
 
 CHECKPOINTED = {
