@@ -180,7 +180,7 @@ class Watched(RunLoop):
     """A way of training whose steps are watched: when each ends on this rank, what it sends, what memory it takes."""
 
     ends: list[float]
-    sent: int
+    sent: int  # in all steps but the first one, before which links are measured
     peak_bytes: int
 
     def train(self, resumed: bool) -> Any:
@@ -188,14 +188,23 @@ class Watched(RunLoop):
         return super().train(resumed)
 
     def _train_step(self) -> dict[str, Tensor | float]:
-        before = sent_bytes(self.rank)
         row = super()._train_step()  # pyright: ignore[reportAbstractUsage]
         self.ends.append(time.perf_counter())
-        if self._due(self.config.train.eval_every):
+        if self.step == 1:
+            self._count_from_here()
+        elif self._due(self.config.train.eval_every):
             dist.barrier()  # what is on its way belongs to these steps; the evaluation makes ranks wait anyway
-        self.sent += sent_bytes(self.rank) - before
+            self.sent += sent_bytes(self.rank) - self._sent_before
         self.peak_bytes = max(self.peak_bytes, measure.peak_memory_bytes(self.device))
         return row
+
+    def _evaluate(self) -> None:
+        super()._evaluate()  # pyright: ignore[reportAbstractUsage]
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        dist.barrier()  # nothing is on its way
+        self._sent_before = sent_bytes(self.rank)
 
 
 class WatchedTrainer(Watched, Trainer):
@@ -246,7 +255,7 @@ def run_jobs(worker: Worker, jobs: list[dict[str, Any]], folder: Path) -> None:
             outcome = Outcome(
                 {row["step"]: row["val_loss"] for row in rows if row.get("val_loss") is not None},
                 _seconds_per_step([ends for ends, _, _ in per_rank], job["warm_up"]),
-                sum(sent for _, sent, _ in per_rank) / summary.steps,
+                sum(sent for _, sent, _ in per_rank) / (summary.steps - 1),
                 [grown for _, _, grown in per_rank],
                 summary.codec_seconds_per_step,
             )
