@@ -6,7 +6,7 @@ python -m benchmarks.partitionwise --quick                                      
 Every rank is an emulated host (see cluster/). A loss after a step does not depend on the link, and a step's time not
 on what was learned. So losses come from whole runs on links that are not shaped; times from short runs on shaped ones,
 in which the systems take turns; the time to a loss is the product of its steps and the seconds of one. Every system
-has its best size of a step, of two, and a learning rate of its own for each, found on a seed outside of the study.
+has its best size of a step, of several, and a learning rate of its own for each, found on a seed outside of the study.
 What is in --out already is not repeated, except times, of which every call adds rounds.
 """
 
@@ -24,6 +24,7 @@ import typer
 
 from benchmarks.partitionwise_report import (
     BENCH,
+    MIDDLE,
     PROBES,
     Curve,
     Measured,
@@ -32,7 +33,7 @@ from benchmarks.partitionwise_report import (
     read_rows,
     verdict,
 )
-from benchmarks.partitionwise_runs import CASES, IN_LESS_MEMORY, RATE_OF, SYSTEMS, Case
+from benchmarks.partitionwise_runs import CASES, IN_LESS_MEMORY, NATIVE, RATE_OF, SYSTEMS, Case
 from benchmarks.rows import Row, RowFile, as_dict
 from cluster.emulate import EmulatedNetwork
 
@@ -56,60 +57,61 @@ class Bench:
         self._file = file
         self.measured = measured
 
-    def losses(self, case: Case, ranks: int, systems: list[str], seed: int) -> None:
-        """Whole runs on links that are not shaped: losses by step, and bytes."""
-        title = f"{case.title(ranks)}, seed {seed}"
-        todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps(one)}") not in self.measured]
-        jobs = [
-            _job(
-                one,
-                case.overrides(
-                    one, ranks, seed, case.steps(one), self._rate(case, ranks, one), *case.evaluations(ranks)
-                ),
-                1,
-            )
-            for one in todo
-        ]
-        for found in _run(jobs, ranks, "none") if jobs else []:
-            sent = found["nic_bytes_per_step"]
-            self._add(title, found["name"], "nic_bytes_per_step", sent, "bytes, all ranks, by the kernel")
-            for step, loss in found["losses"].items():  # the last one says that the run was whole
-                self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
+    def losses(self, cases: Sequence[Case], ranks: int, systems: list[str], seed: int) -> None:
+        """Whole runs on links that are not shaped, with steps of every size: losses by step, and bytes."""
+        for case in cases:
+            title = f"{case.title(ranks)}, seed {seed}"
+            todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
+            rates = {one: self._rate(cases, case, ranks, RATE_OF.get(one, one)) for one in todo}
+            jobs = [_whole(case, one, ranks, seed, rates[one]) for one in todo]
+            for found in _run(jobs, ranks, "none") if jobs else []:
+                sent = found["nic_bytes_per_step"]
+                self._add(title, found["name"], "nic_bytes_per_step", sent, "bytes, all ranks, by the kernel")
+                for step, loss in found["losses"].items():  # the last one says that the run was whole
+                    self._add(title, found["name"], f"val_loss_at_{step}", loss, "nats, by optimizer step")
 
-    def _rate(self, case: Case, ranks: int, system: str) -> float:
-        """The learning rate with the lowest loss at the end of a run with another seed.
+    def _rate(self, cases: Sequence[Case], case: Case, ranks: int, system: str) -> float:
+        """The learning rate that needs the fewest steps to the target's loss, in runs with another seed.
 
         Tried are a third of the case's, itself and three times it; then further on the side where the best one lies.
+        That loss is the lowest of native with the first size of steps, which therefore has the rate with the lowest.
         """
-        system, title = RATE_OF.get(system, system), f"{case.title(ranks)}, tuning"
+        title = f"{case.title(ranks)}, tuning"
         if not case.tuned:
             return case.rate
         if known := self.measured.get((title, system, "learning_rate")):
             return known[-1]
-        losses: dict[float, float] = {}
+        sets_goal = (case, system) == (cases[0], NATIVE)
+        goal = math.nan
+        if not sets_goal:
+            self._rate(cases, cases[0], ranks, NATIVE)
+            goal = MIDDLE * self.measured[f"{cases[0].title(ranks)}, tuning", NATIVE, "goal"][-1]
+        found: dict[float, tuple[float, float]] = {}  # by factor: less is better
 
         def attempt(factors: Sequence[float]) -> float:
-            steps, rates = case.steps(system), [case.rate * factor for factor in factors]
-            settings = [
-                case.overrides(system, ranks, TUNING_SEED, steps, rate, *case.evaluations(ranks))
-                for rate in rates
-            ]
-            jobs = [_job(system, one, 1) for one in settings]
-            for factor, rate, found in zip(factors, rates, _run(jobs, ranks, "none"), strict=True):
-                at = sorted(map(int, found["losses"]))
-                curve = Curve(tuple(at), tuple(found["losses"][str(step)] for step in at))
-                finite = len(at) > 0 and all(map(math.isfinite, curve.losses))
-                losses[factor] = curve.smoothed().losses[-1] if finite else math.inf
-                self._add(
-                    title, system, f"loss_at_rate_{rate:.3g}", losses[factor], "nats, smoothed, at the end"
-                )
-            return min(losses, key=lambda one: losses[one])
+            rates = [case.rate * factor for factor in factors]
+            jobs = [_whole(case, system, ranks, TUNING_SEED, rate) for rate in rates]
+            for factor, rate, outcome in zip(factors, rates, _run(jobs, ranks, "none"), strict=True):
+                at = sorted(map(int, outcome["losses"]))
+                curve = Curve(tuple(at), tuple(outcome["losses"][str(step)] for step in at)).smoothed()
+                loss, steps = math.inf, math.inf
+                if at and all(map(math.isfinite, curve.losses)):
+                    loss = curve.at_target() if sets_goal else curve.losses[-1]
+                    steps = curve.steps_to(goal)
+                found[factor] = (steps, loss)
+                where = f"at_rate_{rate:.3g}"
+                self._add(title, system, f"loss_{where}", loss, "nats, smoothed")
+                if not sets_goal:
+                    self._add(title, system, f"steps_{where}", steps, "to the target's loss")
+            return min(found, key=lambda one: found[one])
 
         best = attempt(FACTORS)
         for _ in range(MORE_FACTORS):
-            if min(losses) < best < max(losses):
+            if min(found) < best < max(found):
                 break
-            best = attempt([best * (FACTORS[-1] if best == max(losses) else FACTORS[0])])
+            best = attempt([best * (FACTORS[-1] if best == max(found) else FACTORS[0])])
+        if sets_goal:
+            self._add(title, system, "goal", found[best][1], "nats, smoothed")
         self._add(title, system, "learning_rate", case.rate * best, "")
         return case.rate * best
 
@@ -202,6 +204,11 @@ class Bench:
         self.measured.setdefault((case, system, metric), []).append(float(value))
 
 
+def _whole(case: Case, system: str, ranks: int, seed: int, rate: float) -> dict[str, Any]:
+    settings = case.overrides(system, ranks, seed, case.steps, rate, *case.evaluations(ranks))
+    return _job(system, settings, 1)
+
+
 def _job(system: str, settings: list[str], warm_up: int) -> dict[str, Any]:
     return {"name": system, "settings": settings, "warm_up": warm_up}
 
@@ -255,8 +262,7 @@ def main(
         for name, of_sizes in cases.items():
             if "losses" in parts:
                 for seed in range(seeds):
-                    for one in of_sizes:
-                        bench.losses(one, size, named, seed)
+                    bench.losses(of_sizes, size, named, seed)
             if "times" in parts:
                 bench.times(of_sizes, size, named, links, rounds, round_steps)
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
@@ -280,8 +286,7 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
     systems = list(SYSTEMS)
     for cases in [(quick_case(),)] if quick else list(CASES.values()):
         for seed in range(1 if quick else 3):
-            for case in cases:
-                bench.losses(case, 2, systems, seed)
+            bench.losses(cases, 2, systems, seed)
         rates, rounds, steps = (["100mbit"], 2, 8) if quick else (["100mbit", "1gbit"], 5, 15)
         bench.times(cases, 2, systems, rates, rounds, steps)
     return [as_dict(row) for row in file.rows]

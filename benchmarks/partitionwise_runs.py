@@ -51,17 +51,17 @@ RATE_OF = {TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
 """Whose learning rate a system takes that computes nearly the same."""
 
 
-LENGTH = {NATIVE: 1.0, TWO_BITS: 1.5}
-LENGTH_OF_LOCAL = 3.0
-"""Of a run, as a part of native's, whose last loss is what all are to reach: local losses may need more steps."""
+LENGTH = 3
+"""A whole run, in those after which native's loss is what all are to reach: larger steps, few bits and local losses may
+need more samples to get there."""
 
 
 @dataclass(frozen=True)
 class Case:
     """What all systems have in common, for one size of a step.
 
-    batch: samples of a step, over all ranks. samples: of a whole native run. every: samples between evaluations,
-    held_out: of an evaluation. tuned: whether each system has a learning rate of its own.
+    batch: samples of a step, over all ranks. samples: after which native's loss is the target. every: samples between
+    evaluations, held_out: of an evaluation. tuned: whether each system has a learning rate of its own.
     Learning rates are constant after their warm-up, so that a curve does not depend on where it was to end.
     """
 
@@ -72,9 +72,10 @@ class Case:
     held_out: int
     tuned: bool = True
 
-    def steps(self, system: str) -> int:
+    @property
+    def steps(self) -> int:
         """Of a whole run."""
-        return round(LENGTH.get(system, LENGTH_OF_LOCAL) * self.samples) // self.batch
+        return LENGTH * self.samples // self.batch
 
     def title(self, ranks: int) -> str:
         config = with_overrides(Config(), self.settings)
@@ -136,11 +137,11 @@ def _gpt(heads: str) -> tuple[Case, ...]:
             ),
             batch=8,
             samples=1_280,
-            every=80,
+            every=128,
             held_out=128,
         ),
         8,
-        16,
+        32,
     )
 
 
@@ -149,12 +150,13 @@ CASES = {
         Case(
             ("model.name=mlp", "model.size=base", "data.name=fashion-mnist", "local.heads=linear"),
             batch=128,
-            samples=51_200,
-            every=2_560,
-            held_out=4096,
+            samples=49_152,
+            every=2_048,
+            held_out=2_048,
         ),
         128,
         512,
+        2_048,
     ),
     "gpt-linear": _gpt("linear"),
     "gpt": _gpt("causal:1"),
