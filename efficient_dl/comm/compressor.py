@@ -336,6 +336,7 @@ class Compressor:
         Raises PlanMismatch if it was saved under another plan, CheckpointError if it is of another model or version.
         """
         self.check_state(state)
+        self._check_residuals([state])
         self._deferred = Deferred()
         self.meter.load_state_dict(state["meter"])
         self._bytes_before = self.meter.totals.wire_bytes
@@ -363,12 +364,16 @@ class Compressor:
         """
         for state in states:
             self.check_state(state)
+        if residuals:
+            self._check_residuals(states)
         self._deferred = Deferred()
         self.rates.load_mean([state["rates"] for state in states])
         if self.common_step is not None:
             self.common_step.load_positions(states[0]["common_step"])
         if self.residuals is not None and residuals:
-            self.residuals.load_state_dict(redistributed([state["residuals"] for state in states]))
+            self.residuals.load_state_dict(
+                redistributed([state["residuals"] or _NO_RESIDUALS for state in states])
+            )
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would for a state that does not fit."""
@@ -393,6 +398,16 @@ class Compressor:
             raise CheckpointError(
                 "the compression state belongs to another model",
                 differs=f"parameter {unknown[0]!r} (and {len(unknown) - 1} more) is in only one of the two",
+            )
+
+    def _check_residuals(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Raises PlanMismatch where something waits to be sent that nothing here would take along."""
+        waiting = [name for state in states for name in (state["residuals"] or _NO_RESIDUALS)["parameters"]]
+        if self.residuals is None and waiting:
+            raise PlanMismatch(
+                "the checkpoint holds what packets have left out, and this run would drop it",
+                found=f"residuals of {waiting[0]!r} (and {len(waiting) - 1} more), error_feedback=False",
+                fix="error_feedback=True, as in the run that was saved, or leave the compression state out",
             )
 
     def _codec(self, spec: str) -> Codec:

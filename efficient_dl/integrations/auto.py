@@ -187,9 +187,10 @@ def is_under_floor(bits: str, floor_bits: float) -> bool:
 
 
 def note_ignored(**options: object) -> str:
-    """What the native all-reduce makes of the user's other options: a warning, and words for the reason."""
+    """What the native all-reduce makes of the user's other options: rank 0's warning, and words for the reason."""
     ignored = [name for name, value in options.items() if value]
     if not ignored:
         return ""
-    _log.warning("auto chose the native all-reduce, which leaves %s without effect", ", ".join(ignored))
+    if dist.get_rank() == 0:
+        _log.warning("auto chose the native all-reduce, which leaves %s without effect", ", ".join(ignored))
     return f"; {', '.join(ignored)} without effect on the native all-reduce"

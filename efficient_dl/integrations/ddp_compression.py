@@ -488,7 +488,8 @@ class Compression:
 
     def _count(self, steps: int) -> None:
         self._optimizer_steps = steps
-        self._backward.samples = self._replans and self._is_due(steps + 1)
+        looks = self._replans and self._guards.off is None
+        self._backward.samples = looks and self._is_due(steps + 1)
 
     def _is_due(self, step: int) -> bool:
         return bool(self._check_every) and step % self._check_every == 0

@@ -396,7 +396,8 @@ class FsdpCompression:
     def _count(self, steps: int) -> None:
         self._optimizer_steps = steps
         if self._replanner is not None:
-            self._replanner.samples = self._replans and self._is_due(steps + 1)
+            looks = self._replans and self._guards.switch.off is None
+            self._replanner.samples = looks and self._is_due(steps + 1)
 
     def _is_due(self, step: int) -> bool:
         return bool(self._check_every) and step % self._check_every == 0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from efficient_dl.comm import BucketLayout, Compressor, Plan, Residuals, Transport, all_reduce
 from efficient_dl.comm.residuals import redistributed
+from efficient_dl.errors import PlanMismatch
 from tests.unit.ranks import on_ranks
 
 NAMES, NUMELS = ["weight", "bias", "head"], [3000, 70, 1000]
@@ -193,6 +194,29 @@ def test_a_change_of_world_size_loses_nothing(before: int, after: int) -> None:
         one.load_state_dicts(states)
     kept = [flat(one.state_dict()["residuals"]["parameters"]) for one in now]
     torch.testing.assert_close(sum(kept) / after, missing, rtol=0, atol=1e-5)
+
+
+def auto_compressor(keeps: bool) -> Compressor:
+    """One that bits="auto" has set to the native all-reduce, in a run with or without error feedback."""
+    numels = dict(zip(NAMES, NUMELS, strict=True))
+    residuals = Residuals(numels, torch.device("cpu")) if keeps else None
+    one = Compressor(Plan.of(2.0, error_feedback=keeps), NAMES, "reference", residuals)
+    one.follow(Plan.of("none"))
+    return one
+
+
+def test_what_waits_is_not_dropped_by_a_run_without_error_feedback() -> None:
+    drained, waiting = auto_compressor(keeps=True), auto_compressor(keeps=True)
+    assert waiting.residuals is not None
+    waiting.residuals.load_state_dict({"scale": 1.0, "parameters": {"bias": torch.ones(70)}})
+    for restore in (
+        lambda one, state: one.load_state_dict(state),
+        lambda one, state: one.load_state_dicts([state] * 2),
+    ):
+        with pytest.raises(PlanMismatch, match="bias"):
+            restore(auto_compressor(keeps=False), waiting.state_dict())
+        restore(auto_compressor(keeps=False), drained.state_dict())
+        restore(auto_compressor(keeps=True), auto_compressor(keeps=False).state_dict())
 
 
 def test_redistribution_respects_each_rank_s_scale() -> None:
