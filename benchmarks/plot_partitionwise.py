@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,8 @@ import typer
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
-from benchmarks.partitionwise_report import curves_and_rounds
-from benchmarks.partitionwise_runs import SYSTEMS
+from benchmarks.partitionwise_report import MIDDLE, Curve, Key, curves_and_rounds, target
+from benchmarks.partitionwise_runs import NATIVE, SYSTEMS
 
 
 def main(
@@ -27,7 +28,7 @@ def main(
 ) -> None:
     """Smoothed loss after a step, each seed a line, at the step's number times the median seconds of one on that link.
 
-    Of the sizes of a step a dotted line is the larger one.
+    Each system with the size of steps at which it is first at the target, which is dashed.
     """
     panels = curves_and_rounds([json.loads(line) for line in rows.read_text().splitlines()])
     if not panels:
@@ -37,27 +38,37 @@ def main(
     figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.8 * lines), squeeze=False)
     colours = dict(zip(SYSTEMS, plt.colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
     for axis, (title, seeds, rounds) in zip(axes.flat, panels, strict=False):
-        named: set[tuple[str, str]] = set()
-        sizes = sorted(
-            {size for found in seeds.values() for size, _ in found}, key=lambda one: (len(one), one)
-        )
-        for found in seeds.values():
-            for (size, system), curve in found.items():
-                taken = [one[size, system] for one in rounds if (size, system) in one]
-                if not taken:
-                    continue
-                seconds = statistics.median(taken)
+        seconds = {
+            key: statistics.median([one[key] for one in rounds if key in one])
+            for key in {key for one in rounds for key in one}
+        }
+        for system in SYSTEMS:
+            sizes = {
+                size
+                for found in seeds.values()
+                for size, name in found
+                if (size, name) in seconds and name == system
+            }
+            if not sizes:
+                continue
+            size = min(
+                sorted(sizes), key=lambda one: _seconds_to_target(seeds.values(), seconds, (one, system))
+            )
+            of_seeds = [found[size, system] for found in seeds.values() if (size, system) in found]
+            taken = seconds[size, system]
+            for number, curve in enumerate(of_seeds):
                 axis.plot(
-                    [step * seconds for step in curve.steps],
+                    [step * taken for step in curve.steps],
                     curve.losses,
                     color=colours[system],
-                    linestyle=":" if size != sizes[0] else "-",
                     linewidth=1,
-                    label=f"{system}, {size}, {1000 * seconds:.0f} ms a step"
-                    if (size, system) not in named
-                    else None,
+                    label=None if number else f"{system}, {size}, {1000 * taken:.0f} ms",
                 )
-                named.add((size, system))
+        goals = [
+            target(found, MIDDLE) for found in seeds.values() if any(name == NATIVE for _, name in found)
+        ]
+        for goal in goals:
+            axis.axhline(goal, color="grey", linewidth=0.7, linestyle="--")
         axis.set_xscale("log")
         axis.set_xlabel("seconds: steps x a step's median")
         axis.set_ylabel("held-out loss, nats, mean of five")
@@ -67,6 +78,18 @@ def main(
         axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def _seconds_to_target(
+    seeds: Iterable[dict[Key, Curve]], seconds: dict[Key, float], key: Key
+) -> tuple[float, float]:
+    """The median over seeds; for what never gets there its last loss decides."""
+    found = [one for one in seeds if key in one and any(name == NATIVE for _, name in one)]
+    to_target = [one[key].steps_to(target(one, MIDDLE)) * seconds[key] for one in found]
+    return (
+        statistics.median(to_target) if to_target else math.inf,
+        statistics.median(one[key].losses[-1] for one in found) if found else math.inf,
+    )
 
 
 if __name__ == "__main__":
