@@ -26,6 +26,7 @@ from benchmarks.partitionwise_report import (
     BENCH,
     MIDDLE,
     PROBES,
+    TUNED_ON,
     Curve,
     Measured,
     print_memory,
@@ -33,7 +34,17 @@ from benchmarks.partitionwise_report import (
     read_rows,
     verdict,
 )
-from benchmarks.partitionwise_runs import CASES, IN_LESS_MEMORY, NATIVE, RATE_OF, SYSTEMS, Case
+from benchmarks.partitionwise_runs import (
+    ALONE,
+    CASES,
+    CURVE_OF,
+    IN_LESS_MEMORY,
+    NATIVE,
+    RATE_OF,
+    SYSTEMS,
+    Case,
+    ranks_of,
+)
 from benchmarks.rows import Row, RowFile, as_dict
 from cluster.emulate import EmulatedNetwork
 
@@ -61,7 +72,8 @@ class Bench:
         """Whole runs on links that are not shaped, with steps of every size: losses by step, and bytes."""
         for case in cases:
             title = f"{case.title(ranks)}, seed {seed}"
-            todo = [one for one in systems if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
+            own = [one for one in systems if one not in CURVE_OF]
+            todo = [one for one in own if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
             rates = {one: self._rate(cases, case, ranks, RATE_OF.get(one, one)) for one in todo}
             jobs = [_whole(case, one, ranks, seed, rates[one]) for one in todo]
             for found in _run(jobs, ranks, "none") if jobs else []:
@@ -76,6 +88,7 @@ class Bench:
         Tried are a third of the case's, itself and three times it; then further on the side where the best one lies.
         That loss is the lowest of native with the first size of steps, which therefore has the rate with the lowest.
         """
+        ranks = TUNED_ON if system == NATIVE else ranks  # its losses do not depend on them
         title = f"{case.title(ranks)}, tuning"
         if not case.tuned:
             return case.rate
@@ -85,7 +98,7 @@ class Bench:
         goal = math.nan
         if not sets_goal:
             self._rate(cases, cases[0], ranks, NATIVE)
-            goal = MIDDLE * self.measured[f"{cases[0].title(ranks)}, tuning", NATIVE, "goal"][-1]
+            goal = MIDDLE * self.measured[f"{cases[0].title(TUNED_ON)}, tuning", NATIVE, "goal"][-1]
         found: dict[float, tuple[float, float]] = {}  # by factor: less is better
 
         def attempt(factors: Sequence[float]) -> float:
@@ -118,26 +131,29 @@ class Bench:
     def times(
         self, cases: Sequence[Case], ranks: int, systems: list[str], rates: list[str], rounds: int, steps: int
     ) -> None:
-        """Short runs on shaped links; systems and sizes take turns, each round beginning with another one."""
-        kinds = [(case, system) for case in cases for system in systems]
+        """Short runs on shaped links; systems and sizes take turns, each round beginning with another one.
+
+        One host alone takes its turns afterwards, the other cores being idle then.
+        """
         for rate in rates:
-            order = [kinds[(i + turn) % len(kinds)] for turn in range(rounds) for i in range(len(kinds))]
-            jobs = [
-                _job(
-                    system,
-                    case.overrides(
-                        system, ranks, 0, steps, case.rate, "train.eval_every=0", "train.eval_batches=1"
-                    ),
-                    _WARM_UP,
-                )
-                for case, system in order
-            ]
-            for number, ((case, system), found) in enumerate(
-                zip(order, _run(jobs, ranks, rate), strict=True)
+            for chosen in (
+                [one for one in systems if one != ALONE],
+                [one for one in systems if one == ALONE],
             ):
-                where = f"{case.title(ranks)}, {rate}, round {number // len(kinds)}"
-                seconds = found["seconds_per_step"]
-                self._add(where, system, "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
+                kinds = [(case, system) for case in cases for system in chosen]
+                order = [kinds[(i + turn) % len(kinds)] for turn in range(rounds) for i in range(len(kinds))]
+                settings = ("train.eval_every=0", "train.eval_batches=1")
+                jobs = [
+                    _job(one, case.overrides(one, ranks, 0, steps, case.rate, *settings), _WARM_UP)
+                    for case, one in order
+                ]
+                hosts = ranks_of(chosen[0], ranks) if chosen else 0
+                outcomes = _run(jobs, hosts, rate if hosts > 1 else "none") if jobs else []
+                for number, ((case, system), found) in enumerate(zip(order, outcomes, strict=True)):
+                    where = f"{case.title(ranks)}, {rate}, round {number // len(kinds)}"
+                    seconds, at_work = found["seconds_per_step"], found["ranks_at_work"]
+                    self._add(where, system, "step_seconds", seconds, f"s, a mean of {steps - _WARM_UP}")
+                    self._add(where, system, "ranks_at_work", at_work, "of those that there are")
 
     def memory(self, case: Case, ranks: int, systems: list[str], cap_mib: int) -> None:
         """The most samples that a rank can take at once within a cap: a line through two runs, checked by a third.
@@ -267,7 +283,8 @@ def main(
                 bench.times(of_sizes, size, named, links, rounds, round_steps)
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
                 frugal = [one for one in IN_LESS_MEMORY if one.rpartition(", ")[0] in named]
-                bench.memory(of_sizes[0], size, [*named, *frugal], cap)
+                on_ranks = [one for one in named if one != ALONE]
+                bench.memory(of_sizes[0], size, [*on_ranks, *frugal], cap)
                 print_memory(of_sizes[0], size, cap, measured)
             print_report(of_sizes, size, links, seeds, measured)
 

@@ -30,7 +30,9 @@ from efficient_dl.training.run_folder import RunFolder
 from efficient_dl.training.run_loop import RunLoop
 
 NATIVE, TWO_BITS = "data-parallel, native", "data-parallel, 2 bits"
+ALONE = "backprop on one host"
 SYSTEMS = {
+    ALONE: ("local.mode=end-to-end", "compression.bits=none"),
     NATIVE: ("local.mode=end-to-end", "compression.bits=none"),
     TWO_BITS: ("local.mode=end-to-end", "compression.bits=2.0"),
     "partition-wise, exact": ("local.mode=partitionwise", "compression.bits=2.0"),
@@ -44,10 +46,13 @@ DATA_PARALLEL = (NATIVE, TWO_BITS)
 IN_LESS_MEMORY = {  # of which only the memory is measured
     f"{name}, checkpointing": (*settings, "train.activation_checkpointing=true")
     for name, settings in SYSTEMS.items()
+    if name != ALONE
 }
 
+CURVE_OF = {ALONE: NATIVE}
+"""Whose losses a system's are but for rounding: it takes the same samples for the same steps."""
 
-RATE_OF = {TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
+RATE_OF = {ALONE: NATIVE, TWO_BITS: NATIVE, "partition-wise, 4 bits": "partition-wise, exact"}
 """Whose learning rate a system takes that computes nearly the same."""
 
 
@@ -87,6 +92,7 @@ class Case:
 
     def overrides(self, system: str, ranks: int, seed: int, steps: int, rate: float, *more: str) -> list[str]:
         """The settings of one run: a partition for each rank, and one stage, as nothing moves."""
+        ranks = ranks_of(system, ranks)
         return [
             *self.settings,
             *(SYSTEMS | IN_LESS_MEMORY)[system],
@@ -119,6 +125,11 @@ class Case:
         return with_overrides(Config(), self.settings).optimizer.lr
 
 
+def ranks_of(system: str, ranks: int) -> int:
+    """How many ranks a system has, of those of the study."""
+    return 1 if system == ALONE else ranks
+
+
 def sizes(case: Case, *batches: int) -> tuple[Case, ...]:
     """The same case with steps of several sizes."""
     return tuple(replace(case, batch=batch) for batch in batches)
@@ -136,9 +147,9 @@ def _gpt(heads: str) -> tuple[Case, ...]:
                 f"local.heads={heads}",
             ),
             batch=8,
-            samples=1_280,
-            every=128,
-            held_out=128,
+            samples=640,
+            every=64,
+            held_out=64,
         ),
         8,
         32,
@@ -169,6 +180,7 @@ class Outcome:
 
     nic_bytes_per_step: sent by all ranks' interfaces in training steps. memory_bytes: by how much each rank's process
     has grown at most until its last step, model, optimizer and buffers included, by the kernel's count.
+    ranks_at_work: less than all where a coordinator leaves some idle.
     """
 
     losses: dict[int, float]
@@ -176,6 +188,7 @@ class Outcome:
     nic_bytes_per_step: float
     memory_bytes: list[int]
     codec_seconds_per_step: float
+    ranks_at_work: int
 
 
 class Watched(RunLoop):
@@ -260,12 +273,21 @@ def run_jobs(worker: Worker, jobs: list[dict[str, Any]], folder: Path) -> None:
                 sum(sent for _, sent, _ in per_rank) / (summary.steps - 1),
                 [grown for _, _, grown in per_rank],
                 summary.codec_seconds_per_step,
+                _ranks_at_work(trainer),
             )
             with (folder / "results.jsonl").open("a") as file:
                 file.write(json.dumps({"name": job["name"], **asdict(outcome)}) + "\n")
             shutil.rmtree(config.run.out)
         dist.barrier()  # the folder is gone, and nobody's next run disturbs another's last one
         del trainer
+
+
+def _ranks_at_work(trainer: RunLoop) -> int:
+    if not isinstance(trainer, LocalTrainer):
+        return trainer.world_size
+    return len(
+        {rank for ranks in trainer.coordinator.history[-1].decision.assignment.ranks for rank in ranks}
+    )
 
 
 def _seconds_per_step(ends: list[list[float]], warm_up: int) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from benchmarks.partitionwise_report import Curve, parted, seconds_to, target
-from benchmarks.partitionwise_runs import CASES, LENGTH, NATIVE, SYSTEMS, _seconds_per_step
+from benchmarks.partitionwise_runs import CASES, LENGTH, NATIVE, SYSTEMS, _seconds_per_step, ranks_of
 
 
 def test_the_target_is_the_loss_after_a_part_of_the_run() -> None:
@@ -54,9 +54,10 @@ def test_a_step_takes_as_long_as_on_the_last_rank() -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_sizes_of_a_case_take_the_same_samples(ranks: int) -> None:
     for case in (one for cases in CASES.values() for one in cases):
-        ours = {tuple(case.overrides(system, ranks, 0, 10, 0.1)[len(case.settings) :]) for system in SYSTEMS}
-        assert len(ours) == len(SYSTEMS)
-        assert f"data.batch_size={case.batch // ranks}" in next(iter(ours)) and case.batch % ranks == 0
+        ours = {system: case.overrides(system, ranks, 0, 10, 0.1) for system in SYSTEMS}
+        assert len(set(map(tuple, ours.values()))) == len(SYSTEMS) and case.batch % ranks == 0
+        for system, settings in ours.items():
+            assert f"data.batch_size={case.batch // ranks_of(system, ranks)}" in settings
         assert case.steps * case.batch == LENGTH * case.samples and case.every % case.batch == 0
         assert (
             case.samples % case.every == 0

@@ -190,8 +190,17 @@ def test_partitionwise_that_never_gets_there_is_not_fast() -> None:
     rows = partitionwise_rows(3, 0.1)
     for one in rows:
         if one["system"].startswith("partition-wise") and one["metric"].startswith("val_loss_at_"):
-            one["value"] += 0.1
+            one["value"] += 1.0
     assert form_of(partitionwise.verdict(rows)) == FAILS
+
+
+def test_partitionwise_is_not_needed_where_one_host_alone_is_faster() -> None:
+    rows = partitionwise_rows(3, 0.5)
+    for one in rows:
+        if one["system"] == "backprop on one host" and one["metric"] == "step_seconds":
+            one["value"] *= 0.4
+    found = partitionwise.verdict(rows)
+    assert form_of(found) == FAILS and "0.80 x as fast as one host" in found
 
 
 def redundancy_rows(
