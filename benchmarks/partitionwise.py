@@ -68,9 +68,11 @@ class Bench:
         self._file = file
         self.measured = measured
 
-    def losses(self, cases: Sequence[Case], ranks: int, systems: list[str], seed: int) -> None:
-        """Whole runs on links that are not shaped, with steps of every size: losses by step, and bytes."""
-        for case in cases:
+    def losses(
+        self, cases: Sequence[Case], ranks: int, systems: list[str], seed: int, chosen: Sequence[Case]
+    ) -> None:
+        """Whole runs on links that are not shaped: losses by step, and bytes. chosen: the sizes to run, of cases."""
+        for case in chosen:
             title = f"{case.title(ranks)}, seed {seed}"
             own = [one for one in systems if one not in CURVE_OF]
             todo = [one for one in own if (title, one, f"val_loss_at_{case.steps}") not in self.measured]
@@ -255,6 +257,9 @@ def main(
     systems: Annotated[str, typer.Option(help="semicolons between")] = ";".join(SYSTEMS),
     ranks: Annotated[str, typer.Option(help="numbers of ranks")] = "2,4",
     rates: Annotated[str, typer.Option(help="link speeds")] = "100mbit,1gbit",
+    batches: Annotated[
+        str, typer.Option(help="sizes of a step, in samples; all of the case by default")
+    ] = "",
     seeds: Annotated[int, typer.Option(help="whole runs of each system", min=1)] = 3,
     rounds: Annotated[int, typer.Option(help="short runs of each system on each link", min=1)] = 5,
     round_steps: Annotated[int, typer.Option(help="steps of a short run", min=_WARM_UP + 1)] = 15,
@@ -276,11 +281,12 @@ def main(
     sizes, links = [int(one) for one in ranks.split(",")], rates.split(",")
     for size in sizes:
         for name, of_sizes in cases.items():
+            some = [one for one in of_sizes if not batches or str(one.batch) in batches.split(",")]
             if "losses" in parts:
                 for seed in range(seeds):
-                    bench.losses(of_sizes, size, named, seed)
+                    bench.losses(of_sizes, size, named, seed, some)
             if "times" in parts:
-                bench.times(of_sizes, size, named, links, rounds, round_steps)
+                bench.times(some, size, named, links, rounds, round_steps)
             if "memory" in parts and name == "gpt":  # the MLP's memory is its parameters
                 frugal = [one for one in IN_LESS_MEMORY if one.rpartition(", ")[0] in named]
                 on_ranks = [one for one in named if one != ALONE]
@@ -303,7 +309,7 @@ def run_study(*, quick: bool) -> list[dict[str, Any]]:
     systems = list(SYSTEMS)
     for cases in [(quick_case(),)] if quick else list(CASES.values()):
         for seed in range(1 if quick else 3):
-            bench.losses(cases, 2, systems, seed)
+            bench.losses(cases, 2, systems, seed, cases)
         rates, rounds, steps = (["100mbit"], 2, 8) if quick else (["100mbit", "1gbit"], 5, 15)
         bench.times(cases, 2, systems, rates, rounds, steps)
     return [as_dict(row) for row in file.rows]
