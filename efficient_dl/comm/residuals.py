@@ -76,14 +76,21 @@ class Residuals:
         with self._lock:
             self._written.update(section.names)
 
-    def start_draining(self, each: bool = False, keep: Callable[[str], bool] = lambda name: False) -> None:
+    def start_draining(
+        self,
+        each: bool = False,
+        keep: Callable[[str], bool] = lambda name: False,
+        names: Iterable[str] | None = None,
+    ) -> None:
         """From the next step on no packet takes residuals along: `drain` is to put them into gradients instead.
 
         It ends by itself with the first step that drained and was committed; then nothing is kept. each: for every
         parameter by itself of which something is kept, where not all have gradients in every step (see `waits`), and
-        without those that packets still take along, as keep(name) says.
+        without those that packets still take along, as keep(name) says. names: of which any rank keeps something;
+        None: this one.
         """
-        self._waiting = {name for name in self.kept if not keep(name)} if each else set()
+        kept = self.kept if names is None else names
+        self._waiting = {name for name in kept if not keep(name)} if each else set()
         self.draining = bool(self._waiting) or not each
 
     @property
@@ -93,7 +100,7 @@ class Residuals:
             return list(self._committed)
 
     def waits(self, names: Iterable[str]) -> bool:
-        """Whether any of these parameters is to be drained by itself; the same on ranks with the same numels."""
+        """Whether any of these parameters is to be drained by itself; the same on ranks with the same names."""
         return not self._waiting.isdisjoint(names)
 
     def drain(self, name: str, x: Tensor) -> None:

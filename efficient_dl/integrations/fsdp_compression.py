@@ -29,6 +29,7 @@ from efficient_dl.integrations.fsdp_guards import Guards
 from efficient_dl.integrations.fsdp_replanning import ABOUT, FsdpReplanner
 from efficient_dl.integrations.fsdp_setup import agree
 from efficient_dl.integrations.fsdp_units import Unit
+from efficient_dl.integrations.plan_change import go_over
 from efficient_dl.integrations.plan_watch import ReplanOptions
 
 _log = logging.getLogger(__name__)
@@ -96,24 +97,18 @@ class FsdpCompression:
         gradients, replicas, weights = self._compressors.values()
         self.plan, self.replicas_plan, self.weights_plan = gradients.plan, replicas.plan, weights.plan
 
-    def _go_over(self, automatic: Automatic, chosen: Chosen, *, drains: bool) -> None:
+    def _go_over(self, automatic: Automatic, chosen: Chosen) -> None:
         """Goes over to the plans of a choice between two steps; on all ranks together. Statistics go on.
 
-        Residuals stay where the new plan's packets take them along, as they do at another rate. Else, if `drains`, they
-        go out with the next step's gradients, which torch's own collective then carries.
+        Residuals that no packet takes along any more go out with the next step's gradients, which torch's own
+        collective then carries.
         """
         for key, plan in automatic.plans(chosen).items():
             compressor = self._compressors[key]
-            before = compressor.plan
-            if plan.facts() == before.facts():
+            if plan.facts() == compressor.plan.facts():
                 compressor.plan = plan  # another reason at most
                 continue
-            compressor.follow(plan)
-            residuals = compressor.residuals
-            if residuals is not None and plan.error_feedback:
-                residuals.start_draining(each=True, keep=compressor.feeds_back)
-            elif residuals is not None and before.error_feedback and drains:
-                residuals.start_draining(each=True)
+            go_over(compressor, plan, self._names_of_all if key == "gradients" else lambda kept: [kept])
         self._chosen = chosen
         self._tell_plans()
         self._collectives.follow()
@@ -232,7 +227,7 @@ class FsdpCompression:
             self._collectives.turn_off()
         elif planner is not None and self._automatic is not None and (changed := planner.judge(told, step)):
             chosen = planner.chosen
-            self._go_over(self._automatic, chosen, drains=True)
+            self._go_over(self._automatic, chosen)
             if dist.get_rank() == 0:
                 for what in changed:
                     reason = chosen.reasons[what]
@@ -374,7 +369,7 @@ class FsdpCompression:
         chosen = automatic.resumed(Chosen.from_json(saved))
         if chosen.bits != automatic.chosen.bits and self._control.rank == self._replica[0] == 0:
             log_saved_plan(str(chosen), str(automatic.chosen))
-        self._go_over(automatic, chosen, drains=False)
+        self._go_over(automatic, chosen)
 
     def close(self, timeout: float = 10.0) -> None:
         """Ends the threads, destroys the groups it made, and gives the model torch's own collectives back.
@@ -388,6 +383,9 @@ class FsdpCompression:
 
     def _everyone(self, value: Any) -> Mapping[int, Any]:
         return self._guards.everyone(value)
+
+    def _names_of_all(self, names: list[str]) -> list[list[str]]:
+        return list(self._everyone(names).values())
 
     def _sample(self, x: Tensor, layout: ChunkLayout) -> None:
         if self._replanner is not None:
