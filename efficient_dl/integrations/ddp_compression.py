@@ -19,7 +19,6 @@ from efficient_dl.comm import (
     ProcessGroupTransport,
     Topology,
     Transport,
-    check_equal,
     combined,
     gather_json,
     native_tally,
@@ -216,14 +215,11 @@ class Compression:
 
     def _check(self, parameters: Mapping[str, Tensor]) -> None:
         planner, meter, step = self._replanner, self._compressor.meter, self._optimizer_steps
-        facts = planner.notes(meter) if planner is not None else []
-        everyone = check_equal(parameters, self._control, step, [*facts, *self._guards.notes()])
+        told = self._guards.compare(parameters, step, planner.notes(meter) if planner is not None else ())
         self._checks += bool(parameters)
-        self._guards.agree([theirs[len(facts) :] for theirs in everyone], step)
         if planner is not None and self._guards.off is None:
             if not self._compresses:
                 self._sample_averages(planner)
-            told = [theirs[: len(facts)] for theirs in everyone]
             if (chosen := planner.judge(told, meter, step)) is not None:
                 self._follow(chosen)
                 if self._control.rank == 0:

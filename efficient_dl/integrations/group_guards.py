@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efficient_dl.comm import Alarm, Compressor, KillSwitch, ProcessGroupTransport, Watch
+from torch import Tensor
+
+from efficient_dl.comm import Alarm, Compressor, KillSwitch, ProcessGroupTransport, Watch, check_equal
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +77,18 @@ class GroupGuards:
     def notes(self) -> list[int]:
         """This rank's part of what `agree` looks at: as many integers on every rank."""
         return [int(self._switch.wish is not None), *(self._watch.notes() if self._watch else ())]
+
+    def compare(
+        self, parameters: Mapping[str, Tensor], step: int, told: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Compares parameters, bit by bit, and agrees on what follows; all ranks call it together.
+
+        told: what else the ranks tell each other on this way, as many integers on every rank. Returns all ranks', by
+        rank. Raises RanksDiverged.
+        """
+        everyone = check_equal(parameters, self._control, step, [*told, *self.notes()])
+        self.agree([theirs[len(told) :] for theirs in everyone], step)
+        return [theirs[: len(told)] for theirs in everyone]
 
     def agree(self, notes: Sequence[Sequence[int]], step: int) -> None:
         """Ends compression if any rank wished it, or an alarm on all ranks does; all ranks call it together.
