@@ -165,10 +165,8 @@ class FsdpReplanner:
             bits = in_force.bits.get(what, watch.now.bits)
             if saved is not None and is_resized:
                 watch.continued(saved, step)
-            elif saved is not None and saved["chosen"][-1]["bits"] == bits:
-                watch.load_state_dict(saved)
             else:
-                watch.begin_at(step, ChosenPlan(step, bits, False, in_force.reasons.get(what, "")))
+                watch.take_up(saved, ChosenPlan(step, bits, False, in_force.reasons.get(what, "")))
             watch.restarted(self._meter(what))
 
     def _meter(self, what: str) -> Any:

@@ -257,6 +257,13 @@ class PlanWatch:
         self._allowance = replace(self._allowance, looks=left.looks, cost=left.cost)
         self.looks = state["looks"]
 
+    def take_up(self, state: Mapping[str, Any] | None, in_force: ChosenPlan) -> None:
+        """Continues with the plan in force from a `state_dict`, or where that has another one, or is none, without."""
+        if state is not None and state["chosen"][-1]["bits"] == in_force.bits:
+            self.load_state_dict(state)
+        else:
+            self.begin_at(in_force.step, in_force)
+
     def continued(self, state: Mapping[str, Any], step: int) -> ChosenPlan:
         """Continues with this start's measurements and plan, on other ranks or floors; returns the plan."""
         own = self.now
