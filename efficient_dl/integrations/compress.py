@@ -38,8 +38,8 @@ def compress(
         "lossless", a number of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto", the default.
     options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
         All three: check_every, timeout, kernel, extra, error_feedback, messages, shadow, max_relative_error,
-        on_alarm, floor_bits.
-        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, scaler, backward_seconds, replan.
+        on_alarm, floor_bits, replan.
+        DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, scaler, backward_seconds.
         DistributedDataParallel and DeepSpeed: scale.
         DistributedDataParallel: hierarchy, transport, group.
         FSDP2: weights, axes.

@@ -1,4 +1,7 @@
-"""Re-planning while a DistributedDataParallel model trains: where it looks, and what its nodes allow."""
+"""Re-planning while a model trains whose ranks all reduce together: where it looks, and what its nodes allow.
+
+DDP's models and DeepSpeed's engines.
+"""
 
 from __future__ import annotations
 

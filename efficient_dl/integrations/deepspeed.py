@@ -5,8 +5,9 @@ ZeRO stages 0, 1 and 2. What is replaced inside the engine, and how, is in deeps
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,14 +15,18 @@ import torch
 import torch.distributed as dist
 
 from efficient_dl.comm import Compressor, Plan, ProcessGroupTransport, Residuals, handshake
-from efficient_dl.comm.planner import Decision, PlannerOptions
+from efficient_dl.comm.planner import PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError
-from efficient_dl.integrations.auto import AutoOptions, decide, note_ignored
+from efficient_dl.integrations.auto import AutoOptions, decide, note_ignored, shapes_of
+from efficient_dl.integrations.ddp_replanning import Replanner
 from efficient_dl.integrations.deepspeed_checkpoint import METHODS as CHECKPOINT_METHODS
-from efficient_dl.integrations.deepspeed_compression import Automatic, EngineCompression
+from efficient_dl.integrations.deepspeed_compression import EngineCompression
 from efficient_dl.integrations.deepspeed_plugs import EnginePlug, ZeroPlug, check_signatures, check_version
 from efficient_dl.integrations.deepspeed_settings import Settings, check_supported
 from efficient_dl.integrations.facts import common_facts
+from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
+
+_log = logging.getLogger(__name__)
 
 
 def is_engine(model: object) -> bool:
@@ -44,6 +49,7 @@ def compress_engine(
     max_relative_error: float | None = None,
     on_alarm: str | None = None,
     floor_bits: float | None = None,
+    replan: bool | ReplanOptions | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> EngineCompression:
     """Compresses the gradients that a DeepSpeed engine reduces over its data-parallel ranks.
@@ -72,6 +78,9 @@ def compress_engine(
     shadow: DeepSpeed's own collectives, bit for bit; what compression would have sent and erred is only reported.
     max_relative_error, on_alarm: alarms, as for DistributedDataParallel; "disable" also ends compression on all ranks.
     floor_bits: the fewest bits a value that "auto" may choose (2.0).
+    replan: for "auto": look again during the run, for at most 0.5 % of the time, and go over to what pays by then, on
+        all ranks after the same optimizer step (docs/planner.md); True (the default), False or ReplanOptions. It looks
+        where parameters are compared, so it needs check_every.
     extra: further facts that must agree on all ranks; compared as text.
 
     With stages 1 and 2 and "reduce_scatter": true, as is DeepSpeed's default, gradients travel once: to the rank that
@@ -102,6 +111,7 @@ def compress_engine(
         "max_relative_error": max_relative_error,
         "on_alarm": on_alarm,
         "floor_bits": floor_bits,
+        "replan": replan,
     }
     parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
@@ -133,20 +143,21 @@ def compress_engine(
     facts["alarm"] = {"max_relative_error": settings.max_relative_error, "on_alarm": settings.on_alarm}
     facts["kernel"] = compressor.codec.kernel_for(device).partition("-")[0]
     is_auto = plan.bits == "auto" and not settings.shadow and control.world_size > 1 and bool(parameters)
-    facts["auto"] = settings.floor_bits if is_auto else None
+    told = {"floor_bits": settings.floor_bits, "replan": str(settings.replan)}
+    facts["auto"] = told if is_auto else None
     handshake(facts, control)
-    automatic = None
+    replanner = None
     if is_auto:
 
-        def compressor_of(bits: str, reason: str) -> Compressor:
-            feedback = "auto" if bits == "none" else settings.error_feedback
-            plan = replace(settings, bits=bits, error_feedback=feedback).plan(engine)
-            return _compressor(replace(plan, reason=reason), numels, parameters, settings, device)
+        def meant(choice: ChosenPlan) -> Plan:
+            """The user's wishes with the bits that were chosen; DeepSpeed's own collectives feed nothing back."""
+            feedback = "auto" if choice.bits == "none" else settings.error_feedback
+            plan = replace(settings, bits=choice.bits, error_feedback=feedback).plan(engine)
+            return replace(plan, reason=choice.reason)
 
-        decision = _decided(engine, plan, plug, parameters, control, settings)
-        compressor = compressor_of(decision.bits, decision.reason)
-        automatic = Automatic(decision.bits, settings.floor_bits, compressor_of)
-    return EngineCompression(engine, compressor, control, plug, settings, automatic)
+        replanner = _replanner(plan, plug, parameters, control, settings, meant)
+        compressor.follow(meant(replanner.now))
+    return EngineCompression(engine, compressor, control, plug, settings, replanner)
 
 
 def _compressor(
@@ -160,25 +171,31 @@ def _compressor(
     return Compressor(plan, list(parameters), settings.kernel, residuals)
 
 
-def _decided(
-    engine: Any,
+def _replanner(
     plan: Plan,
     plug: EnginePlug | ZeroPlug,
     parameters: Mapping[str, torch.Tensor],
     control: ProcessGroupTransport,
     settings: Settings,
-) -> Decision:
-    """What "auto" means here. DeepSpeed itself all-reduces, also where a sum is needed at its owner alone."""
+    meant: Callable[[ChosenPlan], Plan],
+) -> Replanner:
+    """What "auto" means here, now and later. DeepSpeed itself all-reduces, also where one rank alone needs a sum."""
     size = sum(p.numel() * p.element_size() for p in parameters.values())
-    options = AutoOptions(
+    auto = AutoOptions(
         settings.floor_bits,
         family="grid" if plan.scale == "global" else "bits",
         kernel=settings.kernel,
         planner=PlannerOptions(bucket_bytes=size, one_way=plug.sums_at_owners),
     )
-    _, decision = decide(parameters, control, control, None, options)
-    ignored = note_ignored(error_feedback=settings.error_feedback is True) if decision.bits == "none" else ""
-    return replace(decision, reason=decision.reason + ignored)
+    measured, decision = decide(parameters, control, control, None, auto)
+    if decision.bits == "none":
+        ignored = note_ignored(error_feedback=settings.error_feedback is True)
+        decision = replace(decision, reason=decision.reason + ignored)
+    options = settings.replan_options
+    if settings.replan is True and not options.active and control.rank == 0:
+        _log.warning("bits auto: planned once, for want of check_every")
+    model = shapes_of(parameters)
+    return Replanner(measured, decision, model, auto, meant, control, control, None, options)
 
 
 def _facts(engine: Any, parameters: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class Stateful(Protocol):
         """Continues from it."""
         ...
 
+    def begin_at(self, step: int) -> None:
+        """Goes on without one, after this step."""
+        ...
+
 
 class CheckpointFiles:
     """Stands before an engine's save_checkpoint and load_checkpoint, which every rank calls.
@@ -75,6 +79,7 @@ class CheckpointFiles:
             return result  # DeepSpeed has found no checkpoint, and said so
         if call["load_module_only"] or not call["load_optimizer_states"]:
             _log.warning("compression state not restored: the optimizer's states are not loaded either")
+            self._state.begin_at(self._engine.global_steps)
         else:
             self._restore(Path(result[0]).parent)
         return result
@@ -97,8 +102,10 @@ class CheckpointFiles:
         lacking = [rank for rank, found in enumerate(saved) if found is None]
         if not sizes:
             _log.warning("compression state starts anew: the checkpoint in %s was saved without", folder)
+            self._state.begin_at(self._engine.global_steps)
         elif sizes != [size]:
             _log.warning("compression state starts anew: saved by %s ranks, loaded by %d", sizes[0], size)
+            self._state.begin_at(self._engine.global_steps)
         elif lacking:
             raise CheckpointError(
                 "the checkpoint lacks the compression state of some ranks",

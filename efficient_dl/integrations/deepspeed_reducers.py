@@ -1,4 +1,4 @@
-"""Sums for DeepSpeed's methods: by our collectives, or by DeepSpeed's own with our accounting beside them."""
+"""Sums for DeepSpeed's methods: by our collectives, or by DeepSpeed's own with ours beside them."""
 
 from __future__ import annotations
 
@@ -54,23 +54,39 @@ class Steps:
 
     loss_scale: of the gradients to come. A backward pass begins with the first sum after an optimizer step, or with a
     piece that was summed up before (gradient accumulation over several reduced passes). exposed_seconds: spent in sums
-    since the last step.
+    since the last step. sample: called with this rank's own values, before they are summed up, and their pieces.
     """
 
-    def __init__(self, compressor: Compressor, loss_scale: Callable[[], float], transport: Transport) -> None:
+    def __init__(
+        self,
+        compressor: Compressor,
+        loss_scale: Callable[[], float],
+        transport: Transport,
+        sample: Callable[[Tensor, Sequence[Piece]], None],
+    ) -> None:
         self.exposed_seconds = 0.0
         self._compressor = compressor
         self._transport = transport
         self._loss_scale = loss_scale
+        self._sample = sample
         self._seen: set[tuple[str, int]] = set()
 
-    def summing(self, pieces: Sequence[Piece]) -> None:
-        """These pieces are about to be summed up."""
+    @property
+    def is_summing(self) -> bool:
+        """Whether something has been summed up for an optimizer step that has not come yet."""
+        return bool(self._seen)
+
+    def summing(self, x: Tensor, pieces: Sequence[Piece]) -> None:
+        """x, the values of these pieces, is about to be summed up; what waits to be drained is added to it."""
         keys = {(name, offset) for name, _, offset in pieces}
         if not self._seen or keys & self._seen:
             self._seen.clear()
             self._compressor.begin_step(self._loss_scale())
         self._seen |= keys
+        self._sample(x, pieces)
+        residuals = self._compressor.residuals
+        if residuals is not None and residuals.waits(name for name, _, _ in pieces):
+            residuals.drain_shard(_layout(pieces, 1).shards[0], x)
 
     def ended(self, applied: bool) -> None:
         """The optimizer has stepped, or skipped its step."""
@@ -96,7 +112,7 @@ class Steps:
 
 
 class CompressedReducer:
-    """Our collectives."""
+    """Our collectives. Residuals that wait are added to what exact packets carry, as other plans have none that do."""
 
     def __init__(self, compressor: Compressor, transport: ProcessGroupTransport, steps: Steps) -> None:
         self.rank = transport.rank
@@ -106,7 +122,7 @@ class CompressedReducer:
 
     def all_reduce(self, x: Tensor, pieces: Sequence[Piece]) -> None:
         """See `Reducer.all_reduce`."""
-        self.steps.summing(pieces)
+        self.steps.summing(x, pieces)
         layout = _layout(pieces, self._transport.world_size)
         self.steps.timed(
             lambda: all_reduce(x, layout, self._compressor, self._transport, op="sum"), self._transport.abort
@@ -121,15 +137,45 @@ class CompressedReducer:
         root: int | None,
     ) -> Tensor:
         """See `Reducer.sum_slices`; the sums are made at their owners, and travel once."""
-        self.steps.summing([piece for part in pieces for piece in part])
+        self.steps.summing(flat, [piece for part in pieces for piece in part])
         parts, layouts = _by_owner(flat, numels, owners, pieces, self._transport.world_size)
         return self.steps.timed(
             lambda: sum_at_owners(parts, layouts, self._compressor, self._transport), self._transport.abort
         )
 
 
+class NativeReducer:
+    """The collectives that DeepSpeed calls in these places, for steps of which values are looked at or drained.
+
+    group: DeepSpeed's data-parallel group, which carries them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, steps: Steps) -> None:
+        self.rank = group.rank()
+        self.steps = steps
+        self._group = group
+
+    def all_reduce(self, x: Tensor, pieces: Sequence[Piece]) -> None:
+        """See `Reducer.all_reduce`."""
+        self.steps.summing(x, pieces)
+        _sum_natively(x, None, self._group)
+
+    def sum_slices(
+        self,
+        flat: Tensor,
+        numels: Sequence[int],
+        owners: Sequence[int],
+        pieces: Sequence[Sequence[Piece]],
+        root: int | None,
+    ) -> Tensor:
+        """See `Reducer.sum_slices`."""
+        self.steps.summing(flat, [piece for part in pieces for piece in part])
+        _sum_natively(flat, root, self._group)
+        return _by_owner(flat, numels, owners, pieces, self._group.size())[0][self.rank]
+
+
 class ShadowReducer:
-    """The native collectives that DeepSpeed calls in these places; what ours would have sent is only counted.
+    """The collectives that DeepSpeed calls in these places; what ours would have sent is only counted.
 
     group: DeepSpeed's data-parallel group, which carries them.
     """
@@ -142,12 +188,12 @@ class ShadowReducer:
 
     def all_reduce(self, x: Tensor, pieces: Sequence[Piece]) -> None:
         """See `Reducer.all_reduce`."""
-        self.steps.summing(pieces)
+        self.steps.summing(x, pieces)
         layout = _layout(pieces, self._group.size())
         watched = ShadowReduction(x, layout, self._compressor, self.rank, op="sum")
         watched.wait = lambda: None
         watched.encode()
-        self.steps.timed(lambda: dist.all_reduce(x, group=self._group), lambda: None)
+        self.steps.timed(lambda: _sum_natively(x, None, self._group), lambda: None)
         watched.encode_result()
 
     def sum_slices(
@@ -159,18 +205,14 @@ class ShadowReducer:
         root: int | None,
     ) -> Tensor:
         """See `Reducer.sum_slices`."""
-        self.steps.summing([piece for part in pieces for piece in part])
+        self.steps.summing(flat, [piece for part in pieces for piece in part])
         size = self._group.size()
         for owner, (part, layout) in enumerate(
             zip(*_by_owner(flat, numels, owners, pieces, size), strict=True)
         ):
             if owner != self.rank:
                 self._count(part, layout)
-        if root is None:
-            self.steps.timed(lambda: dist.all_reduce(flat, group=self._group), lambda: None)
-        else:
-            target = dist.get_global_rank(self._group, root)
-            self.steps.timed(lambda: dist.reduce(flat, target, group=self._group), lambda: None)
+        self.steps.timed(lambda: _sum_natively(flat, root, self._group), lambda: None)
         return _by_owner(flat, numels, owners, pieces, size)[0][self.rank]
 
     def _count(self, part: Tensor, layout: BucketLayout) -> None:
@@ -185,6 +227,14 @@ class ShadowReducer:
         if not compressor.bounded:
             tally.announced(_SIZE_MESSAGE_BYTES)
         compressor.meter.add(tally)
+
+
+def _sum_natively(x: Tensor, root: int | None, group: dist.ProcessGroup) -> None:
+    """Replaces x by its sum over all ranks. root: the rank that needs it, where DeepSpeed would use a reduce."""
+    if root is None:
+        dist.all_reduce(x, group=group)
+    else:
+        dist.reduce(x, dist.get_global_rank(group, root), group=group)
 
 
 def _by_owner(

@@ -13,6 +13,7 @@ from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS, Plan
 from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, UnsupportedTensor
+from efficient_dl.integrations.plan_watch import ReplanOptions
 
 SECTION = "efficient_dl"
 SCALES = ("auto", "local", "global")
@@ -35,6 +36,7 @@ class Settings:
     max_relative_error: float | None = None
     on_alarm: str = "warn"
     floor_bits: float = DEFAULT_FLOOR_BITS
+    replan: bool | ReplanOptions = True
 
     @staticmethod
     def of(config: Mapping[str, Any], **arguments: Any) -> Settings:
@@ -83,6 +85,7 @@ class Settings:
             or (_is_number(self.max_relative_error, int, float) and self.max_relative_error > 0),
             "on_alarm": self.on_alarm in ("warn", "disable"),
             "floor_bits": _is_number(self.floor_bits, int, float) and 0.1 <= self.floor_bits <= 7,
+            "replan": isinstance(self.replan, (bool, ReplanOptions)),
         }
         expected = {
             "bits": 'a number of bits a value, "lossless", "identity", "none" or "auto"',
@@ -97,6 +100,7 @@ class Settings:
             "max_relative_error": "a number above 0, such as 0.5",
             "on_alarm": '"warn" or "disable"',
             "floor_bits": "0.1 to 7 bits a value",
+            "replan": "true or false; as an argument also ReplanOptions(...)",
         }
         for name, is_valid in valid.items():
             if not is_valid:
@@ -111,6 +115,20 @@ class Settings:
                 'on_alarm="disable" needs the comparison of parameters, with which ranks agree on it',
                 expected="check_every above 0",
             )
+        if isinstance(self.replan, ReplanOptions) and self.replan.active and not self.check_every:
+            raise ConfigError(
+                "plans change where parameters are compared",
+                expected="check_every above 0",
+                found=f"check_every={self.check_every}",
+                fix="check_every=50, or replan=False",
+            )
+
+    @property
+    def replan_options(self) -> ReplanOptions:
+        """How plans change during the run; without comparisons of parameters they do not."""
+        if isinstance(self.replan, ReplanOptions):
+            return self.replan
+        return ReplanOptions(active=self.replan and self.check_every > 0)
 
     def plan(self, engine: Any) -> Plan:
         """What travels; "auto" goes by the engine's optimizer and device, as for DistributedDataParallel."""
