@@ -313,7 +313,9 @@ class EngineCompression:
         steps, skipped = engine.global_steps, engine.skipped_steps
         result = self._native_step(*args, **kwargs)
         self._accumulates = engine.global_steps == steps
-        if not self._accumulates:
+        if self._accumulates:
+            self._steps.passed()
+        else:
             self._after_step(applied=engine.skipped_steps == skipped)
         return result
 

@@ -52,9 +52,8 @@ class Reducer(Protocol):
 class Steps:
     """Tells the compressor where a backward pass begins, and what became of its optimizer step.
 
-    loss_scale: of the gradients to come. A backward pass begins with the first sum after an optimizer step, or with a
-    piece that was summed up before (gradient accumulation over several reduced passes). exposed_seconds: spent in sums
-    since the last step. sample: called with this rank's own values, before they are summed up, and their pieces.
+    loss_scale: of the gradients to come. A backward pass begins with the first sum after `ended` or `passed`, or with a
+    piece that was summed up before. exposed_seconds: spent in sums since the last step. sample: called with this rank's own values, before they are summed up, and their pieces.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Steps:
 
     @property
     def is_summing(self) -> bool:
-        """Whether something has been summed up for an optimizer step that has not come yet."""
+        """Whether something has been summed up in a backward pass that is not over."""
         return bool(self._seen)
 
     def summing(self, x: Tensor, pieces: Sequence[Piece]) -> None:
@@ -87,6 +86,13 @@ class Steps:
         residuals = self._compressor.residuals
         if residuals is not None and residuals.waits(name for name, _, _ in pieces):
             residuals.drain_shard(_layout(pieces, 1).shards[0], x)
+
+    def passed(self) -> None:
+        """A backward pass is over, of several before one optimizer step: its parameters may not be those of the next.
+
+        Else a parameter whose slices are summed up one by one could lie on both sides of where the next one begins.
+        """
+        self._seen.clear()
 
     def ended(self, applied: bool) -> None:
         """The optimizer has stepped, or skipped its step."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from efficient_dl.comm.look import Allowance
 from efficient_dl.comm.measurements import Line, Measurements
@@ -22,6 +23,7 @@ from efficient_dl.integrations.plan_watch import ReplanOptions
 from tests.distributed.deepspeed_ranks import (
     BF16,
     CASES,
+    CONFIG,
     FAST,
     FP16,
     SLOW,
@@ -194,6 +196,44 @@ def accumulated(rank: int) -> dict[str, Any]:
     return {"seen": seen}
 
 
+class Late(nn.Module):
+    """`late` has a gradient in the second of two passes alone; its slices, on both ranks, are summed up one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Parameter(torch.zeros(3000))
+        self.weight = nn.Parameter(torch.zeros(2000))
+
+    def forward(self, x: Tensor, is_second: bool) -> Tensor:
+        loss = (self.weight * x[3000:]).sum()
+        return loss + (self.late * x[:3000]).sum() if is_second else loss
+
+
+def parted(rank: int) -> list[float]:
+    """How far weights are from what they should be, before and after a switch."""
+    import deepspeed
+
+    net = Late()
+    zero = {"stage": 2, "reduce_bucket_size": 16000, "use_multi_rank_bucket_allreduce": False}
+    more = {"gradient_accumulation_steps": 2, "gradient_clipping": 0.0}
+    config = {**CONFIG, **more, "zero_optimization": zero}
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    engine: Any = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+    compression = started(engine, SLOW)
+    compression.replay([row(4, "none")], 100)
+    inputs = [torch.randn(5000, generator=torch.Generator().manual_seed(one)) for one in range(2)]
+    mean, distances = torch.stack(inputs).mean(0), []
+    mean[:3000] /= 2
+    for steps in range(1, 7):
+        for is_second in (False, True):
+            engine.backward(engine(inputs[rank], is_second))
+            engine.step()
+        whole = torch.cat([p.detach() for p in net.parameters()])
+        distances.append(float((whole + steps * mean).norm() / mean.norm()))
+    compression.close()
+    return [distances[3], distances[-1]]
+
+
 # -------------------------------------------------------------------- resumes
 PLANS = [row(10, "4.0"), row(15, "none"), row(25, "2.0"), row(30, "lossless"), row(35, "none")]
 
@@ -304,6 +344,7 @@ def everything(rank: int, folder: Path) -> dict[str, Any]:
         "drained": {name: drained(rank, name) for name in DRAINED},
         "skipped": {n: skipped(rank, n) for n in STAGES},
         "accumulated": accumulated(rank),
+        "parted": parted(rank),
         "resumed": {name: resumed(rank, *of, folder / name) for name, of in RESUMED.items()},
         "elsewhere": elsewhere(rank, folder / "stage 2"),
         "ended": ended(rank),
@@ -393,6 +434,12 @@ def test_nothing_is_decided_between_the_passes_of_one_optimizer_step(two: Any) -
     for rank in two:
         bits, plans, distance = rank["accumulated"]["seen"]
         assert bits == "2.0" and plans == [(0, "2.0"), (4, "none")] and distance < 1e-5
+
+
+def test_no_slice_is_lost_of_a_parameter_that_only_the_second_pass_has_a_gradient_of(two: Any) -> None:
+    for rank in two:
+        before, after = rank["parted"]
+        assert before > 0.01 and after < 1e-5
 
 
 @pytest.mark.parametrize("name", RESUMED)
