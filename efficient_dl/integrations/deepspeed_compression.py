@@ -72,6 +72,7 @@ class EngineCompression:
         self._is_plugged = False
         self._accumulates = False  # this engine.step() was one of several before an optimizer step
         self._samples = False
+        self._is_closed = False
         self._start()
         self._native_step = engine.step
         files = CheckpointFiles(engine, self, control)
@@ -103,7 +104,7 @@ class EngineCompression:
         Under the plan "none" those are DeepSpeed's; but in a step that a look is to follow, or that takes residuals
         along, DeepSpeed's collectives are called from here.
         """
-        is_on = self._guards.off is None and self._control.world_size > 1
+        is_on = self._guards.off is None and self._control.world_size > 1 and not self._is_closed
         self._samples = self._replans and is_on and self._is_due(self._engine.global_steps + 1)
         residuals = self._compressor.residuals
         reducer = self._ours if self._compresses else None
@@ -186,7 +187,8 @@ class EngineCompression:
         With bits="auto" the plan may change here: what is decided holds from the next step on, on all ranks. Among the
         passes that are accumulated for one optimizer step nothing is decided.
         """
-        self._check(self._parameters, decides=not self._accumulates and not self._steps.is_summing)
+        is_between_steps = not self._accumulates and not self._steps.is_summing
+        self._check(self._parameters, decides=is_between_steps and not self._is_closed)
 
     def _check(self, parameters: Mapping[str, Tensor], decides: bool = True) -> None:
         planner, meter, step = self._replanner, self._compressor.meter, self._engine.global_steps
@@ -304,6 +306,7 @@ class EngineCompression:
         for name in self._replaced:
             delattr(self._engine, name)
         self._replaced = {}
+        self._is_closed = True
         self._plug_in(False)
         if self._transport is not None:
             self._transport.close()

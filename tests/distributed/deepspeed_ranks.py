@@ -298,6 +298,7 @@ def closed(rank: int) -> dict[str, Any]:
     compression = compress_engine(engine, "identity")
     replaced = set(vars(engine)) - before[0], set(vars(engine.optimizer)) - before[1]
     compression.close()
+    compression.check()
     after = set(vars(engine)), set(vars(engine.optimizer))
     train(engine, rank)
     return {"replaced": replaced, "restored": before == after, "digest": digest(engine)}
