@@ -53,7 +53,8 @@ class Steps:
     """Tells the compressor where a backward pass begins, and what became of its optimizer step.
 
     loss_scale: of the gradients to come. A backward pass begins with the first sum after `ended` or `passed`, or with a
-    piece that was summed up before. exposed_seconds: spent in sums since the last step. sample: called with this rank's own values, before they are summed up, and their pieces.
+    piece that was summed up before. exposed_seconds: spent in sums since the last step. sample: called with this rank's
+    own values, before they are summed up, and their pieces.
     """
 
     def __init__(
