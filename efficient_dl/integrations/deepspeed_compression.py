@@ -61,6 +61,7 @@ class EngineCompression:
         self._compressor = compressor
         self._parameters = dict(engine.module.named_parameters())
         self._checks = 0
+        self._empty_meter = compressor.meter_state()
         self._plug = plug
         self._guards = GroupGuards(control, settings.max_relative_error, settings.on_alarm, settings.shadow)
         self._steps = Steps(
@@ -267,7 +268,12 @@ class EngineCompression:
         self._prepare()
 
     def begin_at(self, step: int) -> None:
-        """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks."""
+        """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks.
+
+        What was counted and left out before, with other weights, is forgotten.
+        """
+        self._compressor.start_afresh(self._empty_meter)
+        self._guards.load_state_dict(self._guards.state_dict())  # their windows begin anew with the meter
         if self._replanner is not None:
             self._replanner.begin_at(step)
             self._replanner.restarted(self._compressor.meter)

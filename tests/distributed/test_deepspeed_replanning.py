@@ -292,6 +292,14 @@ def elsewhere(rank: int, folder: Path) -> dict[str, Any]:
         train(engine, rank, 1)
         seen[name] = bits_of(compression), compression.stats()["steps"]
         compression.close()
+    engine = engine_of(sgd(2))
+    compression = started(engine, SLOW)
+    train(engine, rank, 2)
+    engine.load_checkpoint(str(folder), tag="global_step10")  # other ranks' still
+    stats = compression.stats()
+    norms = {one["residual_norm"] for one in stats["parameters"].values()}
+    seen["trained before"] = bits_of(compression), stats["steps"], stats["wire_bytes"], norms
+    compression.close()
     return seen
 
 
@@ -460,6 +468,7 @@ def test_states_of_other_runs_are_refused_or_begun_anew(two: Any) -> None:
         assert found["allowance"][0]["looks"] == 0.0 and found["allowance"][1] == 0
         assert found["old"] == ([(10, "4.0")], 11)
         assert found["other ranks"] == ([(10, "none")], 1)
+        assert found["trained before"] == ([(10, "2.0")], 0, 0, {0.0})
 
 
 def test_the_kill_switch_wins_over_waiting_residuals_and_later_plans(two: Any) -> None:
