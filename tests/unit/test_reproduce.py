@@ -194,13 +194,14 @@ def test_partitionwise_that_never_gets_there_is_not_fast() -> None:
     assert form_of(partitionwise.verdict(rows)) == FAILS
 
 
-def test_partitionwise_is_not_needed_where_one_host_alone_is_faster() -> None:
+def test_partitionwise_says_where_one_host_alone_may_be_as_fast() -> None:
     rows = partitionwise_rows(3, 0.5)
     for one in rows:
         if one["system"] == "backprop on one host" and one["metric"] == "step_seconds":
             one["value"] *= 0.4
     found = partitionwise.verdict(rows)
-    assert form_of(found) == FAILS and "0.80 x as fast as one host" in found
+    assert "holds if backprop on one host, which may be as fast, does not count: " in found
+    assert "0.80 x as fast as one host" in found
 
 
 def redundancy_rows(
