@@ -69,6 +69,8 @@ def main(
         ]
         for goal in goals:
             axis.axhline(goal, color="grey", linewidth=0.7, linestyle="--")
+        if goals:
+            axis.set_ylim(top=2 * max(goals))  # what comes before is the same for all
         axis.set_xscale("log")
         axis.set_xlabel("seconds: steps x a step's median")
         axis.set_ylabel("held-out loss, nats, mean of five")
