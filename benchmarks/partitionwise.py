@@ -276,12 +276,16 @@ def main(
     if quick:
         cases = {"mlp": (quick_case(),)}
         ranks, rates, seeds, rounds, round_steps = "2", "100mbit", 1, 2, 8
+    some_sizes = batches.split(",") if batches else []
+    there_are = [str(one.batch) for of_sizes in cases.values() for one in of_sizes]
+    if unknown := [one for one in some_sizes if one not in there_are]:
+        raise typer.BadParameter(f"no step of {unknown[0]!r} samples; there are {', '.join(there_are)}")
     measured = read_rows(out)
     bench = Bench(RowFile(out), measured)
     sizes, links = [int(one) for one in ranks.split(",")], rates.split(",")
     for size in sizes:
         for name, of_sizes in cases.items():
-            some = [one for one in of_sizes if not batches or str(one.batch) in batches.split(",")]
+            some = [one for one in of_sizes if not some_sizes or str(one.batch) in some_sizes]
             if "losses" in parts:
                 for seed in range(seeds):
                     bench.losses(of_sizes, size, named, seed, some)
