@@ -252,11 +252,10 @@ class EngineCompression:
             self._check_place(state)
         else:
             self._follow_saved(state, planner)
-        fresh = self._compressor.meter_state()
         self._compressor.load_state_dict(state["compressor"])
         self._checks = state["checks"]
         if state["shadow"] != self.shadow:
-            self._compressor.start_afresh(fresh)
+            self._compressor.start_afresh(self._empty_meter)
             _log.warning(
                 "from a shadow run to a real one, or back: counters and residuals start again from zero"
             )
