@@ -38,34 +38,35 @@ class PieceCosts:
 def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[PieceCosts]:
     """The costs of every piece, each on what the pieces before it make of the example.
 
-    Gradients, buffers, modes and random generators are afterwards what they were. Raises ConfigError where a piece
-    cannot run a training step on the example.
+    Only one piece's activations exist at a time. Gradients, buffers, modes and random generators are afterwards what they
+    were. Raises ConfigError where a piece cannot run a training step on the example.
     """
-    inputs = example.clone()
-    # Alive until the end, so that no other storage takes the address of one that lies between two pieces.
-    sources: list[Tensor] = []
     saved: list[dict[Hashable, int]] = []
     sizes: list[int] = []
     again: list[int] = []
+    start = example.clone()
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
+        source, number = start, 0
         for index, piece in enumerate(pieces):
-            sources.append(inputs.detach().requires_grad_(index > 0 and inputs.is_floating_point()))
             with _training_step(piece):
-                storages, inputs = _saved(model, piece, sources[-1])
-            between = {one.untyped_storage().data_ptr() for one in (*sources, inputs)}
+                storages, output = _saved(model, piece, source)
+                again.append(_saved_again(model, piece, source))
             # What lies inside a piece is gone after it, and its address may come again.
-            saved.append({key if key in between else (index, key): size for key, size in storages.items()})
-            sizes.append(inputs.numel() * inputs.element_size())
-            with _training_step(piece):
-                again.append(_saved_again(model, piece, sources[-1]))
+            between = {_address(source): number}
+            number = between.setdefault(_address(output), index + 1)  # the same one if it is a view of the other
+            saved.append({between.get(key, (index, key)): size for key, size in storages.items()})
+            sizes.append(output.numel() * output.element_size())
+            source = _as_input(output)
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
         rounds: list[list[tuple[float, float]]] = []
         for _ in range(REPEATS + 1):
             rounds.append([])
-            for piece, source in zip(pieces, sources, strict=True):
+            source = start
+            for piece in pieces:
                 with _training_step(piece):
-                    rounds[-1].append(_seconds(piece, source))
+                    seconds, source = _seconds(piece, source)
+                rounds[-1].append(seconds)
     costs: list[PieceCosts] = []
     for index, (storages, size, more) in enumerate(zip(saved, sizes, again, strict=True)):
         forward, backward = (statistics.median(one[index][which] for one in rounds[1:]) for which in range(2))
@@ -84,15 +85,15 @@ def least_seconds(model: nn.Module, pieces: Sequence[Piece], example: Tensor) ->
         set_mode(model, pieces, training=True)
         for piece in pieces:
             with _training_step(piece):
-                begin, taken = _now(example.device), list[float]()
+                begin, taken, following = _now(example.device), list[float](), source
                 while len(taken) < 2 or (
                     len(taken) < TRIES and _now(example.device) - begin < TRIES_SECONDS / len(pieces)
                 ):
-                    taken.append(sum(_seconds(piece, source)))
+                    del following
+                    seconds, following = _seconds(piece, source)
+                    taken.append(sum(seconds))
                 total += min(taken)
-                with torch.no_grad():
-                    source = piece.module(source)
-                source.requires_grad_(source.is_floating_point())
+                source = following
     return total
 
 
@@ -127,12 +128,15 @@ def _saved_again(model: nn.Module, piece: Piece, source: Tensor) -> int:
         output = run_once(piece.module, source)
         held = {**meter.storages}
     del output  # with what it kept
-    held.pop(source.untyped_storage().data_ptr(), None)
+    held.pop(_address(source), None)
     return sum(held.values())
 
 
-def _seconds(piece: Piece, source: Tensor) -> tuple[float, float]:
-    """Of one forward, and of its backward to the piece's parameters and, where it has a gradient, its input."""
+def _seconds(piece: Piece, source: Tensor) -> tuple[tuple[float, float], Tensor]:
+    """Of one forward, and of its backward to the piece's parameters and, where it has a gradient, its input.
+
+    Also its output, as the next piece's input.
+    """
     wanted = [one for one in (source, *piece.module.parameters()) if one.requires_grad]
     started = _now(source.device)
     output = piece.module(source)
@@ -140,7 +144,15 @@ def _seconds(piece: Piece, source: Tensor) -> tuple[float, float]:
     if output.requires_grad:
         # Not backward(): that would add to the gradients of the model.
         torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
-    return between - started, _now(source.device) - between
+    return (between - started, _now(source.device) - between), _as_input(output)
+
+
+def _as_input(output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(output.is_floating_point())
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _now(device: torch.device) -> float:

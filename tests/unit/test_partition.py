@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -185,6 +186,21 @@ def test_costs_are_those_of_the_partition_run_alone() -> None:
         assert part.costs.output_bytes == 4 * x.numel()
         assert part.costs.parameter_bytes == sum(4 * one.numel() for one in part.module.parameters())
         assert part.costs.name == part.name
+
+
+def test_measuring_holds_the_activations_of_one_piece_alone() -> None:
+    alive: list[int] = []
+    outputs: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        alive.append(sum(one() is not None for one in outputs))
+        outputs.append(weakref.ref(output.untyped_storage()))
+
+    layers = [nn.Linear(8, 8) for _ in range(12)]
+    for layer in layers:
+        layer.register_forward_hook(watch)
+    edl.partition(nn.Sequential(*layers), 3, torch.randn(4, 8), balance="memory")
+    assert len(alive) > len(layers) and max(alive) <= 2
 
 
 def test_by_memory_the_dearest_partition_is_cheaper_than_by_parameters() -> None:
