@@ -4,11 +4,12 @@ python -m benchmarks.communication --out benchmarks/results/communication.jsonl 
 python -m benchmarks.communication --models gpt-micro --rates 100mbit --steps 5           # two minutes
 Run nothing beside it. Every system has a model of its own: gpt-base on 4 hosts takes 26 GB. "Exposed" is what a step
 takes longer than the same step without communication, under the same contention. Peers that are not installed are
-named and left out (pip install hivemind).
+named and left out (pip install hivemind). A cell that --out has already, with all of these systems, is not repeated.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -83,6 +84,16 @@ def median_upper95(values: list[float]) -> float:
     return ordered[min(above, len(ordered) - 1)]
 
 
+def measured_cells(out: Path | None) -> dict[str, set[str]]:
+    """The systems of every case in a file of rows."""
+    found: dict[str, set[str]] = {}
+    if out is not None and out.exists():
+        for row in map(json.loads, out.read_text().splitlines()):
+            if row["bench"] == BENCH and row["metric"] == "step_seconds":
+                found.setdefault(row["case"], set()).add(row["system"])
+    return found
+
+
 def worker(model: str, systems: list[str], steps: int, seconds: float) -> None:
     """One rank of a cell; rank 0 prints it as a line of JSON."""
 
@@ -108,10 +119,14 @@ def main(
     names = _installed([name.strip() for name in systems.split(",")])
     if as_worker:
         return worker(models, names, steps, 60 * minutes)
-    file = RowFile(out)
+    file, there = RowFile(out), measured_cells(out)
     for model in models.split(","):
         for ranks in map(int, hosts.split(",")):
             for rate in rates.split(","):
+                case = f"{model}, {ranks} hosts, {'unshaped' if rate == 'none' else rate}"
+                if there.get(case, set()).issuperset(names):
+                    print(f"{case}: measured already, in {out}", file=sys.stderr)
+                    continue
                 command = [sys.executable, "-m", "benchmarks.communication", "--worker", "--models", model]
                 command += ["--systems", ",".join(names), "--steps", str(steps), "--minutes", str(minutes)]
                 with EmulatedNetwork(hosts=ranks, rate=rate) as network:
@@ -124,7 +139,7 @@ def main(
                     raise typer.Exit(result.exit_code)
                 line = next(one for one in result.output[0].splitlines() if one.startswith(_LINE))
                 cell = Cell.from_json(line.removeprefix(_LINE))
-                rows = rows_of(f"{model}, {ranks} hosts, {'unshaped' if rate == 'none' else rate}", cell)
+                rows = rows_of(case, cell)
                 for row in rows:
                     file.add(row)
                 _print(rows, cell)

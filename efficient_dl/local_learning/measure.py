@@ -38,8 +38,8 @@ class PieceCosts:
 def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[PieceCosts]:
     """The costs of every piece, each on what the pieces before it make of the example.
 
-    Only one piece's activations exist at a time. Gradients, buffers, modes and random generators are afterwards what they
-    were. Raises ConfigError where a piece cannot run a training step on the example.
+    Only one piece's activations exist at a time. Gradients, buffers, modes and random generators are afterwards what
+    they were. Raises ConfigError where a piece cannot run a training step on the example.
     """
     saved: list[dict[Hashable, int]] = []
     sizes: list[int] = []
@@ -54,7 +54,9 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
                 again.append(_saved_again(model, piece, source))
             # What lies inside a piece is gone after it, and its address may come again.
             between = {_address(source): number}
-            number = between.setdefault(_address(output), index + 1)  # the same one if it is a view of the other
+            number = between.setdefault(
+                _address(output), index + 1
+            )  # the same one if it is a view of the other
             saved.append({between.get(key, (index, key)): size for key, size in storages.items()})
             sizes.append(output.numel() * output.element_size())
             source = _as_input(output)
