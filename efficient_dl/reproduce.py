@@ -34,9 +34,7 @@ def add_to(app: typer.Typer, reported: Callable[[], AbstractContextManager[Any]]
     @app.command(epilog=EXAMPLE)
     def reproduce(
         claim: Annotated[str, typer.Argument(help="T1 to T6, redundancy or all.")],
-        quick: Annotated[
-            bool, typer.Option("--quick", help="Small studies: about two minutes each.")
-        ] = False,
+        quick: Annotated[bool, typer.Option("--quick", help="Small studies: 20 to 100 s each.")] = False,
         from_results: Annotated[
             bool, typer.Option("--from-results", help="Run nothing; read the rows in benchmarks/results.")
         ] = False,

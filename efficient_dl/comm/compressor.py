@@ -348,11 +348,11 @@ class Compressor:
             kept: Mapping[str, Any] | None = state["residuals"]
             self.residuals.load_state_dict(_NO_RESIDUALS if kept is None else kept)
 
-    def start_afresh(self, meter: Mapping[str, Any]) -> None:
-        """Forgets residuals and takes this meter's state: what was counted and left out belongs to another run."""
+    def start_afresh(self) -> None:
+        """Forgets what was counted and left out: it belongs to another run."""
         self._deferred = Deferred()
-        self.meter.load_state_dict(meter)
-        self._bytes_before = self.meter.totals.wire_bytes
+        self.meter.load_state_dict(Meter(list(self.meter.parameters)).state_dict())
+        self._bytes_before = 0
         if self.residuals is not None:
             self.residuals.load_state_dict(_NO_RESIDUALS)
 
@@ -366,7 +366,7 @@ class Compressor:
             self.check_state(state)
         if residuals:
             self._check_residuals(states)
-        self._deferred = Deferred()
+        self.start_afresh()
         self.rates.load_mean([state["rates"] for state in states])
         if self.common_step is not None:
             self.common_step.load_positions(states[0]["common_step"])

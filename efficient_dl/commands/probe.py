@@ -32,7 +32,7 @@ def probe(
     model: Annotated[str | None, typer.Option(help="As for edl train: gpt-micro, resnet18, ...")] = None,
     data: Annotated[str | None, typer.Option(help="As for edl train.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Local workers to start: 2, or 1 with --what-if.")
+        int | None, typer.Option(help="Local workers to start: 2, or 1 with --what-if, or as --config says.")
     ] = None,
     floor_bits: Annotated[
         float | None, typer.Option(help="The fewest bits a value that may be chosen.")

@@ -229,11 +229,15 @@ def settled_config(flags: TrainFlags, new_run: bool = True) -> Config:
 
 
 def merged_config(flags: TrainFlags) -> Config:
-    """What the file or the recorded run and the flags say together, for models and data that exist. Raises EdlError."""
+    """What the file or the recorded run and the flags say together, for models and data that exist.
+
+    Raises EdlError, also for settings that contradict each other.
+    """
     from efficient_dl.config import Config, load_config, with_overrides
     from efficient_dl.data import check_data
     from efficient_dl.models import check_model
     from efficient_dl.training.run_folder import recorded_config
+    from efficient_dl.training.setting_checks import check_settings
 
     if flags.resume and flags.out is None:
         raise ConfigError(
@@ -248,6 +252,7 @@ def merged_config(flags: TrainFlags) -> Config:
     else:
         config = Config()
     config = with_overrides(config, flags.settings)
-    check_model(config.model)
+    architecture = check_model(config.model)
     check_data(config.data)
+    check_settings(config, architecture.kind)
     return config

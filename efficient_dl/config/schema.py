@@ -36,7 +36,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     section: ClassVar[str] = "data"
     name: str = setting("stdlib", "stdlib, digits, fashion-mnist or tokens:PATH", required=True)
-    path: str = setting("", "folder of fashion-mnist's files; empty: the usual places")
+    path: str = setting("", "folder of fashion-mnist's files, or of tokens; empty: the usual places")
     batch_size: int = setting(
         8, "samples a worker takes at once; a step takes batch_size * workers * accumulate", low=1, high=2**24
     )
@@ -86,19 +86,23 @@ class CompressionConfig(Section):
         "", "other bits by parameter name: '*.bias=none, head.*=4.0'; the first pattern that fits counts"
     )
     max_error: float = setting(
-        0.0, "instead of bits: the largest relative error of a packet; 0: off", low=0.0, below=1.0
+        0.0,
+        "instead of bits: the largest relative error of a packet, from 0.0125 on; 0: off",
+        low=0.0,
+        below=1.0,
     )
     bytes_per_step: int = setting(
         0, "instead of bits: what a worker may send in a step; 0: off", low=0, high=_MANY
     )
     error_feedback: str = setting(
         "auto",
-        "add what a packet leaves out to the next; auto: for sgd",
+        "add what a packet leaves out to the next; auto: for sgd with global steps",
         words=("auto", "on", "off"),
     )
     scale: str = setting(
         "auto",
-        "what step sizes follow: blocks of 256 values, one for the model, adam's second moment; auto: global for sgd",
+        "what step sizes follow: blocks of 256 values, one for the model, adam's second moment; auto: global for sgd "
+        "on a CPU with exact messages",
         words=("auto", "local", "global", "second_moment"),
     )
     messages: str = setting(
@@ -243,7 +247,7 @@ class LocalConfig(Section):
     )
     freeze_below: float = setting(
         0.0,
-        "partitionwise: a partition whose loss falls by a smaller share in a stage is frozen; 0: never",
+        "a partition whose loss changes by a smaller share in a stage, by the trend of four, is frozen; 0: never",
         low=0.0,
         below=1.0,
     )

@@ -130,8 +130,8 @@ class Coordinator:
         return self._speeds[rank] if self.knows_speeds else 1.0
 
     def forget_speeds(self) -> None:
-        """The ranks are on other machines now; all of them call it, before they decide."""
-        self._speeds = ()
+        """The ranks, and the links between them, are others now; all of them call it, before they decide."""
+        self._speeds, self._links = (), ()
 
     def close(self) -> None:
         """Call it at the end of training, on all ranks: until then the others may still read what rank 0 decided."""

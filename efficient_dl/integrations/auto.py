@@ -20,6 +20,7 @@ from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS, Decision, PlannerOptio
 from efficient_dl.comm.probe import codecs_for, probe, sample_gradient
 from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import ConfigError
+from efficient_dl.integrations.native_wait import wait_for_native
 
 _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,7 +106,11 @@ def decide(
                 carrier,
                 topology,
                 options,
-                lambda x: dist.all_reduce(x, group=control.group),
+                lambda x: wait_for_native(
+                    lambda: dist.all_reduce(x, group=control.group, async_op=True),
+                    control,
+                    "all-reduce, while links were measured,",
+                ),
                 [options.ready[name] for name in _trained(parameters)] if options.ready else [],
             )
     decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)

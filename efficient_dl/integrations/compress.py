@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
-from efficient_dl.integrations.deepspeed import compress_engine, is_engine
+from efficient_dl.integrations.deepspeed import check_is_own, compress_engine, is_engine
 from efficient_dl.integrations.deepspeed_compression import EngineCompression
 from efficient_dl.integrations.fsdp import compress_fsdp
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
@@ -33,7 +33,7 @@ def compress(
     model: a DistributedDataParallel, a model to which torch.distributed.fsdp.fully_shard was applied, or a DeepSpeed
         engine.
     optimizer: its steps trigger the comparison of parameters between ranks; without one, call `check()` yourself. A
-        DeepSpeed engine has its own.
+        DeepSpeed engine has its own, and takes no other.
     bits: of gradients. "none" (the native collective, untouched), "identity" (our reduction, uncompressed),
         "lossless", a number of bits a value (2.0), a codec's name ("grid:0.5", "int8", ...), or "auto", the default.
     options: what `ddp.compress_ddp`, `fsdp.compress_fsdp` or `deepspeed.compress_engine` take beside, explained there.
@@ -41,7 +41,7 @@ def compress(
         on_alarm, floor_bits, replan.
         DistributedDataParallel and FSDP2: overrides, max_error, bytes_per_step, scaler, backward_seconds.
         DistributedDataParallel and DeepSpeed: scale.
-        DistributedDataParallel: hierarchy, transport, group.
+        DistributedDataParallel: hierarchy, transport, group, measurements.
         FSDP2: weights, axes.
 
     Raises ConfigError (also for an option that this kind of model does not have), UnsupportedTensor, PlanMismatch
@@ -59,6 +59,8 @@ def compress(
     options |= {name: value for name, value in given.items() if value is not None}
     if kind != "DistributedDataParallel" and options.get("messages") == "auto":
         del options["messages"]  # their planner has exact ones alone
+    if kind == "DeepSpeed" and (own := options.pop("optimizer", None)) is not None:
+        check_is_own(model, own)
     for option in options:
         if option not in known:
             names = [name for name in known if name not in ("model", "engine")]

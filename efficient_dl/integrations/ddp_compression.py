@@ -21,13 +21,14 @@ from efficient_dl.comm import (
     Transport,
     combined,
     gather_json,
+    handshake,
     native_tally,
     parameter_scalars,
     since,
     summary,
     total_scalars,
 )
-from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.errors import CheckpointError, ConfigError, EdlError
 from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_backward import Backward
 from efficient_dl.integrations.ddp_buckets import bucket_names
@@ -120,13 +121,16 @@ class Compression:
 
         reason: for the logs.
         """
-        if not self._compresses and not self._replans:
+        if not self._compresses and not self.replans:
             _log.warning('there is nothing to disable: bits="none"')
         else:
             self._guards.wish(reason)
 
     def interval(self, all_ranks: bool = False, name: str = "interval") -> dict[str, Any]:
-        """`stats` of the time since the last call with this name, or since the start; the marks are saved, too."""
+        """`stats` of the time since the last call with this name, or since the start; the marks are saved, too.
+
+        all_ranks: as for `stats`.
+        """
         now = self._compressor.meter_state()
         state, self._marks[name] = since(now, self._marks.get(name)), now
         return self._stats(state, all_ranks)
@@ -151,17 +155,15 @@ class Compression:
 
         all_ranks: sums of all ranks, instead of this rank's; then every rank must call it.
 
-        Returns bits, codec, kernel, exact, shadow, world_size, transport (what carries compressed bytes:
-        "process_group", "mpi" or a class), hierarchy (None, or the nodes or groups in use), checks, and `summary` of
-        the meter:
-        wire_bytes (what left, size messages included; with a hierarchy: what left the node), raw_bytes (the same with
-        the identity codec), local_bytes (what a hierarchy sent inside the node), all three per step, ratio,
-        bits_per_value, entropies, seconds, relative_error and a row for each parameter, with order0_bits and model_bits
-        of a sample (one step in 20, at most 32 blocks of 256 values), and with error feedback residual_norm, Euclidean;
-        the alarms so far;
-        disabled, None or {"step", "reason"} (see `disable`); and with bits="auto" the plans that came into force, each
-        {"step", "bits", "hierarchy", "reason"}, and how many looks there were. A step is one synchronized backward
-        pass.
+        Returns bits, codec, reason, overrides, scale, messages, error_feedback, kernel, exact, shadow, world_size,
+        transport (what carries compressed bytes: "process_group", "mpi" or a class), hierarchy (None, or the nodes or
+        groups in use), checks, and `summary` of the meter: wire_bytes (what left, size messages included; with a
+        hierarchy: what left the node), raw_bytes (the same with the identity codec), local_bytes (what a hierarchy sent
+        inside the node), all three per step, ratio, bits_per_value, entropies, seconds, relative_error and a row for
+        each parameter, with order0_bits and model_bits of a sample (one step in 20, at most 32 blocks of 256 values),
+        and with error feedback residual_norm, Euclidean; the alarms so far; disabled, None or {"step", "reason"} (see
+        `disable`); and with bits="auto" the plans that came into force, each {"step", "bits", "hierarchy", "reason",
+        "group_size", "bounded"}, and how many looks there were. A step is one synchronized backward pass.
 
         bytes_source says where the bytes come from: "counted", but for native_bytes, which torch's own collectives
         sent and which are calculated; "shadow" (would have been sent); or "analytic" (bits="none": 2 (n − 1) / n of
@@ -201,7 +203,7 @@ class Compression:
             "bytes_source": source,
             "disabled": self._guards.off,
             "alarms": self._guards.alarms,
-            "plans": [one.to_json() for one in self._replanner.chosen] if self._replanner else [],
+            "plans": self.plans,
             "looks": self._replanner.looks if self._replanner else 0,
             **figures,
         }
@@ -226,19 +228,26 @@ class Compression:
                     _log.warning("bits auto, from step %d on: %s", step + 1, chosen.reason)
             planner.forget_sample()
 
-    def replay(self, plans: Sequence[ChosenPlan], until_step: int) -> None:
+    def replay(self, plans: Sequence[Mapping[str, Any]], until_step: int) -> None:
         """With bits="auto": goes over to these plans after the same steps again, up to a step, and measures nothing.
 
-        For a run that goes on from before decisions that were recorded (`stats()["plans"]`), and is to come to the
-        same bits as before. All ranks call it with the same arguments, before the next step.
+        plans: rows of `stats()["plans"]`. For a run that goes on from before decisions that were recorded, and is to
+        come to the same bits as before. All ranks call it with the same arguments, before the next step. Raises
+        ConfigError where plans do not change (`replans`).
         """
-        if self._replanner is not None:
-            self._replanner.replay(plans, until_step)
+        if self._replanner is None:
+            return
+        if not self.replans:
+            raise ConfigError(
+                "this run does not change its plans, and so cannot repeat changes",
+                fix="replan=True, an optimizer and check_every as in the run that is repeated",
+            )
+        self._replanner.replay([ChosenPlan.from_json(one) for one in plans], until_step)
 
     @property
-    def plans(self) -> list[ChosenPlan]:
-        """With bits="auto" the plans in force so far, the present one last; else []."""
-        return list(self._replanner.chosen) if self._replanner else []
+    def plans(self) -> list[dict[str, Any]]:
+        """With bits="auto" the plans in force so far, as in `stats`, the present one last; else []."""
+        return [one.to_json() for one in self._replanner.chosen] if self._replanner else []
 
     def _sample_averages(self, planner: Replanner) -> None:
         for parameter in reversed(self._parameters.values()):
@@ -327,16 +336,9 @@ class Compression:
         """
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
-        if not states:
-            raise CheckpointError("no compression state was given", fix="pass this rank's state_dict()")
-        resized = states[0]["world_size"] != control.world_size
-        own = states[0] if resized or len(states) <= control.rank else states[control.rank]
-        if not resized and own["rank"] != control.rank:
-            raise CheckpointError(
-                f"rank {control.rank} was given the compression state of rank {own['rank']}",
-                fix="save state_dict() on every rank, and load each rank's own",
-            )
         planner = self._replanner
+        own = self._own_state(states) if planner is None else self._own_of_the_same_run(states)
+        resized = own["world_size"] != control.world_size
         before: dict[str, Any] = own.get("replanner") or {} if planner is not None else {}
         if planner is not None and before:
             self._follow(planner.resumable(before))
@@ -349,7 +351,6 @@ class Compression:
                 self._follow(planner.continued(before, self._optimizer_steps))
                 self._drain_natively()
             return
-        fresh = self._compressor.meter_state()
         self._compressor.load_state_dict(own["compressor"])
         self._count(own["optimizer_steps"])
         self._guards.load_state_dict(own)
@@ -369,7 +370,7 @@ class Compression:
         if not own["buckets_settled"] and not self._compressor.exact:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
         if own["shadow"] != self.shadow:
-            self._compressor.start_afresh(fresh)
+            self._compressor.start_afresh()
             self._marks = {}
             _log.warning(
                 "compression state of %s: the byte counters and residuals start again from zero",
@@ -377,6 +378,42 @@ class Compression:
                 if own["shadow"]
                 else "a real run, restored in a shadow",
             )
+
+    def _own_state(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """This rank's, or at another world size the first one."""
+        if not states:
+            raise CheckpointError("no compression state was given", fix="pass this rank's state_dict()")
+        rank = self._control.rank
+        if states[0]["world_size"] != self._control.world_size:
+            return states[0]
+        own = states[rank] if len(states) > rank else states[0]
+        if own["rank"] != rank:
+            raise CheckpointError(
+                f"rank {rank} was given the compression state of rank {own['rank']}",
+                fix="save state_dict() on every rank, and load each rank's own",
+            )
+        return own
+
+    def _own_of_the_same_run(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """`_own_state`, if all ranks were given states of the same plan, step and number of ranks.
+
+        Going over to a plan may make groups, which all ranks have to make together.
+        """
+        failure: EdlError | None = None
+        facts: dict[str, Any] = {}
+        own: Mapping[str, Any] = {}
+        try:
+            own = self._own_state(states)
+            replanner = own.get("replanner") or {}
+            facts = {
+                "auto": str(replanner.get("chosen", [None])[-1]),
+                "ranks": own["world_size"],
+                "step": own["optimizer_steps"],
+            }
+        except EdlError as error:
+            failure = error
+        handshake({"checkpoint": facts}, self._control, failure)
+        return own
 
     def begin_at(self, step: int) -> None:
         """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks."""
@@ -456,7 +493,8 @@ class Compression:
         return self._backward.engine is not None
 
     @property
-    def _replans(self) -> bool:
+    def replans(self) -> bool:
+        """Whether plans can change while it trains."""
         return self._replanner is not None and self._replanner.active
 
     def _topology_of(self, plan: ChosenPlan) -> Topology | None:
@@ -479,12 +517,12 @@ class Compression:
             self._compressor.meter.stepped(exposed_seconds=0.0)
         if self._replanner is not None:
             self._replanner.stepped()
-        if self._is_due(self._optimizer_steps) and (self._hooked or self._replans):
+        if self._is_due(self._optimizer_steps) and (self._hooked or self.replans):
             self._check(self._parameters if self._compresses else {})
 
     def _count(self, steps: int) -> None:
         self._optimizer_steps = steps
-        looks = self._replans and self._guards.off is None
+        looks = self.replans and self._guards.off is None
         self._backward.samples = looks and self._is_due(steps + 1)
 
     def _is_due(self, step: int) -> bool:

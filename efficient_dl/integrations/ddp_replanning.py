@@ -18,7 +18,8 @@ from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.transport import telling_peers
 from efficient_dl.integrations.auto import AutoOptions
-from efficient_dl.integrations.plan_watch import ChosenPlan, PlanWatch, ReplanOptions, Sample, wait_for_native
+from efficient_dl.integrations.native_wait import wait_for_native
+from efficient_dl.integrations.plan_watch import ChosenPlan, PlanWatch, ReplanOptions, Sample
 
 
 class Replanner(PlanWatch):

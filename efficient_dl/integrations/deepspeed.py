@@ -35,6 +35,17 @@ def is_engine(model: object) -> bool:
     return module is not None and isinstance(model, module.DeepSpeedEngine)
 
 
+def check_is_own(engine: Any, optimizer: object) -> None:
+    """Raises ConfigError unless the engine steps this optimizer: the one it was given, or the one it made of it."""
+    names = ("optimizer", "basic_optimizer", "client_optimizer")
+    if all(getattr(engine, name, None) is not optimizer for name in names):
+        raise ConfigError(
+            "a DeepSpeed engine has its own optimizer, and this is another one",
+            found=type(optimizer).__name__,
+            fix="compress(engine, bits=...)",
+        )
+
+
 def compress_engine(
     engine: Any,
     bits: str | float | None = None,

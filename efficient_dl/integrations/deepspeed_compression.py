@@ -61,7 +61,6 @@ class EngineCompression:
         self._compressor = compressor
         self._parameters = dict(engine.module.named_parameters())
         self._checks = 0
-        self._empty_meter = compressor.meter_state()
         self._plug = plug
         self._guards = GroupGuards(control, settings.max_relative_error, settings.on_alarm, settings.shadow)
         self._steps = Steps(
@@ -255,7 +254,7 @@ class EngineCompression:
         self._compressor.load_state_dict(state["compressor"])
         self._checks = state["checks"]
         if state["shadow"] != self.shadow:
-            self._compressor.start_afresh(self._empty_meter)
+            self._compressor.start_afresh()
             _log.warning(
                 "from a shadow run to a real one, or back: counters and residuals start again from zero"
             )
@@ -271,7 +270,7 @@ class EngineCompression:
 
         What was counted and left out before, with other weights, is forgotten.
         """
-        self._compressor.start_afresh(self._empty_meter)
+        self._compressor.start_afresh()
         self._guards.load_state_dict(self._guards.state_dict())  # their windows begin anew with the meter
         if self._replanner is not None:
             self._replanner.begin_at(step)

@@ -23,6 +23,7 @@ from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions
+from efficient_dl.integrations.ddp_setup import feeds_back
 from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.fsdp_auto import WEIGHTS, Automatic, Chosen, choose
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
@@ -52,7 +53,7 @@ def compress_fsdp(
     overrides: Mapping[str, str | float] | None = None,
     max_error: float | None = None,
     bytes_per_step: int | None = None,
-    error_feedback: bool = False,
+    error_feedback: bool | str = False,
     messages: Messages = "exact",
     scaler: torch.amp.GradScaler | None = None,
     shadow: bool = False,
@@ -80,7 +81,8 @@ def compress_fsdp(
         our own of it, in full precision; only the slow axis between the replicas is then compressed. {"replicate":
         "none"} leaves the replicas to torch. Tensor-parallel and other axes are not touched.
     bytes_per_step: of both axes, apportioned by values sent; of the one that `axes` does not name, if it names one.
-    error_feedback: add what a packet leaves out to the next one of the same values. On the shard axis it takes 8
+    error_feedback: add what a packet leaves out to the next one of the same values; True or False (the default, which
+        "auto" means here). On the shard axis it takes 8
         bytes a value of the whole, unsharded model on every rank, because a rank contributes to every shard; on the
         replicate axis 8 bytes a value of the own shard.
     messages: as for DistributedDataParallel; "bounded" where a plan allows it: the reduce-scatter of 2.0 bits, not the
@@ -113,7 +115,8 @@ def compress_fsdp(
     facts["alarm"] = {"max_relative_error": max_relative_error, "on_alarm": on_alarm}
     facts["modules"] = {str(number): " ".join(unit.names) for number, unit in enumerate(units)}
     try:
-        wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, error_feedback, messages)
+        feedback = feeds_back(error_feedback, scaler, optimizer)
+        wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, feedback, messages)
         auto = AutoOptions(floor_bits, backward_seconds, kernel=kernel)
         auto.check()
         measured = [] if shadow else wish.automatic(units)

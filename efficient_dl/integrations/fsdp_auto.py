@@ -21,7 +21,7 @@ from efficient_dl.integrations.fsdp_comms import Lane, native_reduce_scatter
 from efficient_dl.integrations.fsdp_gathers import native_all_gather
 from efficient_dl.integrations.fsdp_setup import REPLICATE, SHARD
 from efficient_dl.integrations.fsdp_units import Unit
-from efficient_dl.integrations.plan_watch import wait_for_native
+from efficient_dl.integrations.native_wait import wait_for_native
 
 WEIGHTS = "weights"
 _EACH_UNIT_A_BUCKET = 1  # bytes: every unit fills one

@@ -32,7 +32,7 @@ from efficient_dl.comm import (
 from efficient_dl.comm.collectives import Op
 from efficient_dl.errors import EdlError, UnsupportedTensor
 from efficient_dl.integrations.fsdp_units import Unit
-from efficient_dl.integrations.plan_watch import wait_for_native
+from efficient_dl.integrations.native_wait import wait_for_native
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -308,8 +308,11 @@ class FsdpCompression:
         for key, compressor in self._compressors.items():
             if not afresh:
                 compressor.load_state_dict(state[key])
-            elif not replanned:
+            elif replanned:
+                compressor.start_afresh()
+            else:
                 compressor.load_state_dicts([state[key]], residuals=False)
+        self._collectives.counts = dict.fromkeys(state["counts"], 0) if afresh else state["counts"]
         self._count(state["optimizer_steps"])
         self._guards.load_state_dict(state["guards"])
         if self._guards.switch.off is not None:
@@ -330,8 +333,6 @@ class FsdpCompression:
                 " and residuals" if any(c.residuals is not None for c in self._compressors.values()) else "",
                 f", with the plans of this start: {self._chosen}" if replanned else "",
             )
-        else:
-            self._collectives.counts = state["counts"]
 
     def _check_place(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION or "replicas" not in state:

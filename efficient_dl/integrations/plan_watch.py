@@ -6,22 +6,19 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from efficient_dl.comm import Meter, ProcessGroupTransport
+from efficient_dl.comm import Meter
 from efficient_dl.comm.alarm import median_seconds_a_byte
 from efficient_dl.comm.look import LOOK_NUMEL, Allowance, Window
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
-from efficient_dl.errors import TransportError
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor
 
 _log = logging.getLogger(__name__)
@@ -80,7 +77,10 @@ class ReplanOptions:
 
 
 class Sample:
-    """Values of gradients before they were reduced, at most `LOOK_NUMEL`, for the look after the same step."""
+    """Values of a step's gradients, at most `LOOK_NUMEL`, for the look after it.
+
+    Before they were reduced, where our hook sees them; under DDP's native all-reduce their averages.
+    """
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -190,6 +190,7 @@ class PlanWatch:
             round(_NANO * 1000 * median_seconds_a_byte(list(meter.transfers))),
             encoded,
             num_bytes,
+            len(self._durations),
         ]
 
     def judge(self, notes: Sequence[Sequence[int]], meter: Meter, step: int) -> ChosenPlan | None:
@@ -206,7 +207,7 @@ class PlanWatch:
                 self._state = _state_of(found, step)
                 return self._choose(replace(found, reason=_replayed(found.reason)))
             return None
-        if len(self._durations) < _FEWEST_STEPS:
+        if min(theirs[5] for theirs in notes) < _FEWEST_STEPS:
             return None
         window = _window(notes)
         self._allowance = self._allowance.earned(max(theirs[1] for theirs in notes) / _NANO)
@@ -323,24 +324,6 @@ class PlanWatch:
         self._begun = time.perf_counter()
         self._durations: deque[float] = deque(maxlen=_MOST_STEPS)
         self._before = (meter.totals.encoded_values, meter.totals.encoded_bytes) if meter else None
-
-
-def wait_for_native(start: Callable[[], dist.Work | None], control: ProcessGroupTransport, what: str) -> None:
-    """Waits for one of torch's own collectives, with our time-out. Raises TransportError.
-
-    start: begins it on control's group. what: its name.
-    """
-    try:
-        work = start()
-        assert work is not None  # this rank is in the group
-        work.wait(timedelta(seconds=control.timeout))
-    except RuntimeError as error:
-        raise TransportError(
-            f"torch's {what} failed",
-            found=str(error).strip().splitlines()[0],
-            where=f"{control.world_size} ranks, limited to {control.timeout:g} s",
-            fix="read the ends of the other ranks' logs: one has stopped, is stuck or cannot be reached",
-        ) from error
 
 
 def _state_of(plan: ChosenPlan, step: int) -> PlanState:

@@ -25,7 +25,6 @@ from efficient_dl.integrations.auto import AutoOptions, planned_bucket_bytes
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.nodes import ways
-from efficient_dl.integrations.plan_watch import ChosenPlan
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
 from efficient_dl.training.console import Progress
@@ -118,7 +117,7 @@ class Trainer(RunLoop):
         """Log a change of plan, before a checkpoint of the same step is written."""
         plans = self.compression.plans
         for one in plans[self._plans_logged :]:
-            self.folder.log_event(PLAN_EVENT, one.to_json())
+            self.folder.log_event(PLAN_EVENT, one)
         self._plans_logged = len(plans)
 
     def backward(self, model: nn.Module) -> Tensor:
@@ -221,19 +220,19 @@ class Trainer(RunLoop):
         if checkpoint.about["ranks"] == self.world_size:
             resume.restore_rank_state(checkpoint.rank_states[0], compression, self.device)
             self._plans_logged = len(self.compression.plans)
-            if compression is not None and compression.plans:
+            if compression is not None and compression.replans:
                 self._replay(compression, checkpoint.step)
                 return
         elif compression is not None:
             compression.load_state_dict([state["compression"] for state in checkpoint.rank_states])
-            self._plans_logged = len([one for one in compression.plans if one.step < checkpoint.step])
+            self._plans_logged = len([one for one in compression.plans if one["step"] < checkpoint.step])
         self.folder.forget_ahead()
 
     def _replay(self, compression: Compression, step: int) -> None:
         """Change plans where the run did that went on from this checkpoint before, as far as it came."""
         found = self.folder.ahead(step, PLAN_EVENT) if self.rank == 0 else None
         rows, until = self._over_ranks(found)[0]
-        compression.replay([ChosenPlan.from_json(row) for row in rows], until)
+        compression.replay(rows, until)
 
     def _close(self) -> None:
         self.compression.close()

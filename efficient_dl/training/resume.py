@@ -1,9 +1,10 @@
 """What a resumed run must have in common with the run it continues, and the state it takes over.
 
 Equal it must have the model, the data (by its fingerprint), the optimizer's name, the seed and the samples of a step
-(batch_size × workers × accumulate). Everything else may change: steps, lr, bits, intervals, the number of workers,
-the folder's place. Changes that matter for the result are named when the run goes on. The run continues bit for bit
-if only [run] (but not the number of workers), the intervals of [train] and, with a constant schedule, its steps change.
+(batch_size × workers × accumulate), and in local training how the model is cut and what its partitions learn by.
+Everything else may change: steps, lr, bits, intervals, the number of workers, the folder's place. Changes that matter
+for the result are named when the run goes on. The run continues bit for bit if only [run] (but not the number of
+workers), [entropy], the intervals of [train] and, with a constant schedule, its steps change.
 """
 
 from __future__ import annotations

@@ -19,9 +19,6 @@ from efficient_dl.models import build_model, check_model
 from efficient_dl.training import resume
 from efficient_dl.training.console import Progress, progress_for, result_text
 from efficient_dl.training.end_to_end import Trainer
-from efficient_dl.training.entropy_log import check_entropy
-from efficient_dl.training.fused import check_fused
-from efficient_dl.training.local_checks import check_local
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.planning import decided, is_planned
@@ -35,6 +32,7 @@ from efficient_dl.training.run_folder import (
     recorded_config,
     write_plan,
 )
+from efficient_dl.training.setting_checks import check_settings
 from efficient_dl.training.watch import Unwatched, Watch, watched
 from efficient_dl.training.worker import Worker
 
@@ -123,9 +121,7 @@ def _prepared(config: Config, notes: list[str], data: Dataset | None = None) -> 
     Raises ConfigError where model, data, batch size and optimizer do not go together.
     """
     data = data or _data(config)
-    check_entropy(config)
-    check_fused(config)
-    check_local(config, data.spec.kind)
+    check_settings(config, data.spec.kind)
     check_model(config.model, data.spec, config.data.batch_size)
     Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
     return _Prepared(_with(config, "data", fingerprint=data.fingerprint), data, notes)

@@ -107,8 +107,13 @@ class Stage:
         self.compressions: dict[int, Compression] = {}
         self.held: list[Held] = []
         self._streamed = ChannelTotals()  # by streams that have ended
-        for index in assignment.of_rank(dist.get_rank()):
-            self.held.append(self._make(index, blocks, groups.made.get(assignment.ranks[index]), state))
+        try:
+            for index in assignment.of_rank(dist.get_rank()):
+                self.held.append(self._make(index, blocks, groups.made.get(assignment.ranks[index]), state))
+        except BaseException:  # nobody else knows what there is to abort
+            for compression in self.compressions.values():
+                compression.abort()
+            raise
         self.features = self._cache(features)
         self._open(passes)
         self._before = {index: compression.stats() for index, compression in self.compressions.items()}

@@ -54,7 +54,7 @@ for step in range(1, 401):
     time.sleep(0.05)  # what a larger network would compute
     optimizer.step()
     sent.append(compression.stats()["wire_bytes"] - before)
-    plans = [(one.step, one.bits) for one in compression.plans]
+    plans = [(one["step"], one["bits"]) for one in compression.plans]
     if rank == 0 and step == 30:
         (folder / "slow").touch()
     if len(plans) == 2 and step >= plans[1][0] + 5:

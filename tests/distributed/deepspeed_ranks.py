@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor, nn
 
 from efficient_dl.errors import EdlError
+from efficient_dl.integrations.compress import compress
 from efficient_dl.integrations.deepspeed import compress_engine
 from tests.distributed.measured_links import measuring, network
 
@@ -289,13 +290,14 @@ def refusals(rank: int) -> dict[str, Any]:
         "twice": twice,
         "stage 3": error_of(lambda: compress_engine(stage3)),
         "no engine": error_of(lambda: compress_engine(nn.Linear(2, 2))),
+        "other optimizer": error_of(lambda: compress(stage3, torch.optim.SGD(stage3.module.parameters()))),
     }
 
 
 def closed(rank: int) -> dict[str, Any]:
     engine = engine_of(CASES["stage 2"])
     before = set(vars(engine)), set(vars(engine.optimizer))
-    compression = compress_engine(engine, "identity")
+    compression = compress(engine, engine.optimizer, "identity")
     replaced = set(vars(engine)) - before[0], set(vars(engine.optimizer)) - before[1]
     compression.close()
     compression.check()

@@ -134,8 +134,10 @@ def restored_in_shadow(rank: int) -> tuple[int, list[str]]:
     model, optimizer, compression = compressed(2.0)
     steps(rank, model, optimizer, 0, 4)
     saved = compression.state_dict()
-    model, _, _ = compressed("none")
-    shadow = edl.compress(DistributedDataParallel(model.module), None, 2.0, shadow=True)
+    model, optimizer, _ = compressed("none")
+    ddp = DistributedDataParallel(model.module)
+    shadow = edl.compress(ddp, None, 2.0, shadow=True)
+    steps(rank, ddp, optimizer, 0, 2)  # what it has sent before belongs to other weights
     messages = warnings_of(lambda: shadow.load_state_dict(saved))
     return shadow.stats()["wire_bytes"], messages
 
@@ -166,7 +168,8 @@ def test_a_state_from_before_the_buckets_settled_says_so(num_steps: int) -> None
 
 
 def resized(rank: int, state: dict[str, Any]) -> tuple[int, list[str]]:
-    _, _, compression = compressed(2.0)
+    model, optimizer, compression = compressed(2.0)
+    steps(rank, model, optimizer, 0, 2)
     messages = warnings_of(lambda: compression.load_state_dict(state))
     return compression.stats()["wire_bytes"], messages
 

@@ -181,6 +181,7 @@ def test_what_cannot_be_compressed_is_refused(two: Any) -> None:
         assert "FSDP2" in str(refused["stage 3"])
         assert "compressed already" in str(refused["twice"])
         assert "a DeepSpeedEngine" in str(refused["no engine"])
+        assert "its own optimizer, and this is another one" in str(refused["other optimizer"])
         assert isinstance(refused["plans differ"], PlanMismatch)
         assert "plan.bits = 3.0 (rank 1), 2.0 (rank 0)" in str(refused["plans differ"])
 

@@ -113,6 +113,7 @@ def refusals(rank: int) -> list[str]:
         (DistributedDataParallel(plain), {"weights": "lossless"}),
         (model, {"hierarchy": "auto"}),
         (model, {"bits": "lossless", "error_feedback": True}),
+        (model, {"bits": 2.0, "error_feedback": "sometimes"}),
         (model, {"check_every": -1}),
         (fully_shard(nn.Linear(4, 4).double()), {}),
     ]
@@ -121,20 +122,22 @@ def refusals(rank: int) -> list[str]:
         with pytest.raises(EdlError) as caught:
             edl.compress(module, **options)
         errors.append(f"{type(caught.value).__name__}: {caught.value}")
-    edl.compress(model)
+    compression = edl.compress(model, bits="lossless", error_feedback="auto")  # off, so nothing is refused
+    assert compression.stats()["error_feedback"] is False
     with pytest.raises(ConfigError) as caught:
         edl.compress(model)
     return [*errors, str(caught.value)]
 
 
 def test_what_cannot_work_is_refused() -> None:
-    plain, weights, hierarchy, feedback, negative, double, twice = run_ranks(refusals, 2)[0]
+    plain, weights, hierarchy, feedback, words, negative, double, twice = run_ranks(refusals, 2)[0]
     assert "Linear" in plain
     assert "DistributedDataParallel" in plain
     assert "fully_shard" in plain
     assert "weights is not supported for DistributedDataParallel" in weights
     assert "hierarchy is not supported for FSDP2" in hierarchy
     assert "error_feedback has nothing to feed back" in feedback
+    assert "unknown error_feedback" in words
     assert "check_every is negative" in negative
     assert "UnsupportedTensor" in double
     assert "has a custom collective already" in twice

@@ -16,8 +16,8 @@ from efficient_dl.comm import look
 from efficient_dl.comm.look import Allowance
 from efficient_dl.comm.measurements import CodecSpeed, Measurements
 from efficient_dl.comm.replanning import Hysteresis
-from efficient_dl.errors import TransportError
-from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
+from efficient_dl.errors import ConfigError, PlanMismatch, TransportError
+from efficient_dl.integrations.plan_watch import ReplanOptions
 from tests.distributed.launch import run_failing_ranks, run_ranks
 from tests.distributed.measured_links import network
 
@@ -141,6 +141,11 @@ class Constant(nn.Module):
         return (self.weight * x).sum()
 
 
+def row(step: int, bits: str, by_nodes: bool = False) -> dict[str, Any]:
+    """As `stats()["plans"]` has it."""
+    return {"step": step, "bits": bits, "hierarchy": by_nodes, "reason": "a test"}
+
+
 def drained(rank: int, plans: list[tuple[int, str, bool]], nodes: tuple[int, ...]) -> tuple[float, ...]:
     model = DistributedDataParallel(Constant())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -155,7 +160,7 @@ def drained(rank: int, plans: list[tuple[int, str, bool]], nodes: tuple[int, ...
         hierarchy=nodes[0] if nodes[0] > 1 else None,
     )
     first = compression.plans[0]
-    compression.replay([ChosenPlan(step, bits, by_nodes, "a test") for step, bits, by_nodes in plans], 100)
+    compression.replay([row(step, bits, by_nodes) for step, bits, by_nodes in plans], 100)
     inputs = [torch.randn(5000, generator=torch.Generator().manual_seed(one)) for one in range(sum(nodes))]
     mean = torch.stack(inputs).mean(0)
     steps, errors = plans[-1][0] + 1, []
@@ -166,7 +171,7 @@ def drained(rank: int, plans: list[tuple[int, str, bool]], nodes: tuple[int, ...
         missing = model.module.weight + step * mean
         errors.append(float(missing.norm() / mean.norm()))
     norm = compression.stats(all_ranks=True)["parameters"]["weight"]["residual_norm"]
-    assert first.bits == "2.0"
+    assert first["bits"] == "2.0"
     return errors[plans[0][0] - 1], errors[-1], norm
 
 
@@ -193,10 +198,10 @@ def test_after_a_switch_no_part_of_any_gradient_is_missing(
 
 # -------------------------------------------------------------------- resumes
 PLANS = [
-    ChosenPlan(10, "4.0", False, "a test"),
-    ChosenPlan(20, "none", False, "a test"),
-    ChosenPlan(40, "2.0", False, "a test"),
-    ChosenPlan(50, "lossless", False, "a test"),
+    row(10, "4.0"),
+    row(20, "none"),
+    row(40, "2.0"),
+    row(50, "lossless"),
 ]
 
 
@@ -210,17 +215,17 @@ def resumed(rank: int, bandwidth: float) -> list[tuple[int, bool, bool]]:
         saved[step + 5] = copy.deepcopy(
             (model.state_dict(), optimizer.state_dict(), compression.state_dict())
         )
-    whole, plans = model.state_dict(), [(one.step, one.bits) for one in compression.plans]
+    whole, plans = model.state_dict(), [(one["step"], one["bits"]) for one in compression.plans]
     compression.close()
     seen = []
     for step in (5, 10, 15, 20, 25, 40, 45, 50, 55):
         model, optimizer, compression = made(network((1, 1), 100_000, 1e3), NEVER)  # it would be native
         for one, state in zip((model, optimizer, compression), saved[step], strict=True):
             one.load_state_dict(state)
-        compression.replay([one for one in PLANS if one.step > step], 60)
+        compression.replay([one for one in PLANS if one["step"] > step], 60)
         train(rank, model, optimizer, step, 60)
         same = all(torch.equal(a, whole[name]) for name, a in model.state_dict().items())
-        seen.append((step, same, [(one.step, one.bits) for one in compression.plans] == plans))
+        seen.append((step, same, [(one["step"], one["bits"]) for one in compression.plans] == plans))
         compression.close()
     return seen
 
@@ -231,13 +236,40 @@ def test_a_run_resumed_before_or_after_any_switch_is_one_that_never_stopped(band
         assert all(same and plans for _, same, plans in seen), seen
 
 
+def of_two_steps(rank: int) -> None:
+    model, optimizer, compression = made(network((1, 1), 0.5), NEVER)
+    states = []
+    for step in range(2):
+        states.append(compression.state_dict())
+        train(rank, model, optimizer, step, step + 1)
+    compression.load_state_dict(states[rank])
+
+
+def test_ranks_with_states_of_different_steps_are_told_before_they_make_groups() -> None:
+    for failed in run_failing_ranks(of_two_steps, 2):
+        assert isinstance(failed.error, PlanMismatch), failed
+        assert "checkpoint.step = 1 (rank 1), 0 (rank 0)" in str(failed.error)
+
+
+def repeats_nothing(rank: int) -> None:
+    _, _, compression = made(network((1, 1), 0.5), ReplanOptions(active=False))
+    assert not compression.replans
+    compression.replay(compression.plans, 10)
+
+
+def test_a_run_that_does_not_change_its_plans_cannot_repeat_changes() -> None:
+    for failed in run_failing_ranks(repeats_nothing, 2):
+        assert isinstance(failed.error, ConfigError), failed
+        assert "does not change its plans" in str(failed.error)
+
+
 def on_fewer(rank: int, states: list[dict[str, Any]]) -> tuple[list[tuple[int, str]], bool, float]:
     model, optimizer, compression = made(network((1, 1), 100_000, 1e3), NEVER)
     compression.load_state_dict(states)
     draining = compression.state_dict()["compressor"]["residuals"]["draining"]
     train(rank, model, optimizer, 10, 12)
     norms = [row["residual_norm"] for row in compression.stats()["parameters"].values()]
-    return [(one.step, one.bits) for one in compression.plans], draining, max(norms)
+    return [(one["step"], one["bits"]) for one in compression.plans], draining, max(norms)
 
 
 def saving(rank: int) -> dict[str, Any]:

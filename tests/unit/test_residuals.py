@@ -196,6 +196,19 @@ def test_a_change_of_world_size_loses_nothing(before: int, after: int) -> None:
     torch.testing.assert_close(sum(kept) / after, missing, rtol=0, atol=1e-5)
 
 
+def test_states_of_some_ranks_alone_start_counters_and_residuals_from_zero() -> None:
+    def used(transport: Transport) -> Compressor:
+        one = compressor()
+        steps_on(transport, one, range(3))
+        return one
+
+    one, other = on_ranks(2, used)
+    one.load_state_dicts([other.state_dict()], residuals=False)
+    fresh = compressor().state_dict()
+    assert one.meter_state() == fresh["meter"]
+    assert one.state_dict()["residuals"] == fresh["residuals"]
+
+
 def auto_compressor(keeps: bool) -> Compressor:
     """One that bits="auto" has set to the native all-reduce, in a run with or without error feedback."""
     numels = dict(zip(NAMES, NUMELS, strict=True))
