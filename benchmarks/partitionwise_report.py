@@ -259,7 +259,7 @@ def verdict(rows: Rows) -> str:
     places: list[str] = []
     for case, losses in _curves_by_case(rows).items():
         for rate, rounds in _rounds(rows, case).items():
-            place = f"{rate} links, {case.rpartition(', ')[2]}, {case.split(' on ')[0]}"
+            place = f"{rate} links, {case.rpartition(', ')[2]}, {case.split(' on ')[0]}{_heads(case)}"
             for system in (one for one in SYSTEMS if one not in (ALONE, *DATA_PARALLEL)):
                 needed = {system, NATIVE, ALONE}
                 seeds = [one for one in losses.values() if needed <= {name for _, name in one}]
@@ -296,10 +296,17 @@ def curves_and_rounds(
 ) -> list[tuple[str, dict[int, dict[Key, Curve]], list[dict[Key, float]]]]:
     """Of every case and link that has both: its title, curves by seed, and the rounds' seconds of a step."""
     return [
-        (f"{case.split(', ')[0]}, {case.rpartition(', ')[2]}, {rate}", losses, rounds)
+        (f"{case.split(', ')[0]}{_heads(case)}, {case.rpartition(', ')[2]}, {rate}", losses, rounds)
         for case, losses in _curves_by_case(rows).items()
         for rate, rounds in _rounds(rows, case).items()
     ]
+
+
+def _heads(case: str) -> str:
+    """Of a case's title, for people."""
+    return next(
+        (f" with {part.split(' ')[1]} heads" for part in case.split(", ") if part.startswith("heads ")), ""
+    )
 
 
 def _curves_by_case(rows: Rows) -> dict[str, dict[int, dict[Key, Curve]]]:
