@@ -2,7 +2,9 @@
 
 Steps of all systems are interleaved, so that whatever disturbs the machine disturbs all of them. A step begins on all
 ranks together and lasts until the slowest has ended it: forward, backward with communication, the optimizer's step.
-"compute" is such a step under DDP's no_sync(): the same work on all ranks at once, and nothing to send.
+"compute" is such a step under DDP's no_sync(): the same work on all ranks at once, and nothing to send. All begin with
+a model that has trained for some steps already: the first gradients of a network are no typical ones (a ResNet's are
+zero in most layers, as its residual branches end in norms that begin at zero).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
@@ -50,6 +52,7 @@ MODELS = {
     ),
     "gpt-micro": ("model.name=gpt", "model.size=micro", "data.name=stdlib", "data.batch_size=4"),
 }  # fmt: skip
+_SETTLING = 30  # steps of one model alone, before all begin with it
 _WARM_UP = 4  # DDP rebuilds its buckets after the first step, PowerSGD compresses from the third on
 _POWERSGD_START = 2
 _FEWEST_ROUNDS = 5
@@ -82,13 +85,21 @@ class Cell:
         return Cell({name: Measured(**one) for name, one in found["systems"].items()}, found["exposed"])
 
 
+State = dict[str, Tensor]  # of a model
+
+
 class Contestant:
-    """A model of its own, in training with one system."""
+    """A model of its own, in training with one system. state: what it begins with; None: its initial values."""
 
     def __init__(
-        self, name: str, config: Config, data: Dataset, measurements: Measurements | None = None
+        self,
+        name: str,
+        config: Config,
+        data: Dataset,
+        state: State | None = None,
+        measurements: Measurements | None = None,
     ) -> None:
-        model = build_model(config.model, data.spec, seed=0)
+        model = _model(config, data, state)
         buckets: dict[str, Any] = {"bucket_cap_mb": POWERSGD_BUCKET_MB} if name.startswith("PowerSGD") else {}
         if name == AUTO and measurements is not None:  # as `edl train` builds them
             size = planned_bucket_bytes(dict(model.named_parameters()), measurements, AutoOptions())
@@ -132,15 +143,16 @@ def run_cell(worker: Worker, model: str, systems: list[str], steps: int, seconds
     config = with_overrides(Config(), [*MODELS[model], "run.threads=1"])
     worker.start(config.run)
     data = load_data(config.data, context=config.model.context, seed=0)
-    measurements, decision = _predicted(worker, config, data)
-    contestants = {name: Contestant(name, config, data, measurements) for name in (COMPUTE, *systems)}
+    state = _settled(config, data)
+    measurements, decision = _predicted(worker, config, data, state)
+    contestants = {name: Contestant(name, config, data, state, measurements) for name in (COMPUTE, *systems)}
     measured = {name: Measured(reason=one.reason) for name, one in contestants.items()}
     names = list(contestants)
     begin = time.perf_counter()
     for turn in range(_WARM_UP + steps):
         if turn == _WARM_UP:
             begin = time.perf_counter()
-        inputs, targets = data.train_batch(turn, worker.rank, worker.size, config.data.batch_size)
+        inputs, targets = data.train_batch(_SETTLING + turn, worker.rank, worker.size, config.data.batch_size)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # nobody is always the first
             dist.barrier()
             sent, start = sent_bytes(worker.rank), time.perf_counter()
@@ -160,9 +172,28 @@ def run_cell(worker: Worker, model: str, systems: list[str], steps: int, seconds
     return Cell(measured, {one.bits: one.exposed_seconds for one in decision.predictions})
 
 
-def _predicted(worker: Worker, config: Config, data: Dataset) -> tuple[Measurements, Decision]:
-    """What the planner knows, and its predictions for DistributedDataParallel's own buckets."""
+def _model(config: Config, data: Dataset, state: State | None) -> nn.Module:
     model = build_model(config.model, data.spec, seed=0)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def _settled(config: Config, data: Dataset) -> State:
+    """What a model has come to that trains alone, the same samples on all ranks."""
+    model = _model(config, data, None)
+    optimizer, loss = torch_optimizer(model, config.optimizer), task_for(data.spec.kind).loss
+    for step in range(_SETTLING):
+        inputs, targets = data.train_batch(step, 0, 1, config.data.batch_size)
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def _predicted(worker: Worker, config: Config, data: Dataset, state: State) -> tuple[Measurements, Decision]:
+    """What the planner knows, and its predictions for DistributedDataParallel's own buckets."""
+    model = _model(config, data, state)
     loss = task_for(data.spec.kind).loss
     inputs, targets = data.train_batch(0, worker.rank, worker.size, config.data.batch_size)
     alone = compute(model, torch.device("cpu"), lambda: loss(model(inputs), targets).backward())

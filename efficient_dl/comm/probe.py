@@ -7,10 +7,11 @@ ranks at the same moment, as in training.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -130,10 +131,17 @@ def _has_full_machine(everyone: Sequence[Mapping[str, Any]]) -> bool:
 def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Values like a bucket's, at most 8 MiB of float32, and how many of them are of each parameter.
 
-    They are the last parameters' gradients where there are any, else normal with a spread of their own for each
-    parameter, the same on every rank.
+    They are the last parameters' gradients. Where there is none, or one of exactly zero, as before the first step of a
+    network whose residual branches end in norms that begin at zero, they are normal, the same on every rank: with the
+    spread of an average gradient, or without any with one of its own for each parameter.
     """
     generator = torch.Generator().manual_seed(0)
+    norms = {
+        p: float(torch.linalg.vector_norm(p.grad, dtype=torch.float32))
+        for p in parameters
+        if _has_values(p.grad)
+    }
+    spreads = [norm * p.numel() ** -0.5 for p, norm in norms.items() if math.isfinite(norm)]
     parts: list[Tensor] = []
     left = SAMPLE_NUMEL
     for parameter in reversed(list(parameters)):
@@ -141,13 +149,18 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         if numel == 0:
             continue
         gradient = parameter.grad
-        if gradient is not None and gradient.layout == torch.strided:
+        if _has_values(gradient):
             parts.append(gradient.detach().reshape(-1)[:numel].to(parameter.dtype))
         else:
-            drawn = torch.randn(numel, generator=generator) * max(parameter.numel(), 1) ** -0.5
+            spread = statistics.median(spreads) if spreads else parameter.numel() ** -0.5
+            drawn = torch.randn(numel, generator=generator) * spread
             parts.append(drawn.to(parameter.dtype).to(parameter.device))
         left -= numel
     return torch.cat(parts).contiguous(), [part.numel() for part in parts]
+
+
+def _has_values(gradient: Tensor | None) -> TypeGuard[Tensor]:
+    return gradient is not None and gradient.layout == torch.strided and bool(gradient.any())
 
 
 def packet_cost(codec: str, sample: Tensor, kernel: str = "auto") -> PacketCost:

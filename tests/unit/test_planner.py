@@ -22,7 +22,7 @@ from efficient_dl.comm.measurements import (
     extrapolated,
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
-from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns
+from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns, sample_gradient
 from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
 
@@ -390,3 +390,17 @@ def test_two_hosts_extrapolated_are_many_with_as_much_latency_for_each_message()
     assert eight.codecs[0].encode_seconds == 4 * two.codecs[0].encode_seconds
     assert eight.packet == PacketCost(1.6e-4, 1.2e-4, 144.0)
     assert replace(extrapolated(two, 2), assumed="") == two
+
+
+def test_a_gradient_of_exactly_zero_is_no_sample_of_what_is_to_come() -> None:
+    """As before the first step of a network whose residual branches end in norms that begin at zero."""
+    first, branch, last = (torch.nn.Parameter(torch.zeros(2000)) for _ in range(3))
+    first.grad, branch.grad, last.grad = torch.randn(2000) * 0.3, torch.zeros(2000), torch.randn(2000) * 0.1
+    sample, segments = sample_gradient([first, branch, last])
+    assert segments == [2000] * 3
+    assert torch.equal(sample[:2000], last.grad) and torch.equal(sample[4000:], first.grad)
+    assert 0.15 < float(sample[2000:4000].std()) < 0.25  # an average gradient's
+    assert torch.equal(sample, sample_gradient([first, branch, last])[0])
+
+    first.grad = last.grad = None
+    assert float(sample_gradient([first, branch, last])[0].std()) == pytest.approx(2000**-0.5, rel=0.1)
