@@ -4,7 +4,7 @@ python -m benchmarks.communication --out benchmarks/results/communication.jsonl 
 python -m benchmarks.communication --models gpt-micro --rates 100mbit --steps 5           # two minutes
 Run nothing beside it. Every system has a model of its own: gpt-base on 4 hosts takes 26 GB. "Exposed" is what a step
 takes longer than the same step without communication, under the same contention. Peers that are not installed are
-named and left out (pip install hivemind). A cell that --out has already, with all of these systems, is not repeated.
+named and left out (pip install hivemind). A cell that --out has of this commit and processor is not repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.communication_cell import (
     Cell,
     run_cell,
 )
-from benchmarks.rows import Row, RowFile
+from benchmarks.rows import Row, RowFile, environment
 from cluster.emulate import EmulatedNetwork
 from efficient_dl.training import Worker, launch
 
@@ -85,11 +85,12 @@ def median_upper95(values: list[float]) -> float:
 
 
 def measured_cells(out: Path | None) -> dict[str, set[str]]:
-    """The systems of every case in a file of rows."""
+    """The systems of every case in a file of rows, as far as this commit and processor have measured them."""
     found: dict[str, set[str]] = {}
     if out is not None and out.exists():
         for row in map(json.loads, out.read_text().splitlines()):
-            if row["bench"] == BENCH and row["metric"] == "step_seconds":
+            same = all(row["env"][key] == environment()[key] for key in ("commit", "processor"))
+            if same and row["bench"] == BENCH and row["metric"] == "step_seconds":
                 found.setdefault(row["case"], set()).add(row["system"])
     return found
 

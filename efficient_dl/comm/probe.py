@@ -132,8 +132,8 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Values like a bucket's, at most 8 MiB of float32, and how many of them are of each parameter.
 
     They are the last parameters' gradients. Where there is none, or one of exactly zero, as before the first step of a
-    network whose residual branches end in norms that begin at zero, they are normal, the same on every rank: with the
-    spread of an average gradient, or without any with one of its own for each parameter.
+    network whose residual branches end in norms that begin at zero, they are normal, from the same numbers on every
+    rank: with the spread of an average gradient, or without any with one of its own for each parameter.
     """
     generator = torch.Generator().manual_seed(0)
     norms = {

@@ -352,9 +352,18 @@ class Compression:
                 self._drain_natively()
             return
         self._compressor.load_state_dict(own["compressor"])
+        self._marks = dict(own["marks"])
+        if own["shadow"] != self.shadow:
+            self._compressor.start_afresh()
+            self._marks = {}
+            _log.warning(
+                "compression state of %s: the byte counters and residuals start again from zero",
+                "a shadow run, restored in a real one"
+                if own["shadow"]
+                else "a real run, restored in a shadow",
+            )
         self._count(own["optimizer_steps"])
         self._guards.load_state_dict(own)
-        self._marks = dict(own["marks"])
         if planner is not None and before and planner.is_under_floor(before):
             self._follow(planner.continued(before, self._optimizer_steps))
         elif planner is not None and before:
@@ -369,15 +378,6 @@ class Compression:
             _log.warning("saved on other nodes: sums are taken in another order, lossy packets cut elsewhere")
         if not own["buckets_settled"] and not self._compressor.exact:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
-        if own["shadow"] != self.shadow:
-            self._compressor.start_afresh()
-            self._marks = {}
-            _log.warning(
-                "compression state of %s: the byte counters and residuals start again from zero",
-                "a shadow run, restored in a real one"
-                if own["shadow"]
-                else "a real run, restored in a shadow",
-            )
 
     def _own_state(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """This rank's, or at another world size the first one."""

@@ -121,7 +121,7 @@ def compress_fsdp(
         auto.check()
         measured = [] if shadow else wish.automatic(units)
         measured += [WEIGHTS] if measured and weights is None else []
-        check_supported(units, model, optimizer, scaler, wish, check_every)
+        check_supported(units, model, wish, check_every)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
         why_once = _why_planned_once(units, len(lanes), wish, check_every if optimizer else 0)
         if isinstance(replan, ReplanOptions) and replan.active and why_once:

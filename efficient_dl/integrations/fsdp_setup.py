@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from efficient_dl.comm import Compressor, Plan, ProcessGroupTransport, Residuals, handshake, shard_numels
@@ -149,19 +148,12 @@ def lane_key(unit: Unit) -> str:
 def check_supported(
     units: Sequence[Unit],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scaler: torch.amp.GradScaler | None,
     wish: AxisWish,
     check_every: int,
 ) -> None:
     """Raises ConfigError or UnsupportedTensor for a model, or options, that cannot be."""
     if check_every < 0:
         raise ConfigError("check_every is negative", expected="optimizer steps, or 0", found=str(check_every))
-    if wish.error_feedback and scaler is not None and optimizer is None:
-        raise ConfigError(
-            "error feedback with a GradScaler needs the optimizer, to know which steps it skips",
-            fix="compress(model, optimizer, scaler=scaler, ...)",
-        )
     devices = sorted({str(unit.device) for unit in units})
     if len(devices) > 1:
         raise UnsupportedTensor("the model's parameters must be on one device", found=", ".join(devices))

@@ -44,7 +44,7 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
     saved: list[dict[Hashable, int]] = []
     sizes: list[int] = []
     again: list[int] = []
-    start = example.clone()
+    start = example.detach().clone()
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
         source, number = start, 0
@@ -54,12 +54,11 @@ def measure(model: nn.Module, pieces: Sequence[Piece], example: Tensor) -> list[
                 again.append(_saved_again(model, piece, source))
             # What lies inside a piece is gone after it, and its address may come again.
             between = {_address(source): number}
-            number = between.setdefault(
-                _address(output), index + 1
-            )  # the same one if it is a view of the other
+            number = between.setdefault(_address(output), index + 1)  # the same one if that is a view
             saved.append({between.get(key, (index, key)): size for key, size in storages.items()})
             sizes.append(output.numel() * output.element_size())
             source = _as_input(output)
+            del output
         # Round by round, so that what disturbs the machine for a moment does not fall on one piece alone.
         rounds: list[list[tuple[float, float]]] = []
         for _ in range(REPEATS + 1):
@@ -82,7 +81,7 @@ def least_seconds(model: nn.Module, pieces: Sequence[Piece], example: Tensor) ->
     For ranks to compare themselves by: what disturbs one for a moment does not count. Only one piece's activations
     exist at a time. Leaves the model as `measure` does.
     """
-    source, total = example.clone(), 0.0
+    source, total = example.detach().clone(), 0.0
     with unchanged(model, pieces, example.device), torch.enable_grad():
         set_mode(model, pieces, training=True)
         for piece in pieces:

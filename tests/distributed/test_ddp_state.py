@@ -151,6 +151,25 @@ def test_what_a_real_run_sent_is_not_counted_as_shadow() -> None:
         ]
 
 
+def real_after_shadow(rank: int) -> int:
+    """From a shadow run's state; its steps are more than those after which errors are looked at."""
+    model, optimizer, _ = compressed("none")
+    wishes: dict[str, Any] = {"scale": "local", "error_feedback": False, "check_every": 3}
+    model = DistributedDataParallel(model.module)
+    shadow = edl.compress(model, optimizer, 2.0, shadow=True, **wishes)
+    steps(rank, model, optimizer, 0, 30)
+    saved = shadow.state_dict()
+    model, optimizer, real = compressed(2.0)
+    real.load_state_dict(saved)
+    assert real.stats()["steps"] == 0
+    steps(rank, model, optimizer, 30, 75)
+    return int(real.stats()["steps"])
+
+
+def test_the_alarms_of_a_real_run_begin_anew_after_a_shadow_run() -> None:
+    assert run_ranks(real_after_shadow, 2) == [45, 45]
+
+
 def saved_early(rank: int, num_steps: int) -> list[str]:
     model, optimizer, compression = compressed(2.0)
     steps(rank, model, optimizer, 0, num_steps)
