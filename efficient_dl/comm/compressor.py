@@ -433,11 +433,12 @@ class Compressor:
         residuals = self.residuals if not codec.exact and x.numel() else None
         if not self._knows_error(codec, section) or not x.numel():
             return codec, packing.write(codec), x
-        before = (
-            residuals.take(section, residual_units)
-            if residuals is not None
-            else torch.zeros_like(x, dtype=torch.float32)
-        )
+        lent = self.buffers.take(4 * x.numel(), x.device)
+        before = lent[: 4 * x.numel()].view(torch.float32)
+        if residuals is not None:
+            residuals.take(section, residual_units, before)
+        else:
+            before.zero_()
         signal = x.float() + before if is_controlled or self.samples else None
         while True:
             residual = before.clone() if is_controlled else before
@@ -454,6 +455,7 @@ class Compressor:
             residuals.give(section, residual, residual_units)
         if signal is not None and self.samples:
             tally.erred(section, squares(residual, section), squares(signal, section))
+        self.buffers.give([lent])
         return codec, length, x if signal is None else signal.to(x.dtype)
 
     def _split(

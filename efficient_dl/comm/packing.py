@@ -39,10 +39,10 @@ class Packing:
             return self._write(codec, residual)
         wanted = residual.add_(self.values)
         length = replace(self, values=wanted.to(self.values.dtype)).write(codec)
-        decoded = torch.empty_like(wanted)
-        codec.decode(self.room[:length], decoded, side=self.section.side)
-        wanted.sub_(decoded)
-        wanted.masked_fill_(~torch.isfinite(wanted), 0.0)
+        # Decoded into no memory of its own: new memory takes longer than the codec.
+        codec.decode(self.room[:length], wanted.neg_(), accumulate=True, side=self.section.side)
+        torch.sub(0.0, wanted, out=wanted)  # not neg_(), which would make zeros negative
+        wanted.nan_to_num_(0.0, 0.0, 0.0)
         return length
 
     def _write(self, codec: Codec, residual: Tensor | None) -> int:

@@ -54,8 +54,8 @@ class Residuals:
         self._swap()
         self._scale = scale
 
-    def take(self, section: Section, units: float) -> Tensor:
-        """A copy of the residuals of a section's values, float32, in the units of the values to encode.
+    def take(self, section: Section, units: float, out: Tensor) -> None:
+        """Copies the residuals of a section's values into out, float32, in the units of the values to encode.
 
         units: residuals are kept times this: 1 for contributions, the number of ranks for their average.
         """
@@ -64,7 +64,9 @@ class Residuals:
             self._part(self._committed, name, offset, numel)
             for name, offset, numel in zip(section.names, section.offsets, section.segments, strict=True)
         ]
-        return torch.cat(parts).mul_(factor) if factor != 1.0 else torch.cat(parts)
+        torch.cat(parts, out=out)
+        if factor != 1.0:
+            out.mul_(factor)
 
     def give(self, section: Section, residual: Tensor, units: float) -> None:
         """Keeps what a section's packet left out."""
