@@ -136,8 +136,8 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     rank: with the spread of an average gradient, or without any with one of its own for each parameter.
     """
     generator = torch.Generator().manual_seed(0)
-    norms = {p: float(p.grad.norm(dtype=torch.float32)) for p in parameters if _has_values(p.grad)}
-    spreads = [norm * p.numel() ** -0.5 for p, norm in norms.items() if math.isfinite(norm)]
+    found = [float(p.grad.float().square().mean().sqrt()) for p in parameters if _has_values(p.grad)]
+    spreads = [spread for spread in found if math.isfinite(spread)]
     parts: list[Tensor] = []
     left = SAMPLE_NUMEL
     for parameter in reversed(list(parameters)):
