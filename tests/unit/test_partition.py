@@ -200,7 +200,7 @@ def test_measuring_holds_the_activations_of_one_piece_alone() -> None:
     for layer in layers:
         layer.register_forward_hook(watch)
     edl.partition(nn.Sequential(*layers), 3, torch.randn(4, 8), balance="memory")
-    assert len(alive) > len(layers) and max(alive) <= 2
+    assert len(alive) > len(layers) and max(alive) <= 1
 
 
 def test_by_memory_the_dearest_partition_is_cheaper_than_by_parameters() -> None:
