@@ -81,6 +81,17 @@ class LossyBodyKernel(Protocol):
 
 
 @runtime_checkable
+class ResidualBodyKernel(Protocol):
+    """A kernel that can add a residual to the tensor, but fit no packet into a capacity."""
+
+    def encode_with_residual(
+        self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None, residual: Tensor
+    ) -> int:
+        """As `BodyKernel.encode`, with what `Codec.encode_into` says of residual."""
+        ...
+
+
+@runtime_checkable
 class DeviceBodyKernel(Protocol):
     """A kernel on a device that the host does not wait for. Its bodies start at a multiple of 4 bytes.
 
@@ -177,8 +188,9 @@ class PacketCodec:
     def fixed_bytes(self, numel: int, side: Side | None = None) -> int:
         """See `Codec.fixed_bytes`."""
         check_side(side, numel)
-        lossy = self._lossy(self._cpu)
-        return lossy.fixed_bytes(_segments(side, numel)) if numel else HEADER_BYTES
+        if not _is_lossy(self._cpu):
+            raise self._refusal("capacity", '"bits:RATE" takes one')
+        return self._cpu.fixed_bytes(_segments(side, numel)) if numel else HEADER_BYTES
 
     def encode(self, x: Tensor, side: Side | None = None, stats: PacketStats | None = None) -> Tensor:
         """See `Codec.encode`."""
@@ -203,18 +215,14 @@ class PacketCodec:
         needed = self._check_room(x, out, side, capacity)
         _check_apart(x=x, residual=residual, out=out)
         kernel = self._kernel(x.device, side)
+        encode = self._encoder(kernel, residual, capacity)
         waits = not _is_on_device(kernel)  # where it does not, the header is the device's, too
         room = out if waits or out.data_ptr() % 4 == 0 else torch.empty_like(out[:needed])
         body_bytes: int | Tensor = 0
         flat, segments, body = x.detach().view(-1), _segments(side, x.numel()), room[HEADER_BYTES:]
         with _current(x.device):
-            if residual is not None or capacity is not None:
-                lossy = self._lossy(kernel)
-                if x.numel():
-                    flat_residual = None if residual is None else residual.detach().view(-1)
-                    body_bytes = lossy.encode_lossy(flat, segments, body, stats, flat_residual, capacity)
-            elif x.numel():
-                body_bytes = kernel.encode(flat, segments, body, stats)
+            if x.numel():
+                body_bytes = encode(flat, segments, body, stats)
             if waits:
                 bounded, codec = capacity is not None, self._codec_id
                 total = write_header(
@@ -333,14 +341,22 @@ class PacketCodec:
             raise ValueError(f"out has {out.numel()} bytes, max_bytes() or the capacity asks for {needed}")
         return needed
 
-    def _lossy(self, kernel: BodyKernel | DeviceBodyKernel) -> LossyBodyKernel:
-        if self._exact:
-            raise ValueError(f"codec {self._name!r} is exact: it takes no residual and no capacity")
-        if not _is_lossy(kernel):
-            raise ValueError(
-                f'codec {self._name!r} takes no residual and no capacity; "bits:RATE" takes them'
-            )
-        return kernel
+    def _encoder(
+        self, kernel: BodyKernel | DeviceBodyKernel, residual: Tensor | None, capacity: int | None
+    ) -> Callable[[Tensor, tuple[int, ...], Tensor, PacketStats | None], int | Tensor]:
+        if residual is None and capacity is None:
+            return kernel.encode
+        flat = None if residual is None else residual.detach().view(-1)
+        if _is_lossy(kernel):
+            return functools.partial(kernel.encode_lossy, residual=flat, capacity=capacity)
+        if capacity is not None:
+            raise self._refusal("capacity", '"bits:RATE" takes one')
+        if flat is None or not _takes_residual(kernel):
+            raise self._refusal("residual", '"bits:RATE" and "grid:RATE" take one')
+        return functools.partial(kernel.encode_with_residual, residual=flat)
+
+    def _refusal(self, what: str, others: str) -> ValueError:
+        return ValueError(f"codec {self._name!r} takes no {what}; {others}")
 
     def _kernel(self, device: torch.device, side: Side | None = None) -> BodyKernel | DeviceBodyKernel:
         kernel = self._cpu if device.type == "cpu" else self._device(device)
@@ -365,6 +381,10 @@ def _is_on_device(kernel: BodyKernel | DeviceBodyKernel) -> TypeIs[DeviceBodyKer
 
 def _is_lossy(kernel: BodyKernel | DeviceBodyKernel) -> TypeGuard[LossyBodyKernel]:
     return _is(kernel, LossyBodyKernel)
+
+
+def _takes_residual(kernel: BodyKernel | DeviceBodyKernel) -> TypeGuard[ResidualBodyKernel]:
+    return _is(kernel, ResidualBodyKernel)
 
 
 def _takes_side(kernel: BodyKernel | DeviceBodyKernel) -> TypeIs[SideBodyKernel]:

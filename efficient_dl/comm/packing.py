@@ -12,7 +12,8 @@ from efficient_dl.codec import Codec, PacketStats
 from efficient_dl.comm.rates import coarser
 from efficient_dl.comm.sections import Section
 
-WITH_RATE = "bits:"  # these codecs add the residual and replace it while they encode, and keep to a capacity
+WITH_RATE = "bits:"  # these codecs keep to a capacity
+WITH_RESIDUAL = (WITH_RATE, "grid:")  # and these add the residual and replace it while they encode
 WITHOUT_HOST = "triton"  # the kernels that the host need not wait for
 
 
@@ -35,7 +36,7 @@ class Packing:
 
     def write(self, codec: Codec, residual: Tensor | None = None) -> int:
         """Encodes the values, and adds the residual, which becomes what the packet leaves out; the packet's bytes."""
-        if residual is None or codec.name.startswith(WITH_RATE):
+        if residual is None or codec.name.startswith(WITH_RESIDUAL):
             return self._write(codec, residual)
         wanted = residual.add_(self.values)
         length = replace(self, values=wanted.to(self.values.dtype)).write(codec)
@@ -51,7 +52,7 @@ class Packing:
         if capacity is None:
             return int(codec.encode_into(self.values, room, self.section.side, stats, residual=residual))
         if not codec.name.startswith(WITH_RATE):
-            codec.encode_into(self.values, room, self.section.side, stats)
+            codec.encode_into(self.values, room, self.section.side, stats, residual=residual)
             return capacity
         if stats is None or codec.kernel_for(self.values.device) == WITHOUT_HOST:
             room[:capacity].zero_()  # what was in this memory before leaves with the packet

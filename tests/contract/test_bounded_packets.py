@@ -1,4 +1,4 @@
-"""Residuals and capacities, which "bits:RATE" takes: every CPU kernel writes the reference's packet and residual."""
+"""Residuals and capacities: every CPU kernel writes the reference's packet and residual."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from efficient_dl.errors import CorruptPacket, UnsupportedTensor
 
 ISAS = available_isas()
 SPECS = ("bits:0.1", "bits:2.0", "bits:4.0", "bits:7.0")
+WITH_RESIDUALS = (*SPECS, "grid:0.3", "grid:2.0")  # which take no capacity
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 SMALL = 3000
 TWO_TILES = 2 * 65_536 + 900  # of "bits:4.0" and "bits:7.0"
@@ -77,7 +78,7 @@ def check_kernels(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", WITH_RESIDUALS)
 def test_residuals_are_what_decoding_leaves_over(spec: str, dtype: torch.dtype) -> None:
     x, residual = values(SMALL, dtype), noise(SMALL)
     for side in SIDES:
@@ -91,7 +92,7 @@ def test_residuals_are_what_decoding_leaves_over(spec: str, dtype: torch.dtype) 
         assert stats.nonfinite_blocks == 3 and left.isfinite().all()
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", WITH_RESIDUALS)
 def test_repeated_residuals_lose_nothing(spec: str) -> None:
     codec, x, decoded = make_codec(spec), torch.randn(SMALL), torch.empty(SMALL)
     residual, received = torch.zeros(SMALL), torch.zeros(SMALL, dtype=torch.float64)
@@ -188,14 +189,28 @@ def test_an_empty_tensor_is_a_header() -> None:
 @pytest.mark.parametrize("numel", [0, 100])
 def test_other_codecs_refuse_them(spec: str, numel: int) -> None:
     codec, x, room = make_codec(spec), torch.ones(numel), torch.zeros(9000, dtype=torch.uint8)
-    side = Side(reference=x.clone())
-    with pytest.raises(ValueError, match="no residual and no capacity"):
-        codec.encode_into(x, room, side, residual=torch.zeros(numel))
-    with pytest.raises(ValueError, match="no residual and no capacity"):
-        codec.encode_into(x, room, side, capacity=9000)
-    with pytest.raises(ValueError, match="no residual and no capacity"):
+    side, residual = Side(reference=x.clone()), torch.zeros(numel)
+    if not spec.startswith("grid:"):
+        with pytest.raises(ValueError, match="takes no residual"):
+            codec.encode_into(x, room, side, residual=residual)
+    for given in (None, residual):
+        with pytest.raises(ValueError, match="takes no capacity"):
+            codec.encode_into(x, room, side, residual=given, capacity=9000)
+    with pytest.raises(ValueError, match="takes no capacity"):
         codec.fixed_bytes(numel)
     assert (room == 0).all()
+
+
+def test_the_residual_counts_where_a_step_is_given() -> None:
+    """It reaches a level that the values alone do not; what stays below is kept, in blocks without any level, too."""
+    side, x = Side(segments=(300, 300), step_size=1.0), torch.full((600,), 0.5)
+    residual = torch.zeros(600)
+    residual[:300] = 0.375
+    packet, left, _ = check_kernels("grid:2.0", x, side, residual, None)
+    decoded = torch.empty(600)
+    make_codec("grid:2.0").decode(packet, decoded, side=side)
+    assert decoded.tolist() == [1.0] * 300 + [0.0] * 300
+    assert left.tolist() == [-0.125] * 300 + [0.5] * 300
 
 
 def test_residuals_of_another_kind_are_refused() -> None:

@@ -92,7 +92,8 @@ int64_t decode_block(const Call& c, const std::vector<uint8_t>& body, void* out)
 
 int64_t grid_bytes(const Call& c) { return edl_grid_max_bytes(c.numel, 1); }
 int64_t encode_grid(const Call& c, std::vector<uint8_t>& body) {
-    return edl_grid_encode(c.x, c.numel, c.dtype, &c.numel, 1, c.bits_q16, 0.0f, body.data(), length(body), nullptr);
+    return edl_grid_encode(c.x, c.numel, c.dtype, nullptr, &c.numel, 1, c.bits_q16, 0.0f, body.data(), length(body),
+                           nullptr);
 }
 int64_t decode_grid(const Call& c, const std::vector<uint8_t>& body, void* out) {
     return edl_grid_decode(body.data(), length(body), c.dtype, c.numel, &c.numel, 1, out, c.dtype, 0);

@@ -155,15 +155,20 @@ Codec block_codec(const Input& in) {
             }};
 }
 
+std::vector<float> small_values(int64_t count) {
+    std::vector<float> values(static_cast<size_t>(count));
+    std::normal_distribution<float> normal;
+    for (float& value : values) value = 1e-3f * normal(random_bits);
+    return values;
+}
+
 // With a limit between the least and no limit at all, and a residual; each encoding begins with the same one.
 Codec bounded_block_codec(const Input& in) {
     const int64_t bits_q16 = 6554 + below(7 * 65536);
     const int64_t fixed =
         edl_block_fixed_bytes(in.numel, in.segments.data(), static_cast<int64_t>(in.segments.size()), bits_q16);
     const int64_t limit = below(8) == 0 ? INT64_MAX : fixed + below(in.numel + 1);
-    std::vector<float> start(static_cast<size_t>(in.numel));
-    std::normal_distribution<float> normal;
-    for (float& value : start) value = 1e-3f * normal(random_bits);
+    const std::vector<float> start = small_values(in.numel);
     return {edl_block_max_bytes(in.numel, in.num_segments(), bits_q16), false,
             [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
                 std::vector<float> residual = start;
@@ -179,13 +184,17 @@ Codec bounded_block_codec(const Input& in) {
             }};
 }
 
+// Half of them with a residual; each encoding begins with the same one.
 Codec grid_codec(const Input& in) {
     const int64_t bits_q16 = 6554 + below(7 * 65536);
     const float step = below(2) == 0 ? 0.0f : std::exp2(static_cast<float>(below(20) - 10));
+    const bool feeds_back = below(2) == 0;
+    const std::vector<float> start = small_values(feeds_back ? in.numel : 0);
     return {edl_grid_max_bytes(in.numel, in.num_segments()), false,
             [=](uint8_t* body, int64_t capacity, edl_stats* stats) {
-                return edl_grid_encode(in.x, in.numel, in.dtype, in.segments.data(), in.num_segments(), bits_q16, step,
-                                       body, capacity, stats);
+                std::vector<float> residual = start;
+                return edl_grid_encode(in.x, in.numel, in.dtype, feeds_back ? residual.data() : nullptr,
+                                       in.segments.data(), in.num_segments(), bits_q16, step, body, capacity, stats);
             },
             [=](const uint8_t* body, int64_t size, uint8_t* out, int out_dtype, int accumulate) {
                 return edl_grid_decode(body, size, in.dtype, in.numel, in.segments.data(), in.num_segments(), out,

@@ -204,8 +204,9 @@ int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residua
     });
 }
 
-int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments, int64_t num_segments,
-                        int64_t bits_q16, float step, uint8_t* body, int64_t capacity, edl_stats* stats) {
+int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
+                        int64_t num_segments, int64_t bits_q16, float step, uint8_t* body, int64_t capacity,
+                        edl_stats* stats) {
     return guarded([&]() -> int64_t {
         check_tensor(x, numel, dtype);
         check_body(body, capacity);
@@ -214,7 +215,7 @@ int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* 
         if (stats != nullptr) *stats = {};
         if (numel == 0) return 0;
         ByteWriter writer(body, capacity);
-        edl::grid_encode(*thread_kernels, {x, numel, dtype}, grid, bits_q16, step, writer, stats);
+        edl::grid_encode(*thread_kernels, {x, numel, dtype}, residual, grid, bits_q16, step, writer, stats);
         return writer.written();
     });
 }

@@ -56,9 +56,9 @@ int64_t block_encode(const Kernels& kernels, const ConstValues& x, float* residu
 void block_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
 
 int64_t grid_max_bytes(int64_t numel, int64_t num_segments);
-// step: 0 for one that fits bits_q16.
-void grid_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16, float step,
-                 ByteWriter& body, edl_stats* stats);
+// step: 0 for one that fits bits_q16. residual: as in block_encode.
+void grid_encode(const Kernels& kernels, const ConstValues& x, float* residual, const Segments& segments,
+                 int64_t bits_q16, float step, ByteWriter& body, edl_stats* stats);
 void grid_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out);
 
 // reference: of the packet's dtype and numel.

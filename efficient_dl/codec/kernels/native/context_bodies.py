@@ -35,11 +35,28 @@ class NativeGrid:
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
+        return self._encode(x, segments, body, stats, None)
+
+    def encode_with_residual(
+        self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None, residual: Tensor
+    ) -> int:
+        """See `ResidualBodyKernel.encode_with_residual`."""
+        return self._encode(x, segments, body, stats, residual.data_ptr())
+
+    def _encode(
+        self,
+        x: Tensor,
+        segments: tuple[int, ...],
+        body: Tensor,
+        stats: PacketStats | None,
+        residual: int | None,
+    ) -> int:
         measured = None if stats is None else NativeStats()
         body_bytes = self._library.grid_encode(
             x.data_ptr(),
             x.numel(),
             DTYPE_CODES[x.dtype],
+            residual,
             segments,
             round(self._bits * 65536),
             self._step_size or 0.0,

@@ -43,6 +43,10 @@ static int quantize_grid(const float* block, float inverse_step, int16_t* q) {
     return sum;
 }
 
+static void subtract_grid(const float* block, const int16_t* q, float step, float* left) {
+    for (int i = 0; i < kBlockValues; ++i) left[i] = block[i] - static_cast<float>(q[i]) * step;
+}
+
 static inline int16_t clamped_16(int32_t q) {
     return static_cast<int16_t>(q < -32767 ? -32767 : q > 32767 ? 32767 : q);
 }

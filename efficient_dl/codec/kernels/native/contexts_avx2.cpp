@@ -32,7 +32,7 @@ int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables
 
 extern const ContextKernels kContextKernels;
 const ContextKernels kContextKernels = {
-    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, quotients_8, quotients_16,
+    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, subtract_grid, quotients_8, quotients_16,
     quotients_32,        pair_symbols, byte_symbols, pair_values,   byte_values, distances_8,
     distances_16,        distances_32,
 };

@@ -47,7 +47,7 @@ void symbols_of_bytes(const int16_t* q, uint8_t* rows, uint64_t* escaped) {
 
 extern const ContextKernels kContextKernels;
 const ContextKernels kContextKernels = {
-    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, quotients_8, quotients_16,
+    encode_context_rows, decode_context_rows, magnitude_bits, quantize_grid, subtract_grid, quotients_8, quotients_16,
     quotients_32,        symbols_of_pairs, symbols_of_bytes, pair_values,   byte_values, distances_8,
     distances_16,        distances_32,
 };

@@ -21,7 +21,7 @@
 extern "C" {
 #endif
 
-#define EDL_ABI_VERSION 4
+#define EDL_ABI_VERSION 5
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
 enum edl_dtype {
@@ -112,8 +112,8 @@ EDL_EXPORT int64_t edl_split_encode(const void* x, int64_t numel, int dtype, uin
 EDL_EXPORT int64_t edl_block_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
                                     int64_t num_segments, int64_t bits_q16, const float* steps, int64_t limit,
                                     uint8_t* body, int64_t capacity, edl_stats* stats);
-/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. */
-EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, const int64_t* segments,
+/* step: a positive normal float below 2^100, or 0 for one that is searched for to fit bits_q16. residual: as above. */
+EDL_EXPORT int64_t edl_grid_encode(const void* x, int64_t numel, int dtype, float* residual, const int64_t* segments,
                                    int64_t num_segments, int64_t bits_q16, float step, uint8_t* body,
                                    int64_t capacity, edl_stats* stats);
 /* reference: numel values of the same dtype. */

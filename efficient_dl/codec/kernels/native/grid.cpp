@@ -32,19 +32,19 @@ bool is_step(float step) { return step >= 0x1p-126f && step < 0x1p100f; }
 thread_local Scratch sample_scratch;
 
 // Of the blocks that are finite, as bits; 0 if all are zeros.
-uint32_t largest_magnitude(const Kernels& kernels, const ConstValues& x, const Segments& segments) {
+uint32_t largest_magnitude(const Kernels& kernels, const Summed& source, const Segments& segments) {
     const ContextKernels& loops = context_kernels(kernels);
     alignas(64) float room[kBlockValues];
     uint32_t largest = 0;
     BlockCursor cursor(segments);
     for (Block block; cursor.next(block);) {
-        const uint32_t bits = loops.magnitude_bits(block_floats(kernels, {x, nullptr}, block, room));
+        const uint32_t bits = loops.magnitude_bits(block_floats(kernels, source, block, room));
         if (bits < kFirstHugeBits) largest = std::max(largest, bits);
     }
     return largest;
 }
 
-float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16) {
+float choose_step(const Kernels& kernels, const Summed& source, const Segments& segments, int64_t bits_q16) {
     Scratch::Lease lease(sample_scratch, kMaxSampleBlocks * kBlockValues * sizeof(float));
     float* sample = reinterpret_cast<float*>(lease.bytes());
     const ContextKernels& loops = context_kernels(kernels);
@@ -54,7 +54,7 @@ float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& 
     BlockCursor cursor(segments);
     for (Block block; cursor.next(block); cursor.skip(stride - 1)) {
         float* room = sample + num_sampled * kBlockValues;
-        const float* values = block_floats(kernels, {x, nullptr}, block, room);
+        const float* values = block_floats(kernels, source, block, room);
         const uint32_t bits = loops.magnitude_bits(values);
         if (bits >= kFirstHugeBits) continue;
         if (values != room) std::memcpy(room, values, kBlockValues * sizeof(float));
@@ -63,7 +63,7 @@ float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& 
         ++num_sampled;
     }
     const bool is_sampled = largest != 0;
-    if (!is_sampled) largest = largest_magnitude(kernels, x, segments);
+    if (!is_sampled) largest = largest_magnitude(kernels, source, segments);
     if (largest == 0) return 1.0f;
     const int64_t budget = num_values * bits_q16;
     const int octave = kOctave * (static_cast<int>(largest >> 23) - 127);
@@ -86,17 +86,24 @@ float choose_step(const Kernels& kernels, const ConstValues& x, const Segments& 
 
 class GridSource final : public IntegerSource {
 public:
-    GridSource(const Kernels& kernels, const ConstValues& x, float step)
-        : kernels_(kernels), loops_(context_kernels(kernels)), x_(x), inverse_(1.0f / step) {}
+    GridSource(const Kernels& kernels, const Summed& source, float step)
+        : kernels_(kernels), loops_(context_kernels(kernels)), source_(source), step_(step), inverse_(1.0f / step) {}
 
+    // Replaces the block's residual: so each block is to be quantized once.
     int quantize(const Block& block, int16_t* q) const override {
         alignas(64) float room[kBlockValues];
-        const float* values = block_floats(kernels_, {x_, nullptr}, block, room);
+        const float* values = block_floats(kernels_, source_, block, room);
         const uint32_t bits = loops_.magnitude_bits(values);
-        if (bits >= kFirstHugeBits) return kNonFinite;
+        const bool is_finite = bits < kFirstHugeBits;
         // Most blocks of a sparse tensor: not even the largest value reaches the first level.
-        if (std::bit_cast<float>(bits) * inverse_ + kGridRounding < 1.0f) return 0;
-        return loops_.quantize_grid(values, inverse_, q);
+        const bool is_empty = std::bit_cast<float>(bits) * inverse_ + kGridRounding < 1.0f;
+        const int sum = !is_finite ? kNonFinite : is_empty ? 0 : loops_.quantize_grid(values, inverse_, q);
+        if (source_.residual != nullptr) {  // the values lie in room, and become what is left of them
+            if (!is_finite) std::fill(room, room + block.size, 0.0f);
+            else if (!is_empty) loops_.subtract_grid(room, q, step_, room);
+            std::memcpy(source_.residual + block.offset, room, static_cast<size_t>(block.size) * sizeof(float));
+        }
+        return sum;
     }
 
     int32_t exact(const Block&, int, int16_t q) const override { return q; }
@@ -105,8 +112,8 @@ public:
 private:
     const Kernels& kernels_;
     const ContextKernels& loops_;
-    ConstValues x_;
-    float inverse_;
+    Summed source_;
+    float step_, inverse_;
 };
 
 class GridSink final : public IntegerSink {
@@ -159,13 +166,14 @@ int64_t grid_max_bytes(int64_t numel, int64_t num_segments) {
     return 4 + integers_max_bytes(numel, num_segments, kEscapeBytes);
 }
 
-void grid_encode(const Kernels& kernels, const ConstValues& x, const Segments& segments, int64_t bits_q16, float step,
-                 ByteWriter& body, edl_stats* stats) {
-    if (step == 0.0f) step = choose_step(kernels, x, segments, bits_q16);
+void grid_encode(const Kernels& kernels, const ConstValues& x, float* residual, const Segments& segments,
+                 int64_t bits_q16, float step, ByteWriter& body, edl_stats* stats) {
+    const Summed source = {x, residual};
+    if (step == 0.0f) step = choose_step(kernels, source, segments, bits_q16);
     if (!is_step(step)) throw CodecError{EDL_BAD_ARGUMENT};
     body.value(step);
     if (stats != nullptr) stats->header_bits += 32;
-    encode_integers(kernels, GridSource(kernels, x, step), segments, x.numel, body, stats);
+    encode_integers(kernels, GridSource(kernels, source, step), segments, x.numel, body, stats);
 }
 
 void grid_decode(const Kernels& kernels, ByteReader& body, const Segments& segments, const Output& out) {

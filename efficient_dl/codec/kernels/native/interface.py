@@ -10,7 +10,7 @@ from typing import Final
 
 from efficient_dl.errors import ConfigError, CorruptPacket
 
-ABI_VERSION: Final = 4
+ABI_VERSION: Final = 5
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3
@@ -32,7 +32,7 @@ _SIGNATURES: Final[dict[str, list[type[ctypes.c_void_p | ctypes.c_int64 | ctypes
     "edl_grid_max_bytes": [_INT64, _INT64],
     "edl_delta_max_bytes": [_INT64, _INT32],
     "edl_grid_encode": [
-        _POINTER, _INT64, _INT32, _POINTER, _INT64, _INT64, _FLOAT32, _POINTER, _INT64, _POINTER,
+        _POINTER, _INT64, _INT32, _POINTER, _POINTER, _INT64, _INT64, _FLOAT32, _POINTER, _INT64, _POINTER,
     ],
     "edl_delta_encode": [_POINTER, _POINTER, _INT64, _INT32, _POINTER, _INT64, _POINTER],
     "edl_grid_decode": [_POINTER, _INT64, _INT32, _INT64, _POINTER, _INT64, _POINTER, _INT32, _INT32],
@@ -301,6 +301,7 @@ class NativeLibrary:
         x: int,
         numel: int,
         dtype: int,
+        residual: int | None,
         segments: tuple[int, ...],
         bits_q16: int,
         step: float,
@@ -314,6 +315,7 @@ class NativeLibrary:
             x,
             numel,
             dtype,
+            residual,
             _int64_array(segments),
             len(segments),
             bits_q16,

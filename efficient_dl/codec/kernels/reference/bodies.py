@@ -146,10 +146,23 @@ class ReferenceGrid:
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> int:
         """See `BodyKernel.encode`."""
+        return self._encode(x.to(torch.float32), BlockGrid(segments, x.device), body, stats).numel()
+
+    def encode_with_residual(
+        self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None, residual: Tensor
+    ) -> int:
+        """See `ResidualBodyKernel.encode_with_residual`. The residual is what decoding the packet leaves over."""
         blocks = BlockGrid(segments, x.device)
-        data = grid.encode(x.to(torch.float32), blocks, round(self._bits * 65536), self._step_size, stats)
-        body[: data.numel()].copy_(data)
+        values = x.to(torch.float32) + residual
+        data = self._encode(values, blocks, body, stats)
+        decoded, _ = grid.decode(data, blocks)
+        residual.copy_(torch.where(decoded.isnan(), 0, values - decoded))
         return data.numel()
+
+    def _encode(self, values: Tensor, blocks: BlockGrid, body: Tensor, stats: PacketStats | None) -> Tensor:
+        data = grid.encode(values, blocks, round(self._bits * 65536), self._step_size, stats)
+        body[: data.numel()].copy_(data)
+        return data
 
     def decode(
         self, body: Tensor, dtype: torch.dtype, segments: tuple[int, ...], out: Tensor, accumulate: bool
