@@ -200,8 +200,11 @@ def _predicted(worker: Worker, config: Config, data: Dataset, state: State) -> t
     loss(model(inputs), targets).backward()  # codecs are measured on a real gradient
     transport = ProcessGroupTransport(_world()).sibling()
     try:
-        family = "grid" if config.optimizer.name == "sgd" else "bits"
-        options = AutoOptions(backward_seconds=alone.seconds, ready=alone.ready, family=family)
+        is_sgd = config.optimizer.name == "sgd"
+        family = "grid" if is_sgd else "bits"
+        options = AutoOptions(
+            backward_seconds=alone.seconds, ready=alone.ready, family=family, feeds_back=is_sgd
+        )
         found = decide(dict(model.named_parameters()), transport, transport, None, options)
         dist.barrier()
     finally:

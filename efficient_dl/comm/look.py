@@ -48,7 +48,9 @@ def look(
     if sample is not None and sample.numel():
         packet = packet_cost(known.codecs[-1].codec, sample, kernel)
         speeds = [
-            codec_speed(one.codec, sample, segments, known.world_size, packet, kernel, _CODEC_TRIES)
+            codec_speed(
+                one.codec, sample, segments, known.world_size, packet, kernel, known.feeds_back, _CODEC_TRIES
+            )
             for one in known.codecs
         ]
         own = {

@@ -69,6 +69,7 @@ class Measurements:
     told_seconds: what our exchange takes longer because nobody knows messages' sizes before they come.
     ready: of each parameter that is planned for, in the model's order, the share of backward_seconds after which its
         gradient is there, on the rank where it comes last; () if nobody has measured it.
+    feeds_back: whether encoding what is lossy includes error feedback.
     contended: whether codecs and backward take processor time from each other.
     assumed: what was not measured but given, one phrase; "" if nothing was.
     """
@@ -86,6 +87,7 @@ class Measurements:
     assumed: str = ""
     ready: tuple[float, ...] = ()
     told_seconds: float = 0.0
+    feeds_back: bool = False
 
     @property
     def world_size(self) -> int:

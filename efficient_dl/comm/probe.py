@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import Side, make_codec
+from efficient_dl.codec import PacketStats, Side, make_codec
 from efficient_dl.comm.compressor import Compressor
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.layout import BLOCK_NUMEL, BucketLayout
@@ -65,6 +65,7 @@ def probe(
     kernel: str = "auto",
     native_one_way: bool = False,
     ready: Sequence[float] = (),
+    feeds_back: bool = False,
 ) -> Measurements:
     """Measures on all ranks, which call it together; all get the same numbers.
 
@@ -74,11 +75,15 @@ def probe(
     sample: 1-D gradient, or what resembles one, of the parameters that a bucket holds; segments: their numels.
     backward_seconds: this rank's; the slowest one's counts. ready: shares of it, one a parameter, after which gradients
         are there on this rank, in the same order on all; the largest count.
+    feeds_back: whether what lossy packets leave out will go with the next ones.
 
     Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
     """
     packet = packet_cost(codecs[-1], sample, kernel)
-    speeds = [codec_speed(codec, sample, segments, transport.world_size, packet, kernel) for codec in codecs]
+    speeds = [
+        codec_speed(codec, sample, segments, transport.world_size, packet, kernel, feeds_back)
+        for codec in codecs
+    ]
     own: dict[str, Any] = {
         "packet": [packet.encode_seconds, packet.decode_seconds, packet.num_bytes],
         "codecs": [
@@ -112,6 +117,7 @@ def probe(
         contended=any(theirs["gpu"] for theirs in everyone) or _has_full_machine(everyone),
         packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
         ready=tuple(map(max, zip(*(theirs["ready"] for theirs in everyone), strict=True))),
+        feeds_back=feeds_back,
     )
 
 
@@ -165,7 +171,7 @@ def packet_cost(codec: str, sample: Tensor, kernel: str = "auto") -> PacketCost:
     Through a `Compressor`, as in a reduction, whose own time is a part of it.
     """
     values = sample[:BLOCK_NUMEL].contiguous()
-    _, _, num_bytes = _Timed(codec, [None], [values], kernel).run(tries=1)
+    _, _, num_bytes = _Timed(codec, [Side()], [values], kernel).run(tries=1)
     compressor, layout = (
         Compressor(Plan.of(codec), ["values"], kernel),
         BucketLayout.of(["values"], [values.numel()], 1),
@@ -197,16 +203,18 @@ def codec_speed(
     world_size: int,
     packet: PacketCost,
     kernel: str = "auto",
+    feeds_back: bool = False,
     tries: int = _TRIES,
 ) -> CodecSpeed:
     """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries.
 
-    packet: what each of these packets takes anyway, and is not counted here.
+    packet: what each of these packets takes anyway, and is not counted here. feeds_back: what is lossy is timed with
+    error feedback.
     """
     layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
     shards = [shard for shard in layout.shards if shard.numel]
     parts = [sample[shard.start : shard.stop] for shard in shards]
-    timed = _Timed(codec, [shard.side for shard in shards], parts, kernel, _COLD_BYTES)
+    timed = _Timed(codec, [shard.side for shard in shards], parts, kernel, feeds_back, _COLD_BYTES)
     encode, decode, num_bytes = timed.run(tries)
     numel, packets = sample.numel(), len(shards)
     return CodecSpeed(
@@ -221,10 +229,23 @@ class _Timed:
     """A codec on given tensors. cold: bytes of other memory to touch before each timing."""
 
     def __init__(
-        self, codec: str, sides: Sequence[Side | None], parts: Sequence[Tensor], kernel: str, cold: int = 0
+        self,
+        codec: str,
+        sides: Sequence[Side],
+        parts: Sequence[Tensor],
+        kernel: str,
+        feeds_back: bool = False,
+        cold: int = 0,
     ) -> None:
         self._codec = make_codec(codec, kernel=kernel)
         self._sides, self._parts = sides, parts
+        self._kept = [
+            torch.zeros_like(part, dtype=torch.float32) if feeds_back and not self._codec.exact else None
+            for part in parts
+        ]
+        self._residual = torch.empty(
+            max(part.numel() for part in parts), dtype=torch.float32, device=parts[0].device
+        )
         self._room = [
             torch.empty(
                 self._codec.max_bytes(part.numel(), part.dtype, side), dtype=torch.uint8, device=part.device
@@ -233,6 +254,21 @@ class _Timed:
         ]
         self._totals = [torch.zeros_like(part, dtype=torch.float32) for part in parts]
         self._other = torch.zeros(cold, dtype=torch.uint8, device=parts[0].device)
+        if codec.startswith("grid:"):  # in training a step's size comes from the steps before
+            self._sides = [self._with_step(*one) for one in zip(parts, self._room, sides, strict=True)]
+
+    def _with_step(self, part: Tensor, room: Tensor, side: Side) -> Side:
+        stats = PacketStats()
+        self._codec.encode_into(part, room, side, stats)
+        return Side(side.segments, step_size=stats.step_size)
+
+    def _encode(self, part: Tensor, room: Tensor, side: Side, kept: Tensor | None) -> Tensor:
+        if kept is None:
+            return room[: int(self._codec.encode_into(part, room, side))]
+        residual = self._residual[: kept.numel()].copy_(kept)  # in training, too, it is copied out and in
+        packet = room[: int(self._codec.encode_into(part, room, side, residual=residual))]
+        kept.copy_(residual)
+        return packet
 
     def run(self, tries: int) -> tuple[float, float, int]:
         """Seconds to encode, and to decode and add, medians; and the packets' bytes."""
@@ -243,8 +279,8 @@ class _Timed:
             self._other.add_(1)
             start = _now(self._parts[0].device)
             packets = [
-                room[: int(self._codec.encode_into(part, room, side))]
-                for part, room, side in zip(self._parts, self._room, self._sides, strict=True)
+                self._encode(*one)
+                for one in zip(self._parts, self._room, self._sides, self._kept, strict=True)
             ]
             middle = _now(self._parts[0].device)
             encoding.append(middle - start)

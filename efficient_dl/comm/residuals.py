@@ -60,21 +60,15 @@ class Residuals:
         units: residuals are kept times this: 1 for contributions, the number of ranks for their average.
         """
         factor = self._scale / self._committed_scale / units
-        parts = [
-            self._part(self._committed, name, offset, numel)
-            for name, offset, numel in zip(section.names, section.offsets, section.segments, strict=True)
-        ]
-        torch.cat(parts, out=out)
-        if factor != 1.0:
-            out.mul_(factor)
+        parts = out.split_with_sizes(section.segments)
+        for name, offset, part in zip(section.names, section.offsets, parts, strict=True):
+            torch.mul(self._part(self._committed, name, offset, part.numel()), factor, out=part)
 
     def give(self, section: Section, residual: Tensor, units: float) -> None:
         """Keeps what a section's packet left out."""
-        if units != 1.0:
-            residual = residual * units
         parts = residual.split_with_sizes(section.segments)
         for name, offset, part in zip(section.names, section.offsets, parts, strict=True):
-            self._part(self._pending, name, offset, part.numel()).copy_(part)
+            torch.mul(part, units, out=self._part(self._pending, name, offset, part.numel()))
         with self._lock:
             self._written.update(section.names)
 

@@ -34,7 +34,8 @@ class AutoOptions:
         0.0: not known, then all communication is taken to be exposed. ready: by parameter, the share of
         backward_seconds after which its gradient is there; empty: not known, then evenly from a third on.
         family: "bits" or "grid", what rates mean here.
-    exact: whether "lossless" may be chosen. planner: what else the planner may choose.
+    exact: whether "lossless" may be chosen. feeds_back: whether what lossy packets leave out goes with the next ones,
+        which takes time. planner: what else the planner may choose.
     """
 
     floor_bits: float = DEFAULT_FLOOR_BITS
@@ -42,6 +43,7 @@ class AutoOptions:
     ready: Mapping[str, float] = field(default_factory=dict)
     family: str = "bits"
     exact: bool = True
+    feeds_back: bool = False
     kernel: str = "auto"
     planner: PlannerOptions = field(default_factory=PlannerOptions)
 
@@ -53,7 +55,12 @@ class AutoOptions:
 
     def facts(self) -> dict[str, Any]:
         """What ranks compare before they measure; their own backward times may differ."""
-        return {"floor_bits": self.floor_bits, "family": self.family, "exact": self.exact}
+        return {
+            "floor_bits": self.floor_bits,
+            "family": self.family,
+            "exact": self.exact,
+            "feeds_back": self.feeds_back,
+        }
 
     def check(self) -> None:
         """Raises ConfigError for a floor or a time that cannot be."""
@@ -161,6 +168,7 @@ def measured(
         options.kernel,
         options.planner.native_one_way,
         ready,
+        options.feeds_back,
     )
 
 

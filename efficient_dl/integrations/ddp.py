@@ -39,12 +39,12 @@ from efficient_dl.integrations.ddp_setup import (
     averaged_parameters,
     check_hierarchy,
     check_supported,
-    feeds_back,
     make_residuals,
     values_sent,
 )
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.facts import common_facts
+from efficient_dl.integrations.feedback import automatic_scale, feeds_back, feeds_if_lossy
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
 from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
@@ -174,7 +174,7 @@ def compress_ddp(
         wish = NodesWish(hierarchy, control)
         is_sgd = isinstance(optimizer, torch.optim.SGD)
         if scale == "auto":
-            scale = "global" if is_sgd and device.type == "cpu" and messages != "bounded" else "local"
+            scale = automatic_scale(is_sgd, device, messages == "bounded")
         wishes = Plan.of(
             bits,
             overrides=overrides,
@@ -185,9 +185,9 @@ def compress_ddp(
             scale=scale,
             messages="exact" if messages == "auto" else messages,
         )
-        feeds_if_lossy = error_feedback == "auto" and is_sgd and wishes.scale == "global"
+        feeds = wishes.error_feedback or feeds_if_lossy(error_feedback, is_sgd, wishes.scale)
         plan = dataclasses.replace(
-            wishes, error_feedback=wishes.error_feedback or (feeds_if_lossy and wishes.is_lossy)
+            wishes, error_feedback=wishes.error_feedback or (feeds and wishes.is_lossy)
         )
         check_hierarchy(hierarchy, plan, shadow, transport)
         check_alarms(max_relative_error, on_alarm, optimizer, check_every)
@@ -207,6 +207,7 @@ def compress_ddp(
             backward_seconds,
             family="grid" if scale == "global" else "bits",
             exact=scale != "second_moment",
+            feeds_back=feeds,
             kernel=kernel,
             planner=dataclasses.replace(
                 ways(hierarchy, control.world_size),
@@ -248,10 +249,10 @@ def compress_ddp(
                 found = Plan.of(
                     choice.bits, overrides=overrides, error_feedback=wishes.error_feedback, scale=wishes.scale
                 )
-                feeds = found.error_feedback or (feeds_if_lossy and found.is_lossy)
+                feeds_now = found.error_feedback or (feeds and found.is_lossy)
                 bounded = choice.bounded if messages == "auto" else messages == "bounded"
                 kind: Messages = "bounded" if bounded else "exact"
-                return dataclasses.replace(found, error_feedback=feeds, messages=kind)
+                return dataclasses.replace(found, error_feedback=feeds_now, messages=kind)
 
             nodes = topology if topology is not None and not topology.groups else None
             several = nodes is not None and nodes.flat_reason() is None and len(nodes.nodes) > 1

@@ -25,20 +25,6 @@ def averaged_parameters(model: DistributedDataParallel) -> dict[str, nn.Paramete
     }
 
 
-def feeds_back(
-    wish: bool | str, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None
-) -> bool:
-    """Whether error feedback was asked for; raises ConfigError where it cannot be had."""
-    if wish not in (True, False, "auto"):
-        raise ConfigError("unknown error_feedback", expected='True, False or "auto"', found=repr(wish))
-    if wish is True and scaler is not None and optimizer is None:
-        raise ConfigError(
-            "error feedback with a GradScaler needs the optimizer, to know which steps it skips",
-            fix="compress(model, optimizer, scaler=scaler, ...)",
-        )
-    return wish is True
-
-
 def values_sent(parameters: Mapping[str, nn.Parameter], share: float) -> int:
     """Values that a rank sends in a step: the other ranks' shards, and its own to each of them."""
     return int(share * sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad))

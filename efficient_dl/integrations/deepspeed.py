@@ -166,7 +166,8 @@ def compress_engine(
             plan = replace(settings, bits=choice.bits, error_feedback=feedback).plan(engine)
             return replace(plan, reason=choice.reason)
 
-        replanner = _replanner(plan, plug, parameters, control, settings, meant)
+        feeds = replace(settings, bits=settings.floor_bits).plan(engine).error_feedback
+        replanner = _replanner(plan, plug, parameters, control, settings, feeds, meant)
         compressor.follow(meant(replanner.now))
     return EngineCompression(engine, compressor, control, plug, settings, replanner)
 
@@ -188,6 +189,7 @@ def _replanner(
     parameters: Mapping[str, torch.Tensor],
     control: ProcessGroupTransport,
     settings: Settings,
+    feeds_back: bool,
     meant: Callable[[ChosenPlan], Plan],
 ) -> Replanner:
     """What "auto" means here, now and later. DeepSpeed itself all-reduces, also where one rank alone needs a sum."""
@@ -195,6 +197,7 @@ def _replanner(
     auto = AutoOptions(
         settings.floor_bits,
         family="grid" if plan.scale == "global" else "bits",
+        feeds_back=feeds_back,
         kernel=settings.kernel,
         planner=PlannerOptions(bucket_bytes=size, one_way=plug.sums_at_owners),
     )

@@ -13,6 +13,7 @@ from efficient_dl.comm import DEFAULT_TIMEOUT_SECONDS, Plan
 from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, UnsupportedTensor
+from efficient_dl.integrations.feedback import automatic_scale, feeds_if_lossy
 from efficient_dl.integrations.plan_watch import ReplanOptions
 
 SECTION = "efficient_dl"
@@ -133,10 +134,9 @@ class Settings:
     def plan(self, engine: Any) -> Plan:
         """What travels; "auto" goes by the engine's optimizer and device, as for DistributedDataParallel."""
         is_sgd = isinstance(engine.basic_optimizer, torch.optim.SGD)
-        scale: Scale = "local"
-        prefers_global = is_sgd and engine.device.type == "cpu" and self.messages == "exact"
-        if self.scale == "global" or (self.scale == "auto" and prefers_global):
-            scale = "global"
+        scale = cast(Scale, self.scale)
+        if self.scale == "auto":
+            scale = automatic_scale(is_sgd, engine.device, self.messages == "bounded")
         plan = Plan.of(self.bits, scale=scale, error_feedback=self.error_feedback is True)
         plan = replace(plan, messages=cast(Messages, self.messages))
         hides_skips = bool(engine.torch_autocast_z0_gradscaler)
@@ -146,8 +146,8 @@ class Settings:
                 found="torch_autocast with a GradScaler and without ZeRO, whose skipped steps DeepSpeed does not tell",
                 fix="error_feedback=False, or DeepSpeed's own fp16",
             )
-        automatic = self.error_feedback == "auto" and is_sgd and scale == "global" and plan.is_lossy
-        return replace(plan, error_feedback=True) if automatic and not hides_skips else plan
+        feeds = plan.is_lossy and feeds_if_lossy(self.error_feedback, is_sgd, scale)
+        return replace(plan, error_feedback=True) if feeds and not hides_skips else plan
 
 
 def check_supported(engine: Any) -> None:

@@ -23,8 +23,8 @@ from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions
-from efficient_dl.integrations.ddp_setup import feeds_back
 from efficient_dl.integrations.facts import common_facts
+from efficient_dl.integrations.feedback import feeds_back
 from efficient_dl.integrations.fsdp_auto import WEIGHTS, Automatic, Chosen, choose
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 from efficient_dl.integrations.fsdp_setup import (
@@ -117,7 +117,7 @@ def compress_fsdp(
     try:
         feedback = feeds_back(error_feedback, scaler, optimizer)
         wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, feedback, messages)
-        auto = AutoOptions(floor_bits, backward_seconds, kernel=kernel)
+        auto = AutoOptions(floor_bits, backward_seconds, feeds_back=feedback, kernel=kernel)
         auto.check()
         measured = [] if shadow else wish.automatic(units)
         measured += [WEIGHTS] if measured and weights is None else []

@@ -129,7 +129,7 @@ def _planned(
 ) -> Planned:
     one_way = one != REPLICATE
     planner = PlannerOptions(bucket_bytes=_EACH_UNIT_A_BUCKET, one_way=one_way, native_one_way=one_way)
-    options = replace(options, planner=planner)
+    options = replace(options, planner=planner, feeds_back=options.feeds_back and one != WEIGHTS)
     if one == WEIGHTS:
         sample, codecs = sample_of_weights(units, SAMPLE_NUMEL), ("lossless",)
         numels = [unit.gather_layout().bucket.numel for unit in units]

@@ -18,6 +18,7 @@ from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import AutoOptions, decide, shapes_of
+from efficient_dl.integrations.feedback import automatic_scale, feeds_if_lossy
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
 from efficient_dl.training.end_to_end import Trainer, hierarchy_wish, planner_options
@@ -60,11 +61,16 @@ def measured_plan(
     compute = trainer.measured_compute()
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     is_sgd = isinstance(trainer.optimizer.parts[-1], torch.optim.SGD)
+    wish = config.compression
+    scale = wish.scale
+    if scale == "auto":
+        scale = automatic_scale(is_sgd, device, wish.messages == "bounded")
     options = AutoOptions(
-        config.compression.floor_bits,
+        wish.floor_bits,
         compute.seconds,
         compute.ready,
-        family="grid" if is_sgd and device.type == "cpu" else "bits",
+        family="grid" if scale == "global" else "bits",
+        feeds_back=wish.error_feedback == "on" or feeds_if_lossy(wish.error_feedback, is_sgd, scale),
         planner=planner_options(config, hierarchy, dist.get_world_size()),
     )
     world = dist.group.WORLD

@@ -139,8 +139,9 @@ def _network_table(found: Measurements) -> Table:
 
 
 def _codec_table(planned: Planned) -> Table:
+    fed = ", errors fed back" if planned.measurements.feeds_back else ""
     table = _table(
-        "Codecs, on a gradient of this model", "", "encode", "decode, add", "bits a value", "pays below"
+        f"Codecs, on a gradient of this model{fed}", "", "encode", "decode, add", "bits a value", "pays below"
     )
     break_even = {one.bits: one.break_even for one in planned.decision.predictions}
     for one in planned.measurements.codecs:

@@ -75,10 +75,14 @@ def test_a_rank_that_is_gone_ends_the_probe() -> None:
 def trained(rank: int) -> list[dict[str, Any]]:
     """Backward that takes no time against codecs that do, on no network: native. Then the plan is applied."""
     seen = []
-    for options in ({"backward_seconds": 100.0, "overrides": {"*.bias": "none"}}, {"shadow": True}):
+    for kind, options in (
+        (torch.optim.AdamW, {"backward_seconds": 100.0, "overrides": {"*.bias": "none"}}),
+        (torch.optim.SGD, {}),
+        (torch.optim.AdamW, {"shadow": True}),
+    ):
         torch.manual_seed(rank)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 300), nn.Linear(300, 5)))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        optimizer = kind(model.parameters(), lr=0.1)
         compression = edl.compress(model, optimizer, "auto", check_every=1, floor_bits=3.0, **options)
         for _ in range(3):
             optimizer.zero_grad()
@@ -92,13 +96,14 @@ def trained(rank: int) -> list[dict[str, Any]]:
 
 
 def test_compress_applies_what_auto_chose_and_says_why() -> None:
-    (auto, shadow), others = run_ranks(trained, 2)
-    assert [auto, shadow] == others
+    (auto, fed, shadow), others = run_ranks(trained, 2)
+    assert [auto, fed, shadow] == others
     assert auto["bits"] in ("none", "lossless", "4.0", "3.0")
     assert "backward takes 100,000 ms" in auto["reason"]
     assert "the floor is 3 bits" in auto["reason"]
     assert (auto["bits"] == "none") == ("overrides without effect" in auto["reason"])
-    assert auto["steps"] == shadow["steps"] == 3
+    assert ("error feedback" in auto["reason"], "error feedback" in fed["reason"]) == (False, True)
+    assert auto["steps"] == fed["steps"] == shadow["steps"] == 3
 
 
 def sharded(rank: int) -> list[dict[str, Any]]:
