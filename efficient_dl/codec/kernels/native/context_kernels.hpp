@@ -23,8 +23,8 @@ struct ContextKernels {
     uint32_t (*magnitude_bits)(const float* block);
     // q = sign(x) min(floor(|x| inverse_step + kGridRounding), 32767). It and quotients_*: the sum of min(|q|, 255).
     int (*quantize_grid)(const float* block, float inverse_step, int16_t* q);
-    // left = block - q step, the product rounded first: what decoding leaves over. left may be block.
-    void (*subtract_grid)(const float* block, const int16_t* q, float step, float* left);
+    // block -= q step, the product rounded first: what decoding leaves over.
+    void (*subtract_grid)(float* block, const int16_t* q, float step);
     // q: distances divided by 2^(8 planes), clamped to 16 bits; the rest in planes[], each 256 bytes, the most
     // significant first. 8-bit distances have none.
     int (*quotients_8)(const int8_t* distances, int16_t* q);

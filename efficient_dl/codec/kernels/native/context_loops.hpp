@@ -43,8 +43,8 @@ static int quantize_grid(const float* block, float inverse_step, int16_t* q) {
     return sum;
 }
 
-static void subtract_grid(const float* block, const int16_t* q, float step, float* left) {
-    for (int i = 0; i < kBlockValues; ++i) left[i] = block[i] - static_cast<float>(q[i]) * step;
+static void subtract_grid(float* block, const int16_t* q, float step) {
+    for (int i = 0; i < kBlockValues; ++i) block[i] -= static_cast<float>(q[i]) * step;
 }
 
 static inline int16_t clamped_16(int32_t q) {

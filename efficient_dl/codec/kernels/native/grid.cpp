@@ -100,7 +100,7 @@ public:
         const int sum = !is_finite ? kNonFinite : is_empty ? 0 : loops_.quantize_grid(values, inverse_, q);
         if (source_.residual != nullptr) {  // the values lie in room, and become what is left of them
             if (!is_finite) std::fill(room, room + block.size, 0.0f);
-            else if (!is_empty) loops_.subtract_grid(room, q, step_, room);
+            else if (!is_empty) loops_.subtract_grid(room, q, step_);
             std::memcpy(source_.residual + block.offset, room, static_cast<size_t>(block.size) * sizeof(float));
         }
         return sum;
