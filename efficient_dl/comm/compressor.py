@@ -24,11 +24,11 @@ from efficient_dl.comm.rates import Rates
 from efficient_dl.comm.residuals import Residuals, redistributed
 from efficient_dl.comm.sections import Section, sections_of
 from efficient_dl.comm.squares import relative, squares
+from efficient_dl.comm.state_checks import STATE_VERSION, check_nothing_waits, check_state
 from efficient_dl.comm.transport import Transport
-from efficient_dl.errors import CheckpointError, CorruptPacket, PlanMismatch
+from efficient_dl.errors import CorruptPacket
 
 SAMPLE_EVERY_STEPS = 20
-_STATE_VERSION = 3
 _RATES_WITH_LARGEST_PACKETS = (MIN_RATE, 2.0, MAX_RATE)
 _NO_RESIDUALS: Mapping[str, Any] = {"scale": 1.0, "parameters": {}}
 _log = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ class Compressor:
         feedback a float32 tensor for each parameter. Raises CorruptPacket as `end_step` does, but waits for it."""
         self._deferred.check()
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "plan": self.plan.facts(),
             "meter": self.meter_state(),
             "rates": self.rates.state_dict(),
@@ -336,7 +336,8 @@ class Compressor:
         Raises PlanMismatch if it was saved under another plan, CheckpointError if it is of another model or version.
         """
         self.check_state(state)
-        self._check_residuals([state])
+        if self.residuals is None:
+            check_nothing_waits([state])
         self._deferred = Deferred()
         self.meter.load_state_dict(state["meter"])
         self._bytes_before = self.meter.totals.wire_bytes
@@ -364,8 +365,8 @@ class Compressor:
         """
         for state in states:
             self.check_state(state)
-        if residuals:
-            self._check_residuals(states)
+        if residuals and self.residuals is None:
+            check_nothing_waits(states)
         self.start_afresh()
         self.rates.load_mean([state["rates"] for state in states])
         if self.common_step is not None:
@@ -377,38 +378,7 @@ class Compressor:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raises what `load_state_dict` would for a state that does not fit."""
-        if state.get("version") != _STATE_VERSION:
-            raise CheckpointError(
-                "the compression state is of another version",
-                expected=str(_STATE_VERSION),
-                found=str(state.get("version")),
-            )
-        saved, own = {"messages": "exact", **state["plan"]}, self.plan.facts()
-        differing = [key for key in own if saved.get(key) != own[key]]
-        if differing:
-            raise PlanMismatch(
-                "the checkpoint was written under another plan",
-                differs="; ".join(
-                    f"{key} = {saved.get(key)} (checkpoint), {own[key]} (run)" for key in differing
-                ),
-                fix="resume with the settings the run was started with, or leave the compression state out",
-            )
-        unknown = sorted(set(state["meter"]["parameters"]) ^ set(self.meter.parameters))
-        if unknown:
-            raise CheckpointError(
-                "the compression state belongs to another model",
-                differs=f"parameter {unknown[0]!r} (and {len(unknown) - 1} more) is in only one of the two",
-            )
-
-    def _check_residuals(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Raises PlanMismatch where something waits to be sent that nothing here would take along."""
-        waiting = [name for state in states for name in (state["residuals"] or _NO_RESIDUALS)["parameters"]]
-        if self.residuals is None and waiting:
-            raise PlanMismatch(
-                "the checkpoint holds what packets have left out, and this run would drop it",
-                found=f"residuals of {waiting[0]!r} (and {len(waiting) - 1} more), error_feedback=False",
-                fix="error_feedback=True, as in the run that was saved, or leave the compression state out",
-            )
+        check_state(state, self.plan, self.meter.parameters)
 
     def _codec(self, spec: str) -> Codec:
         codec = self._codecs.get(spec)
