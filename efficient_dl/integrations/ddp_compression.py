@@ -21,14 +21,13 @@ from efficient_dl.comm import (
     Transport,
     combined,
     gather_json,
-    handshake,
     native_tally,
     parameter_scalars,
     since,
     summary,
     total_scalars,
 )
-from efficient_dl.errors import CheckpointError, ConfigError, EdlError
+from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import log_saved_plan
 from efficient_dl.integrations.ddp_backward import Backward
 from efficient_dl.integrations.ddp_buckets import bucket_names
@@ -36,6 +35,7 @@ from efficient_dl.integrations.ddp_engines import Engines
 from efficient_dl.integrations.ddp_native import CODED, left_to_torch, log_left_to_torch
 from efficient_dl.integrations.ddp_replanning import Replanner
 from efficient_dl.integrations.ddp_setup import averaged_parameters, join_check
+from efficient_dl.integrations.ddp_states import are_of_all_ranks, own_of_the_same_run, own_state
 from efficient_dl.integrations.ddp_transport import transport_kind
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.plan_watch import ChosenPlan
@@ -337,7 +337,8 @@ class Compression:
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
         planner = self._replanner
-        own = self._own_state(states) if planner is None else self._own_of_the_same_run(states)
+        choose = own_state if planner is None else own_of_the_same_run
+        own = choose(states, control)
         resized = own["world_size"] != control.world_size
         before: dict[str, Any] = own.get("replanner") or {} if planner is not None else {}
         if planner is not None and before:
@@ -379,42 +380,6 @@ class Compression:
         if not own["buckets_settled"] and not self._compressor.exact:
             _log.warning("saved before DDP had rebuilt its buckets: a lossy run goes on in other shards")
 
-    def _own_state(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """This rank's, or at another world size the first one."""
-        if not states:
-            raise CheckpointError("no compression state was given", fix="pass this rank's state_dict()")
-        rank = self._control.rank
-        if states[0]["world_size"] != self._control.world_size:
-            return states[0]
-        own = states[rank] if len(states) > rank else states[0]
-        if own["rank"] != rank:
-            raise CheckpointError(
-                f"rank {rank} was given the compression state of rank {own['rank']}",
-                fix="save state_dict() on every rank, and load each rank's own",
-            )
-        return own
-
-    def _own_of_the_same_run(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`_own_state`, if all ranks were given states of the same plan, step and number of ranks.
-
-        Going over to a plan may make groups, which all ranks have to make together.
-        """
-        failure: EdlError | None = None
-        facts: dict[str, Any] = {}
-        own: Mapping[str, Any] = {}
-        try:
-            own = self._own_state(states)
-            replanner = own.get("replanner") or {}
-            facts = {
-                "auto": str(replanner.get("chosen", [None])[-1]),
-                "ranks": own["world_size"],
-                "step": own["optimizer_steps"],
-            }
-        except EdlError as error:
-            failure = error
-        handshake({"checkpoint": facts}, self._control, failure)
-        return own
-
     def begin_at(self, step: int) -> None:
         """Counts optimizer steps from here on, for a run that goes on without the state it had; on all ranks."""
         self._count(step)
@@ -428,15 +393,7 @@ class Compression:
             self._register_hook()
 
     def _load_resized(self, states: Sequence[Mapping[str, Any]]) -> None:
-        before = states[0]["world_size"]
-        complete = [one["rank"] for one in states] == list(range(before))
-        if len(states) > 1 and not complete:
-            raise CheckpointError(
-                "the compression states are not those of all ranks, in order",
-                expected=f"{before} states, of the ranks 0 to {before - 1}",
-                found=f"ranks {', '.join(str(one['rank']) for one in states)}",
-                fix="pass every old rank's state_dict()",
-            )
+        before, complete = states[0]["world_size"], are_of_all_ranks(states)
         self._compressor.load_state_dicts([one["compressor"] for one in states], residuals=complete)
         kept = ""
         if self._compressor.residuals is not None:
