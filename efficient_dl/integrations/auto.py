@@ -168,7 +168,7 @@ def measured(
         options.kernel,
         options.planner.native_one_way,
         ready,
-        options.feeds_back,
+        feeds_back=options.feeds_back,
     )
 
 

@@ -29,7 +29,9 @@ def measuring(found: Measurements) -> Iterator[None]:
     """What a start measures meanwhile: no test can rely on what the machine's own loopback interface is like."""
     probe = auto.probe
 
-    def told(carrier: Any, native: Any, topology: Any, codecs: Sequence[str], *rest: Any) -> Measurements:
+    def told(
+        carrier: Any, native: Any, topology: Any, codecs: Sequence[str], *rest: Any, **_: Any
+    ) -> Measurements:
         codecs_told = tuple(one for one in found.codecs if one.codec in codecs)
         # Where times of gradients were measured, here, they are as on no machine, too, and alike on all ranks.
         return replace(found, codecs=codecs_told, ready=gradual((1,) * len(rest[-1]), 1 / 3))
