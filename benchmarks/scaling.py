@@ -24,9 +24,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.rows import Row, RowFile
+from efficient_dl.comm.codec_timing import codec_speed, packet_cost
 from efficient_dl.comm.measurements import Line, Measurements, assumed_network, merged
 from efficient_dl.comm.planner import PlannerOptions, Prediction, Shapes, plan_for
-from efficient_dl.comm.probe import codec_speed, codecs_for, packet_cost, sample_gradient
+from efficient_dl.comm.probe import codecs_for, sample_gradient
 from efficient_dl.comm.topology import group_sizes
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import load_data

@@ -163,7 +163,7 @@ class Codec(Protocol):
             Like residual, it shares no memory with the other tensors (ValueError).
         residual: "bits:RATE" and "grid:RATE" only (ValueError for others): float32, contiguous, x.numel() values on
             x.device. The packet is that of float32(x) + residual, and the residual is replaced by that sum minus
-            what decoding gives in float32; by 0 in blocks that decode to NaN.
+            what decoding gives in float32; by 0 in blocks that decode to NaN. After an error its content is undefined.
         capacity: "bits:RATE" only: the packet has at most this many bytes, its header included: the step is chosen
             for that, and tiles that do not fit all the same decode to zeros. Less than fixed_bytes() raises ValueError.
         """

@@ -18,7 +18,7 @@ from efficient_dl.comm.common_step import CommonStep, Leg
 from efficient_dl.comm.deferred import Deferred
 from efficient_dl.comm.layout import Shard
 from efficient_dl.comm.meter import Meter, Tally
-from efficient_dl.comm.packing import WITH_RATE, WITHOUT_HOST, Packing
+from efficient_dl.comm.packing import WITH_CAPACITY, WITHOUT_HOST, Packing
 from efficient_dl.comm.plan import MAX_RATE, MIN_RATE, Plan
 from efficient_dl.comm.rates import Rates
 from efficient_dl.comm.residuals import Residuals, redistributed
@@ -198,7 +198,7 @@ class Compressor:
                     tally.measured(section, segment_bits(codec, coded, section.segments, stats, turn))
                 if self.common_step is not None and section.is_default:
                     self.common_step.count(stats, leg)
-            elif self.bounded and codec.name.startswith(WITH_RATE) and values.numel():
+            elif self.bounded and codec.name.startswith(WITH_CAPACITY) and values.numel():
                 self._deferred.drop(dropped_blocks(room[start:]))
             tally.sent(section, length, self._identity.max_bytes(values.numel(), x.dtype), copies)
             if self.samples and not (codec.exact or self._knows_error(codec, section)):

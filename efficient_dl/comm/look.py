@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efficient_dl.comm.codec_timing import codec_speed, packet_cost
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.hierarchy import Levels
 from efficient_dl.comm.measurements import CodecSpeed, Measurements, PacketCost, merged
-from efficient_dl.comm.probe import codec_speed, exchange_line, native_line, packet_cost
+from efficient_dl.comm.probe import exchange_line, native_line
 from efficient_dl.comm.transport import Transport
 
 LOOK_NUMEL = 1 << 20  # of a gradient, on which codecs are timed again
@@ -36,20 +37,22 @@ def look(
     segments: Sequence[int],
     kernel: str = "auto",
     native_one_way: bool = False,
+    feeds_back: bool = False,
 ) -> Measurements:
     """`known` with links and codecs as they are now; all ranks call it together, and get the same.
 
     sample: 1-D values of a gradient that was neither quantized nor reduced, at most `LOOK_NUMEL`; segments: their
     parameters' numels. None on any rank: codecs stay as they are known. itemsize: of the values, bytes.
     levels: of a hierarchy, where one can be had; idle. native_one_way: as `native_line` takes it.
+    feeds_back: whether this run feeds errors back, whatever `known` was measured for.
     Pairs of nodes are not measured again. Raises TransportError if a rank is gone.
     """
     own: dict[str, Any] = {}
     if sample is not None and sample.numel():
-        packet = packet_cost(known.codecs[-1].codec, sample, kernel)
+        packet = packet_cost(known.codecs[-1].codec, sample, kernel, feeds_back)
         speeds = [
             codec_speed(
-                one.codec, sample, segments, known.world_size, packet, kernel, known.feeds_back, _CODEC_TRIES
+                one.codec, sample, segments, known.world_size, packet, kernel, feeds_back, _CODEC_TRIES
             )
             for one in known.codecs
         ]
@@ -65,6 +68,7 @@ def look(
             known,
             codecs=merged([[CodecSpeed(*one) for one in theirs["codecs"]] for theirs in everyone]),
             packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
+            feeds_back=feeds_back,
         )
     exchange = exchange_line(transport, transport, glance=True)
     slower = exchange.latency_seconds / max(known.exchange.latency_seconds, 1e-9)

@@ -12,8 +12,8 @@ from efficient_dl.codec import Codec, PacketStats
 from efficient_dl.comm.rates import coarser
 from efficient_dl.comm.sections import Section
 
-WITH_RATE = "bits:"  # these codecs keep to a capacity
-WITH_RESIDUAL = (WITH_RATE, "grid:")  # and these add the residual and replace it while they encode
+WITH_CAPACITY = "bits:"  # these codecs keep to a capacity
+WITH_RESIDUAL = (WITH_CAPACITY, "grid:")  # and these add the residual and replace it while they encode
 WITHOUT_HOST = "triton"  # the kernels that the host need not wait for
 
 
@@ -51,7 +51,7 @@ class Packing:
         capacity, stats, room = self.capacity, self.stats, self.room
         if capacity is None:
             return int(codec.encode_into(self.values, room, self.section.side, stats, residual=residual))
-        if not codec.name.startswith(WITH_RATE):
+        if not codec.name.startswith(WITH_CAPACITY):
             codec.encode_into(self.values, room, self.section.side, stats, residual=residual)
             return capacity
         if stats is None or codec.kernel_for(self.values.device) == WITHOUT_HOST:

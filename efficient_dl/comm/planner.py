@@ -259,7 +259,7 @@ def _reason(decision: Decision, measurements: Measurements, floor_bits: float) -
     if decision.bounded:
         why += f"; with bounded messages {_ms(chosen.bounded_seconds)}, as no sizes are told"
     assumed = f"; {measurements.assumed}" if measurements.assumed else ""
-    fed = ", codecs with error feedback" if measurements.feeds_back else ""
+    fed = "; lossy codecs were timed with error feedback" if measurements.feeds_back else ""
     return (
         f"{wording(chosen)}: a step of {_ms(chosen.step_seconds)} is predicted ({others}); the links have {speed}, "
         f"{why}; {known}{fed}; the floor is {floor_bits:g} bits{assumed}"

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from efficient_dl.codec import PacketStats, Side, make_codec
-from efficient_dl.comm.compressor import Compressor
+from efficient_dl.comm.codec_timing import codec_speed, now, packet_cost
 from efficient_dl.comm.handshake import gather_json
-from efficient_dl.comm.layout import BLOCK_NUMEL, BucketLayout
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
-from efficient_dl.comm.meter import Tally
-from efficient_dl.comm.plan import Plan
 from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.comm.topology import Topology, machine, own_cores
-from efficient_dl.comm.transport import SIZE_BYTES, Transport
+from efficient_dl.comm.transport import Transport
 
 _SMALL_BYTES = 1024
 _FIRST_BYTES = 128 << 10  # for a first impression of the bandwidth
@@ -33,11 +28,7 @@ _LARGEST_BYTES = 16 << 20  # of what one rank sends in a try
 _TRY_SECONDS = 0.15  # what the large messages of a try should take
 _TRIES = 5
 _GLANCE_TRIES, _GLANCE_SECONDS = 3, 0.03  # of a look during a run (look.py)
-_PACKET_TRIES = 15
 _TOLD_TRIES = 15
-_COLD_BYTES = (
-    64 << 20
-)  # read and written before a codec is timed: in training a gradient has left the caches, too
 SAMPLE_NUMEL = 1 << 21  # 8 MiB of float32: beyond the caches of a core
 _LINK_TRIES, _LINK_SECONDS = 3, 0.08  # of each pair of nodes
 _MOST_SHIFTS = 7  # of pairs of nodes: with more than 8 nodes a sample
@@ -79,7 +70,7 @@ def probe(
 
     Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
     """
-    packet = packet_cost(codecs[-1], sample, kernel)
+    packet = packet_cost(codecs[-1], sample, kernel, feeds_back)
     speeds = [
         codec_speed(codec, sample, segments, transport.world_size, packet, kernel, feeds_back)
         for codec in codecs
@@ -165,155 +156,15 @@ def _has_values(gradient: Tensor | None) -> TypeGuard[Tensor]:
     return gradient is not None and gradient.layout == torch.strided and bool(gradient.any())
 
 
-def packet_cost(codec: str, sample: Tensor, kernel: str = "auto") -> PacketCost:
-    """What a packet of one block takes; its values count for nothing. Medians of a few tries.
-
-    Through a `Compressor`, as in a reduction, whose own time is a part of it.
-    """
-    values = sample[:BLOCK_NUMEL].contiguous()
-    _, _, num_bytes = _Timed(codec, [Side()], [values], kernel).run(tries=1)
-    compressor, layout = (
-        Compressor(Plan.of(codec), ["values"], kernel),
-        BucketLayout.of(["values"], [values.numel()], 1),
-    )
-    compressor.meter.stepped(0.0)  # in the first step errors and entropies would be sampled
-    tally, (shard,) = Tally(layout), layout.shards
-    room = values.new_empty(compressor.max_bytes(shard, values.dtype), dtype=torch.uint8)
-    total = torch.zeros_like(values, dtype=torch.float32)
-    encoding: list[float] = []
-    decoding: list[float] = []
-    for _ in range(_PACKET_TRIES):
-        start = _now(values.device)
-        message = compressor.encode(values, room, shard, tally, copies=1)
-        middle = _now(values.device)
-        compressor.decode(message, total, shard, tally, accumulate=True)
-        encoding.append(middle - start)
-        decoding.append(_now(values.device) - middle)
-    return PacketCost(
-        statistics.median(encoding),
-        statistics.median(decoding),
-        max(num_bytes - values.numel() * _bits(codec) / 8, 0.0) + SIZE_BYTES,
-    )
-
-
-def codec_speed(
-    codec: str,
-    sample: Tensor,
-    segments: Sequence[int],
-    world_size: int,
-    packet: PacketCost,
-    kernel: str = "auto",
-    feeds_back: bool = False,
-    tries: int = _TRIES,
-) -> CodecSpeed:
-    """Times a codec on the shards that a bucket of these values has on so many ranks; medians of a few tries.
-
-    packet: what each of these packets takes anyway, and is not counted here. feeds_back: what is lossy is timed with
-    error feedback.
-    """
-    layout = BucketLayout.of([str(number) for number in range(len(segments))], list(segments), world_size)
-    shards = [shard for shard in layout.shards if shard.numel]
-    parts = [sample[shard.start : shard.stop] for shard in shards]
-    timed = _Timed(codec, [shard.side for shard in shards], parts, kernel, feeds_back, _COLD_BYTES)
-    encode, decode, num_bytes = timed.run(tries)
-    numel, packets = sample.numel(), len(shards)
-    return CodecSpeed(
-        codec,
-        max(encode - packets * packet.encode_seconds, 0.1 * encode) / numel,
-        max(decode - packets * packet.decode_seconds, 0.1 * decode) / numel,
-        max(num_bytes - packets * (packet.num_bytes - SIZE_BYTES), 0.1 * num_bytes) / numel,
-    )
-
-
-class _Timed:
-    """A codec on given tensors. cold: bytes of other memory to touch before each timing."""
-
-    def __init__(
-        self,
-        codec: str,
-        sides: Sequence[Side],
-        parts: Sequence[Tensor],
-        kernel: str,
-        feeds_back: bool = False,
-        cold: int = 0,
-    ) -> None:
-        self._codec = make_codec(codec, kernel=kernel)
-        self._sides, self._parts = sides, parts
-        self._kept = [
-            torch.zeros_like(part, dtype=torch.float32) if feeds_back and not self._codec.exact else None
-            for part in parts
-        ]
-        self._residual = torch.empty(
-            max(part.numel() for part in parts), dtype=torch.float32, device=parts[0].device
-        )
-        self._room = [
-            torch.empty(
-                self._codec.max_bytes(part.numel(), part.dtype, side), dtype=torch.uint8, device=part.device
-            )
-            for part, side in zip(parts, sides, strict=True)
-        ]
-        self._totals = [torch.zeros_like(part, dtype=torch.float32) for part in parts]
-        self._other = torch.zeros(cold, dtype=torch.uint8, device=parts[0].device)
-        if codec.startswith("grid:"):  # in training a step's size comes from the steps before
-            self._sides = [self._with_step(*one) for one in zip(parts, self._room, sides, strict=True)]
-
-    def _with_step(self, part: Tensor, room: Tensor, side: Side) -> Side:
-        stats = PacketStats()
-        self._codec.encode_into(part, room, side, stats)
-        return Side(side.segments, step_size=stats.step_size)
-
-    def _encode(self, part: Tensor, room: Tensor, side: Side, kept: Tensor | None) -> Tensor:
-        if kept is None:
-            return room[: int(self._codec.encode_into(part, room, side))]
-        residual = self._residual[: kept.numel()].copy_(kept)  # in training, too, it is copied out and in
-        packet = room[: int(self._codec.encode_into(part, room, side, residual=residual))]
-        kept.copy_(residual)
-        return packet
-
-    def run(self, tries: int) -> tuple[float, float, int]:
-        """Seconds to encode, and to decode and add, medians; and the packets' bytes."""
-        encoding: list[float] = []
-        decoding: list[float] = []
-        num_bytes = 0
-        for _ in range(tries):
-            self._other.add_(1)
-            start = _now(self._parts[0].device)
-            packets = [
-                self._encode(*one)
-                for one in zip(self._parts, self._room, self._sides, self._kept, strict=True)
-            ]
-            middle = _now(self._parts[0].device)
-            encoding.append(middle - start)
-            self._other.add_(1)
-            middle = _now(self._parts[0].device)
-            for packet, total, side in zip(packets, self._totals, self._sides, strict=True):
-                self._codec.decode(packet, total, accumulate=True, side=side)
-            decoding.append(_now(self._parts[0].device) - middle)
-            num_bytes = sum(map(len, packets))
-        return statistics.median(encoding), statistics.median(decoding), num_bytes
-
-
-def _bits(codec: str) -> float:
-    """Of a value; of an exact codec those of float32 count, which leaves nothing for the packet."""
-    rate = codec.partition(":")[2]
-    return float(rate) if rate else 32.0
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def _timed(action: Callable[[], object], transport: Transport, tries: int = _TRIES) -> list[float]:
     """Seconds of each try on the slowest rank; equal on all ranks, which begin each try together."""
     own: list[float] = []
     action()
     for _ in range(tries):
         _together(transport)
-        start = _now(transport.device)
+        start = now(transport.device)
         action()
-        own.append(_now(transport.device) - start)
+        own.append(now(transport.device) - start)
     return [max(column) for column in zip(*gather_json(own, transport), strict=True)]
 
 
@@ -445,9 +296,9 @@ def _one_way(
         seconds: list[float] = []
         for _ in range(_LINK_TRIES):
             _together(transport)
-            start = _now(transport.device)
+            start = now(transport.device)
             transport.exchange(outgoing).wait()
-            seconds.append(_now(transport.device) - start)
+            seconds.append(now(transport.device) - start)
         return gather_json(seconds, transport)
 
     small, first = tries(_SMALL_BYTES), tries(_FIRST_BYTES)

@@ -104,6 +104,11 @@ def decide(
         )
     if known is not None:
         measurements = _permitted(known, options)
+        if known.feeds_back != options.feeds_back and control.rank == 0:
+            timed, run = ("without", "with") if options.feeds_back else ("with", "without")
+            _log.warning(
+                "auto: these measurements timed codecs %s error feedback, and this run is %s it", timed, run
+            )
     else:
         with telling_peers(control, carrier):
             measurements = measured(

@@ -44,7 +44,7 @@ from efficient_dl.integrations.ddp_setup import (
 )
 from efficient_dl.integrations.ddp_transport import check_transport, make_transport, transport_name
 from efficient_dl.integrations.facts import common_facts
-from efficient_dl.integrations.feedback import automatic_scale, feeds_back, feeds_if_lossy
+from efficient_dl.integrations.feedback import automatic_scale, feeds_if_lossy, is_asked_for
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
 from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
@@ -181,7 +181,7 @@ def compress_ddp(
             max_error=max_error,
             bytes_per_step=bytes_per_step,
             values_per_step=values_sent(parameters, wish.sent_share()),
-            error_feedback=feeds_back(error_feedback, scaler, optimizer),
+            error_feedback=is_asked_for(error_feedback, scaler, optimizer),
             scale=scale,
             messages="exact" if messages == "auto" else messages,
         )

@@ -44,7 +44,7 @@ class Replanner(PlanWatch):
         self.plan = plan
         self.levels = levels
         self._sample = Sample()
-        place = _AllRanks(control, carrier, levels, model.itemsize, self._sample, auto.kernel)
+        place = _AllRanks(control, carrier, levels, model.itemsize, self._sample, auto)
         super().__init__(
             self._possible(measurements), decision, model, auto, place, options, tells=control.rank == 0
         )
@@ -79,13 +79,21 @@ class _AllRanks:
     levels: Levels | None
     itemsize: int
     sample: Sample
-    kernel: str
+    auto: AutoOptions
 
     def look(self, known: Measurements) -> Measurements:
         with telling_peers(self.control, self.carrier, *(self.levels.transports if self.levels else [])):
             values, segments = self.sample.taken()
             return look(
-                known, self.carrier, self._native, self.levels, self.itemsize, values, segments, self.kernel
+                known,
+                self.carrier,
+                self._native,
+                self.levels,
+                self.itemsize,
+                values,
+                segments,
+                self.auto.kernel,
+                feeds_back=self.auto.feeds_back,
             )
 
     def slowest(self, seconds: float) -> float:

@@ -18,7 +18,7 @@ def feeds_if_lossy(wish: bool | str, is_sgd: bool, scale: str) -> bool:
     return wish == "auto" and is_sgd and scale == "global"
 
 
-def feeds_back(
+def is_asked_for(
     wish: bool | str, scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None
 ) -> bool:
     """Whether error feedback was asked for; raises ConfigError where it cannot be had."""

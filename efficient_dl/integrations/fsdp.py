@@ -24,7 +24,7 @@ from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
 from efficient_dl.integrations.auto import AutoOptions
 from efficient_dl.integrations.facts import common_facts
-from efficient_dl.integrations.feedback import feeds_back
+from efficient_dl.integrations.feedback import is_asked_for
 from efficient_dl.integrations.fsdp_auto import WEIGHTS, Automatic, Chosen, choose
 from efficient_dl.integrations.fsdp_compression import FsdpCompression
 from efficient_dl.integrations.fsdp_setup import (
@@ -115,7 +115,7 @@ def compress_fsdp(
     facts["alarm"] = {"max_relative_error": max_relative_error, "on_alarm": on_alarm}
     facts["modules"] = {str(number): " ".join(unit.names) for number, unit in enumerate(units)}
     try:
-        feedback = feeds_back(error_feedback, scaler, optimizer)
+        feedback = is_asked_for(error_feedback, scaler, optimizer)
         wish = AxisWish(bits, axes or {}, overrides, max_error, bytes_per_step, feedback, messages)
         auto = AutoOptions(floor_bits, backward_seconds, feeds_back=feedback, kernel=kernel)
         auto.check()

@@ -24,6 +24,7 @@ from efficient_dl.data import Dataset
 from efficient_dl.integrations.auto import AutoOptions, planned_bucket_bytes
 from efficient_dl.integrations.ddp import compress_ddp
 from efficient_dl.integrations.ddp_compression import Compression
+from efficient_dl.integrations.feedback import automatic_scale
 from efficient_dl.integrations.nodes import ways
 from efficient_dl.training import measure, resume
 from efficient_dl.training.checkpoint import Checkpoint
@@ -78,7 +79,8 @@ class Trainer(RunLoop):
         """What the planner wants, 0: DDP's own. A resumed run has the same measurements, and so the same buckets."""
         if not measurements.ready:
             return 0  # recorded by a version that left buckets to DDP
-        planner = planner_options(self.config, hierarchy_wish(self.config), self.world_size)
+        scale = scale_of(self.config, self.optimizer, self.device)
+        planner = planner_options(self.config, hierarchy_wish(self.config), self.world_size, scale)
         options = AutoOptions(self.config.compression.floor_bits, planner=planner)
         return planned_bucket_bytes(dict(self.model.named_parameters()), measurements, options)
 
@@ -258,11 +260,26 @@ class Trainer(RunLoop):
         return {**{key: stats[key] for key in kept}, "codec_seconds_per_step": codec_seconds}
 
 
-def planner_options(config: Config, hierarchy: int | str | None, world_size: int) -> PlannerOptions:
-    """What "auto" may choose in a run; hierarchy: as `compress_ddp` takes it."""
+def scale_of(config: Config, optimizer: Optimizer, device: torch.device) -> str:
+    """What step sizes follow in a run."""
+    wish = config.compression
+    if wish.scale != "auto":
+        return wish.scale
+    return automatic_scale(is_sgd(optimizer), device, wish.messages == "bounded")
+
+
+def is_sgd(optimizer: Optimizer) -> bool:
+    """Whether a training step ends with a step of plain SGD."""
+    return isinstance(optimizer.parts[-1], torch.optim.SGD)
+
+
+def planner_options(
+    config: Config, hierarchy: int | str | None, world_size: int, scale: str
+) -> PlannerOptions:
+    """What "auto" may choose in a run; hierarchy: as `compress_ddp` takes it; scale: as `scale_of` says."""
     settings = config.compression
     bounded = settings.messages == "auto" and config.local.mode == "end-to-end"
-    bounded = bounded and settings.scale in ("auto", "local") and not settings.overrides
+    bounded = bounded and scale == "local" and not settings.overrides
     return dataclasses.replace(ways(hierarchy, world_size), bounded=bounded)
 
 

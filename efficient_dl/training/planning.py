@@ -18,20 +18,21 @@ from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.auto import AutoOptions, decide, shapes_of
-from efficient_dl.integrations.feedback import automatic_scale, feeds_if_lossy
+from efficient_dl.integrations.feedback import feeds_if_lossy
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
-from efficient_dl.training.end_to_end import Trainer, hierarchy_wish, planner_options
+from efficient_dl.training.end_to_end import Trainer, hierarchy_wish, is_sgd, planner_options, scale_of
 from efficient_dl.training.run_folder import recorded_plan
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What was measured for a model, and what follows."""
+    """What was measured for a model, and what follows. options: what could be chosen."""
 
     measurements: Measurements
     model: Shapes
     decision: Decision
+    options: PlannerOptions
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -45,7 +46,8 @@ class Planned:
     def what_if(self, measurements: Measurements, floor_bits: float) -> Planned:
         """The plan for the same model and codecs on another network."""
         options = PlannerOptions(hierarchy=measurements.between is not None, groups=True)
-        return Planned(measurements, self.model, plan_for(measurements, self.model, floor_bits, options))
+        decision = plan_for(measurements, self.model, floor_bits, options)
+        return Planned(measurements, self.model, decision, options)
 
 
 def measured_plan(
@@ -60,18 +62,17 @@ def measured_plan(
     trainer = Trainer(config, data, device, progress)
     compute = trainer.measured_compute()
     parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    is_sgd = isinstance(trainer.optimizer.parts[-1], torch.optim.SGD)
-    wish = config.compression
-    scale = wish.scale
-    if scale == "auto":
-        scale = automatic_scale(is_sgd, device, wish.messages == "bounded")
+    wish, scale = config.compression, scale_of(config, trainer.optimizer, device)
+    planner = planner_options(config, hierarchy, dist.get_world_size(), scale)
     options = AutoOptions(
         wish.floor_bits,
         compute.seconds,
         compute.ready,
         family="grid" if scale == "global" else "bits",
-        feeds_back=wish.error_feedback == "on" or feeds_if_lossy(wish.error_feedback, is_sgd, scale),
-        planner=planner_options(config, hierarchy, dist.get_world_size()),
+        exact=scale != "second_moment",
+        feeds_back=wish.error_feedback == "on"
+        or feeds_if_lossy(wish.error_feedback, is_sgd(trainer.optimizer), scale),
+        planner=planner,
     )
     world = dist.group.WORLD
     assert world is not None
@@ -81,7 +82,7 @@ def measured_plan(
         trainer.backward(trainer.model)  # codecs are measured on a real gradient
         nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
         measurements, decision = decide(parameters, control, control, nodes, options)
-    return Planned(measurements, shapes_of(parameters), decision)
+    return Planned(measurements, shapes_of(parameters), decision, planner)
 
 
 def is_planned(config: Config) -> bool:
@@ -123,8 +124,7 @@ def decided(
         return Decided(config, note, known)
     planned = measured_plan(config, data, device, progress, hierarchy_wish(config) if changes else None)
     if changes and (size := planned.decision.bucket_bytes):
-        options = planner_options(config, hierarchy_wish(config), dist.get_world_size())
-        options = dataclasses.replace(options, bucket_bytes=size)
+        options = dataclasses.replace(planned.options, bucket_bytes=size)
         decision = plan_for(planned.measurements, planned.model, floor, options)  # as DDP's will be
         planned = dataclasses.replace(planned, decision=decision)
     bits = planned.decision.bits
@@ -148,7 +148,9 @@ def _recorded(config: Config) -> Measurements | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
             known = Measurements.from_json(recorded_plan(Path(config.run.out))["measurements"])
             rates = {codec_bits(one.codec) for one in known.codecs}
-            wanted = {codec_bits(one) for one in AutoOptions(config.compression.floor_bits).codecs()}
+            wish = config.compression
+            options = AutoOptions(wish.floor_bits, exact=wish.scale != "second_moment")
+            wanted = {codec_bits(one) for one in options.codecs()}
             if known.world_size == dist.get_world_size() and rates == wanted:
                 found = [known.to_json()]
     dist.broadcast_object_list(found, src=0)

@@ -201,6 +201,15 @@ def test_other_codecs_refuse_them(spec: str, numel: int) -> None:
     assert (room == 0).all()
 
 
+def test_long_grids_feed_back_the_reference_residuals() -> None:
+    """Several spans of chunks, a sample of the blocks; and a tensor that is zero in all of the sample's."""
+    numel = 5000 * 256 + 77
+    residual = torch.zeros(numel)
+    residual[256:512] = 1e-3
+    check_kernels("grid:2.0", values(numel), None, noise(numel), None)
+    check_kernels("grid:2.0", torch.zeros(numel), None, residual, None)
+
+
 def test_the_residual_counts_where_a_step_is_given() -> None:
     """It reaches a level that the values alone do not; what stays below is kept, in blocks without any level, too."""
     side, x = Side(segments=(300, 300), step_size=1.0), torch.full((600,), 0.5)

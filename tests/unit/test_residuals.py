@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from efficient_dl.comm import BucketLayout, Compressor, Plan, Residuals, Transport, all_reduce
+from efficient_dl.comm.plan import Scale
 from efficient_dl.comm.residuals import redistributed
 from efficient_dl.errors import PlanMismatch
 from tests.unit.ranks import on_ranks
@@ -61,9 +62,13 @@ def test_what_was_not_sent_is_in_the_residuals(bits: str | float, world_size: in
     torch.testing.assert_close(results[0][0] + missing, exact, rtol=0, atol=1e-4)
 
 
-def test_native_kernels_feed_back_the_reference_bytes() -> None:
+@pytest.mark.parametrize("scale", ["local", "global"])
+def test_native_kernels_feed_back_the_reference_bytes(scale: Scale) -> None:
     def rank(transport: Transport, kernel: str) -> Tensor:
-        return steps_on(transport, compressor(1.0, kernel), range(4))
+        one = compressor(1.0, kernel, scale=scale)
+        total = steps_on(transport, one, range(4))
+        assert one.residuals is not None
+        return torch.cat([total, flat(one.residuals.state_dict()["parameters"])])
 
     native, reference = (on_ranks(2, lambda t, k=k: rank(t, k))[0] for k in ("native", "reference"))
     assert torch.equal(native, reference)

@@ -1,5 +1,5 @@
-// Encodes and decodes tensors made of integers only and prints digests of the packets and values of codecs 1 to 4: the
-// same on all processors. Compiled by test_aarch64.py. Usage: digest ISA.
+// Encodes and decodes tensors made of integers only and prints digests of the packets, values and residuals of codecs 1
+// to 4: the same on all processors. Compiled by test_aarch64.py. Usage: digest ISA.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -71,6 +71,21 @@ struct Codec {
     int64_t (*decode)(const Call&, const std::vector<uint8_t>&, void*);
 };
 
+// What the last call with error feedback has left over; it begins with multiples of 2^-10.
+std::vector<float> residual;
+
+std::vector<uint8_t> bytes_of(const std::vector<float>& values) {
+    std::vector<uint8_t> bytes(values.size() * sizeof(float));
+    if (!bytes.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+    return bytes;
+}
+
+float* new_residual(int64_t numel) {
+    residual.resize(static_cast<size_t>(numel));
+    for (float& value : residual) value = static_cast<float>(static_cast<int32_t>(random_word()) >> 20) / 1024.0f;
+    return residual.data();
+}
+
 int64_t length(const std::vector<uint8_t>& bytes) { return static_cast<int64_t>(bytes.size()); }
 
 int64_t split_bytes(const Call& c) { return edl_split_max_bytes(c.numel, c.dtype); }
@@ -86,6 +101,10 @@ int64_t encode_block(const Call& c, std::vector<uint8_t>& body) {
     return edl_block_encode(c.x, c.numel, c.dtype, nullptr, nullptr, 0, c.bits_q16, c.steps, -1, body.data(),
                             length(body), nullptr);
 }
+int64_t feed_block(const Call& c, std::vector<uint8_t>& body) {
+    return edl_block_encode(c.x, c.numel, c.dtype, new_residual(c.numel), nullptr, 0, c.bits_q16, c.steps, -1,
+                            body.data(), length(body), nullptr);
+}
 int64_t decode_block(const Call& c, const std::vector<uint8_t>& body, void* out) {
     return edl_block_decode(body.data(), length(body), c.dtype, c.numel, nullptr, 0, out, c.dtype, 0);
 }
@@ -94,6 +113,10 @@ int64_t grid_bytes(const Call& c) { return edl_grid_max_bytes(c.numel, 1); }
 int64_t encode_grid(const Call& c, std::vector<uint8_t>& body) {
     return edl_grid_encode(c.x, c.numel, c.dtype, nullptr, &c.numel, 1, c.bits_q16, 0.0f, body.data(), length(body),
                            nullptr);
+}
+int64_t feed_grid(const Call& c, std::vector<uint8_t>& body) {
+    return edl_grid_encode(c.x, c.numel, c.dtype, new_residual(c.numel), &c.numel, 1, c.bits_q16, 0.0f, body.data(),
+                           length(body), nullptr);
 }
 int64_t decode_grid(const Call& c, const std::vector<uint8_t>& body, void* out) {
     return edl_grid_decode(body.data(), length(body), c.dtype, c.numel, &c.numel, 1, out, c.dtype, 0);
@@ -112,8 +135,10 @@ constexpr Codec kCodecs[] = {
     {"bits:0.5", 32768, block_bytes, encode_block, decode_block},
     {"bits:2", 131072, block_bytes, encode_block, decode_block},
     {"bits:5", 327680, block_bytes, encode_block, decode_block},
+    {"bits:2, fed back", 131072, block_bytes, feed_block, decode_block},
     {"grid:0.2", 13107, grid_bytes, encode_grid, decode_grid},
     {"grid:3", 196608, grid_bytes, encode_grid, decode_grid},
+    {"grid:3, fed back", 196608, grid_bytes, feed_grid, decode_grid},
     {"delta", 0, delta_bytes, encode_delta, decode_delta},
 };
 
@@ -134,12 +159,14 @@ int main(int argc, char** argv) {
                     const std::vector<uint8_t> x = tensor(numel, dtype, any_bits), near = changed(x);
                     const Call call = {x.data(), near.data(), numel, dtype, codec.bits_q16, steps};
                     std::vector<uint8_t> body(static_cast<size_t>(codec.max_bytes(call))), out(x.size());
+                    residual.clear();
                     const int64_t size = codec.encode(call, body);
                     if (size < 0) return 1;
                     body.resize(static_cast<size_t>(size));
                     if (codec.decode(call, body, out.data()) != 0) return 1;
                     digest.add(body);
                     digest.add(out);
+                    digest.add(bytes_of(residual));
                 }
             }
             std::printf("dtype %d %s: %016llx\n", dtype, codec.name, static_cast<unsigned long long>(digest.value()));

@@ -54,7 +54,8 @@ public:
     virtual ~IntegerSource() = default;
     static constexpr int kNonFinite = -1;
     // Fills q with the block's integers, zeros behind its end, larger ones clamped to 16 bits. Returns the sum of
-    // min(|q|, 255), or kNonFinite. If that is 0 or kNonFinite, q may be left as it is.
+    // min(|q|, 255), or kNonFinite. If that is 0 or kNonFinite, q may be left as it is. Called once for each block: it
+    // may replace what it has read.
     virtual int quantize(const Block& block, int16_t* q) const = 0;
     // The integer at a place of a block whose 16-bit integer is q.
     virtual int32_t exact(const Block& block, int place, int16_t q) const = 0;
