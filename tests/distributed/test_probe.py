@@ -107,11 +107,13 @@ def test_compress_applies_what_auto_chose_and_says_why() -> None:
 
 
 def sharded(rank: int) -> list[dict[str, Any]]:
-    """Two shards; then two replicas of two shards, of which "auto" is left one axis; then the shadow, unmeasured."""
+    """Shards; then two replicas of two shards, of which "auto" is left one axis; shards with error feedback; then the
+    shadow, unmeasured."""
     seen = []
     for replicas, options in (
         (1, {"floor_bits": 3.0, "overrides": {"*.bias": "none"}}),
         (2, {"floor_bits": 3.0, "axes": {"shard": "identity"}, "weights": "identity"}),
+        (1, {"floor_bits": 3.0, "error_feedback": True}),
         (1, {"shadow": True}),
     ):
         torch.manual_seed(1)
@@ -138,7 +140,7 @@ def sharded(rank: int) -> list[dict[str, Any]]:
 def test_auto_measures_each_axis_of_a_sharded_model_and_its_weights() -> None:
     first, *others = run_ranks(sharded, 4)
     assert all(other == first for other in others)
-    shards, hybrid, shadow = first
+    shards, hybrid, fed, shadow = first
     gradients, _, weights = shards["reasons"]
     assert shards["bits"] in ("none", "lossless", "4.0", "3.0")
     assert shards["weights_bits"] in ("none", "lossless")
@@ -150,7 +152,9 @@ def test_auto_measures_each_axis_of_a_sharded_model_and_its_weights() -> None:
     assert "a step of" in hybrid["reasons"][1]
     assert (shadow["bits"], shadow["weights_bits"]) == ("auto", "lossless")
     assert "where no planner measures" in shadow["reasons"][0]
-    assert [run["steps"] for run in first] == [3, 3, 3]
+    assert ["error feedback" in reason for reason in shards["reasons"]] == [False] * 3
+    assert ["error feedback" in reason for reason in fed["reasons"]] == [True, False, False]
+    assert [run["steps"] for run in first] == [3, 3, 3, 3]
 
 
 def mixed(rank: int) -> str:

@@ -146,6 +146,7 @@ def test_auto_is_decided_once_recorded_with_its_reason_and_not_measured_again(tm
     assert f"{json.loads((out / 'summary.json').read_text())['bits']}" == bits
     assert plan["measurements"]["backward_seconds"] > 0
     assert [one["bits"] for one in plan["decision"]["predictions"]] == ["none", "lossless", "4.0", "2.0"]
+    assert not plan["measurements"]["feeds_back"]  # with Adam
 
     written = (out / "plan.json").stat().st_mtime_ns
     second = edl(tmp_path / "b", *words, "--steps", "4", "--resume")
@@ -181,6 +182,9 @@ def without(out: Path, after: int, copy: Path) -> Path:
 def test_a_resumed_run_changes_its_plan_where_the_run_before_did(tmp_path: Path) -> None:
     """The first run changes nothing; a change is written into its record, and so has happened."""
     run_ranks(automatic, 2, tmp_path / "first", False)
+    measured = json.loads((tmp_path / "first/plan.json").read_text())["measurements"]
+    assert measured["feeds_back"]
+    assert [one["codec"] for one in measured["codecs"]] == ["lossless", "grid:4.0", "grid:2.0"]
     other = "lossless" if json.loads((tmp_path / "first/summary.json").read_text())["bits"] == 2.0 else "2.0"
     changed = without(tmp_path / "first", 10, tmp_path / "changed")
     event = {"step": 20, "bits": other, "hierarchy": False, "reason": "a test", "event": "plan"}
