@@ -34,7 +34,7 @@ class BufferPool:
                 if buffer.numel() >= num_bytes:
                     return self._free.pop(position)
             del self._free[-1:]
-        return torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)
+        return _reusable(num_bytes)
 
     def give(self, buffers: list[Tensor]) -> None:
         """Takes back what `take` returned and nobody uses any more."""
@@ -70,6 +70,11 @@ class ReceiveBuffers:
         """Returns uint8 of num_bytes on the CPU, 1-D, with any content, valid until the next call for this rank."""
         buffer = self._buffers.get(source)
         if buffer is None or buffer.numel() < num_bytes:
-            buffer = torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)
-            self._buffers[source] = buffer
+            buffer = self._buffers[source] = _reusable(num_bytes)
         return buffer[:num_bytes]
+
+
+def _reusable(num_bytes: int) -> Tensor:
+    """With an eighth to spare; no tensor of inference mode, which could not be written to outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(num_bytes + num_bytes // 8, dtype=torch.uint8)

@@ -26,7 +26,8 @@ class _Look:
 class Deferred:
     """Counts on the device, and looks at them without waiting; from any thread.
 
-    What counts runs on one stream, that of a pipeline, and so do the looks: they see what was launched before them.
+    What counts runs on one stream at a time, that of a pipeline, and so do the looks: they see what was launched before
+    them. Another pipeline, and its stream, takes over between two steps.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Deferred:
         with self._lock:
             if sender not in self._errors:
                 self._errors[sender] = torch.zeros(1, dtype=torch.int64, device=device)
-                self._follow(device)
+            self._follow(device)
             return self._errors[sender]
 
     def drop(self, num_blocks: Tensor) -> None:
@@ -49,7 +50,7 @@ class Deferred:
         with self._lock:
             if self._dropped is None:
                 self._dropped = torch.zeros((), dtype=torch.int64, device=num_blocks.device)
-                self._follow(num_blocks.device)
+            self._follow(num_blocks.device)
             self._dropped.add_(num_blocks)
 
     def dropped(self) -> int:

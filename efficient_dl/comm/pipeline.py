@@ -58,7 +58,7 @@ class Pipeline(Generic[J]):
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         future: Future[J] = Future()
-        self._entry.put((job, future))
+        self._entry.put((job, future, torch.is_inference_mode_enabled()))
         return future
 
     def close(self, timeout: float = 10.0) -> bool:
@@ -78,7 +78,7 @@ class Pipeline(Generic[J]):
         return not any(thread.is_alive() for thread in self._threads)
 
 
-_Inbox = queue.SimpleQueue[tuple[J, Future[J]] | None]
+_Inbox = queue.SimpleQueue[tuple[J, Future[J], bool] | None]
 
 
 class _Failure:
@@ -95,11 +95,15 @@ def _run(
     stream: torch.cuda.Stream | None,
 ) -> None:
     while (item := inbox.get()) is not None:
-        job, future = item
+        job, future, inference = item
         try:
             if failure.error is not None:
                 raise failure.error
-            with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            # A tensor that was made in inference mode can be written to there only.
+            with (
+                torch.cuda.stream(stream) if stream else contextlib.nullcontext(),
+                torch.inference_mode(inference),
+            ):
                 stage(job)
         except BaseException as error:
             failure.error = failure.error or error

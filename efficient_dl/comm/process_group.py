@@ -33,7 +33,7 @@ from efficient_dl.errors import ConfigError, TransportError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_ABORT_TAG = 1  # messages have tag 0
+_TAG, _ABORT_TAG = 0xED1, 0xED2  # of messages, so that they meet no receive of the user's in the same group
 _GLOO_SOURCE = re.compile(r"^\[.*?\] |\. This is typically caused.*")  # its source line, its general advice
 
 
@@ -202,11 +202,11 @@ class _PairwiseWork:
 
     def _receive(self, message: Tensor, source: int) -> dist.Work | None:
         with self._transport.naming(source, "receiving from"):
-            return dist.irecv(message, group=self._transport.group, group_src=source)
+            return dist.irecv(message, group=self._transport.group, group_src=source, tag=_TAG)
 
     def _send(self, message: Tensor, target: int) -> dist.Work | None:
         with self._transport.naming(target, "sending to"):
-            return dist.isend(message, group=self._transport.group, group_dst=target)
+            return dist.isend(message, group=self._transport.group, group_dst=target, tag=_TAG)
 
     def _finish(self, work: dist.Work | None, peer: int, deadline: float) -> None:
         if work is not None:

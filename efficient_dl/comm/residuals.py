@@ -24,7 +24,8 @@ from efficient_dl.errors import CheckpointError
 class Residuals:
     """The residuals of one rank, in units of the scaled loss; they change only when the optimizer has stepped.
 
-    numels: values of each parameter. device: where they live. Takes 4 bytes a value, 8 from the first step on.
+    numels: values of each parameter. device: where they live. Takes 4 bytes a value, 8 from the first step on, 12 where
+    a step has several synchronized backward passes.
 
     A step is: `begin`, then `take` and `give` for each packet, then `commit`. Where `commit` did not come, the step was
     either skipped by a GradScaler, whose scale has then fallen: it is forgotten, as if it had not run. Or it was one of
@@ -36,6 +37,9 @@ class Residuals:
         self._device = device
         self._committed: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # what was committed before the first of this step's passes
+        self._before_scale = 1.0
+        self._spare: dict[str, Tensor] = {}
         self._written: set[str] = set()
         self._committed_scale = 1.0
         self._scale = 1.0
@@ -51,7 +55,7 @@ class Residuals:
             self.discard()  # skipped
         self._sent |= self._drained  # they count when the optimizer has stepped, and go out once until then
         self._drained.clear()
-        self._swap()
+        self._go_on()
         self._scale = scale
 
     def take(self, section: Section, units: float, out: Tensor) -> None:
@@ -138,6 +142,29 @@ class Residuals:
             self._sent.clear()
             self.draining = bool(self._waiting)
         self._swap()
+        self._spare |= self._before
+        self._before.clear()
+
+    def unapplied(self, names: Iterable[str]) -> None:
+        """Of these parameters what was sent in this step changed nothing, as no rank has used them: they keep what
+        they had. To be called before `commit`."""
+        unused = set(names) & (self._written | self._drained)
+        self._written -= unused
+        self._drained -= unused
+
+    def _go_on(self) -> None:
+        """Another pass of the same step takes along what the last one left; what was committed may be needed again."""
+        if not self._written:
+            return
+        if not self._before:
+            self._before_scale = self._committed_scale
+        fresh = self._written - self._before.keys()
+        self._swap()
+        with self._lock:
+            for name in fresh:
+                before = self._before[name] = self._pending[name]
+                spare = self._spare.pop(name, None)
+                self._pending[name] = before.clone() if spare is None else spare.copy_(before)
 
     def _swap(self) -> None:
         if not self._written:
@@ -152,6 +179,14 @@ class Residuals:
 
     def discard(self) -> None:
         """Forgets the packets since the last `commit`: the optimizer has skipped the step."""
+        with self._lock:
+            if self._before and self._before_scale != self._committed_scale:
+                for name in self._committed.keys() - self._before.keys():
+                    self._committed[name].mul_(self._before_scale / self._committed_scale)
+                self._committed_scale = self._before_scale
+            for name, values in self._before.items():
+                self._spare[name], self._committed[name] = self._committed[name], values
+            self._before.clear()
         self._written.clear()
         self._drained.clear()
         self._sent.clear()
@@ -187,6 +222,7 @@ class Residuals:
             self._drained.clear()
             self._sent.clear()
             self._pending.clear()
+            self._before.clear()
             self.draining = state.get("draining", False)
             self._waiting = set(state.get("waiting", ()))
             self._committed_scale = self._scale = state["scale"]

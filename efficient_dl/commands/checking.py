@@ -56,13 +56,23 @@ def given(command: Callable[..., None], words: Sequence[str], name: str) -> dict
 
 def _check_train(job: Job, words: Sequence[str], elsewhere: bool) -> list[str]:
     from efficient_dl.config import Config, with_overrides
-    from efficient_dl.training.run_folder import holds_run
+    from efficient_dl.training.resume import check_same_training
+    from efficient_dl.training.run_folder import holds_run, recorded_config
 
     flags = flags_of(**given(train, words, "edl train"))
     folder = Path(job.folder)
+    runs = [folder / job.out, *(folder / job.out / str(number) for number in range(len(job.sweep)))]
+    begun = job.begins_again and not elsewhere and any(map(holds_run, runs))
+    if begun and job.given_out is None:
+        raise ConfigError(
+            f"{job.out} holds a run, which this job would go on with",
+            fix=f"--out DIR for a new one, or --out {job.out} to go on with that one",
+        )
     if flags.config is None:
-        resume = not elsewhere and not job.sweep and job.backend != "local" and holds_run(folder / job.out)
-        merged_config(dataclasses.replace(flags, out=folder / job.out, resume=resume))
+        resume = begun and not job.sweep
+        config = merged_config(dataclasses.replace(flags, out=folder / job.out, resume=resume))
+        if resume:
+            check_same_training(recorded_config(folder / job.out), config)
         return []
     file = folder / flags.config
     if elsewhere and not file.exists():

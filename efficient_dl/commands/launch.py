@@ -15,7 +15,7 @@ EXAMPLE = """
 
   edl launch local --workers 2 -- train --model gpt-micro --bits 2.0 --out runs/first
 
-  edl launch torchrun --hosts a,b --workers 8 --gpus 8 -- train --config run.toml --out runs/two-hosts
+  edl launch torchrun --hosts a,b --workers 8 -- train --config run.toml --out runs/two-hosts
 
   edl launch slurm --nodes 4 --workers 8 --gpus 8 --time 12:00:00 --account me --dry-run -- train --config run.toml
 

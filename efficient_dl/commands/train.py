@@ -141,10 +141,11 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on one machine's workers, or as one rank of a launcher (torchrun, a job script)."""
-    flags = flags_of(**locals())
+    given = dict(locals())
     with reported() as outcome:
         from efficient_dl.training import launch, launched
 
+        flags = flags_of(**given)
         if launched():
             launch(1, train_rank, flags)
         else:
@@ -170,7 +171,13 @@ def flags_of(
     set_: list[str] | None,
     **named: object,
 ) -> TrainFlags:
-    """What the arguments of `train` ask for. named: the others, by name."""
+    """What the arguments of `train` ask for. named: the others, by name. Raises ConfigError for two folders."""
+    if (out is not None or resume_or_start) and any(one.startswith("run.out=") for one in set_ or []):
+        raise ConfigError(
+            "a run's folder is given by --out here",
+            found=next(one for one in set_ or [] if one.startswith("run.out=")),
+            fix="--out DIR, and no --set run.out=",
+        )
     name, dash, size = (model or "").partition("-")
     given = {
         "model.name": None if model is None else name,

@@ -35,7 +35,7 @@ from efficient_dl.integrations.ddp_engines import Engines
 from efficient_dl.integrations.ddp_native import CODED, left_to_torch, log_left_to_torch
 from efficient_dl.integrations.ddp_replanning import Replanner
 from efficient_dl.integrations.ddp_setup import averaged_parameters, join_check
-from efficient_dl.integrations.ddp_states import are_of_all_ranks, own_of_the_same_run, own_state
+from efficient_dl.integrations.ddp_states import are_of_all_ranks, own_of_the_same_run
 from efficient_dl.integrations.ddp_transport import transport_kind
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.plan_watch import ChosenPlan
@@ -117,7 +117,8 @@ class Compression:
 
         One rank is enough. It takes effect on all ranks at once, after the next comparison of their parameters: the
         next optimizer step whose number is a multiple of check_every, or the next `check()`. It costs no message until
-        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`.
+        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`. What error feedback
+        had kept until then is not sent any more.
 
         reason: for the logs.
         """
@@ -279,7 +280,8 @@ class Compression:
         residuals, left_by = self._compressor.residuals, self._residuals_of
         if residuals is not None:
             lossy = not self._compressor.exact
-            taken = lossy and all(map(self._compressor.feeds_back, residuals.kept))
+            kept = {name for theirs in gather_json(residuals.kept, self._control) for name in theirs}
+            taken = lossy and all(map(self._compressor.feeds_back, kept))
             if left_by is not None and not (taken and left_by == chosen.hierarchy):
                 residuals.start_draining()
             self._residuals_of = chosen.hierarchy if lossy else None
@@ -337,8 +339,7 @@ class Compression:
         control = self._control
         states = [state] if isinstance(state, Mapping) else list(state)
         planner = self._replanner
-        choose = own_state if planner is None else own_of_the_same_run
-        own = choose(states, control)
+        own = own_of_the_same_run(states, control)
         resized = own["world_size"] != control.world_size
         before: dict[str, Any] = own.get("replanner") or {} if planner is not None else {}
         if planner is not None and before:
@@ -463,7 +464,9 @@ class Compression:
         self._count(self._optimizer_steps + 1)
         # A fused optimizer runs in a step that its GradScaler skips, and skips inside.
         found_inf = getattr(optimizer, "found_inf", None)
-        if self._compressor.residuals is not None and not (found_inf is not None and float(found_inf) > 0):
+        residuals = self._compressor.residuals
+        if residuals is not None and not (found_inf is not None and float(found_inf) > 0):
+            residuals.unapplied(name for name, one in self._parameters.items() if one.grad is None)
             self._compressor.commit_step()
         if not self._hooked:
             dense = {n: p for n, p in self._parameters.items() if p.grad is None or not p.grad.is_sparse}

@@ -30,7 +30,7 @@ def own_of_the_same_run(
 ) -> Mapping[str, Any]:
     """`own_state`, if all ranks were given states of the same plan, step and number of ranks; all call it together.
 
-    Going over to a plan may make groups, which all ranks have to make together.
+    A rank that is refused alone, or goes on from another step, would leave the others waiting.
     """
     failure: EdlError | None = None
     facts: dict[str, Any] = {}
@@ -42,6 +42,7 @@ def own_of_the_same_run(
             "auto": str(replanner.get("chosen", [None])[-1]),
             "ranks": own["world_size"],
             "step": own["optimizer_steps"],
+            "plan": str(own["compressor"]["plan"]),
         }
     except EdlError as error:
         failure = error

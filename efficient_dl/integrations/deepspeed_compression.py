@@ -18,6 +18,7 @@ from efficient_dl.comm import (
     native_tally,
     summary,
 )
+from efficient_dl.comm.transport import telling_peers
 from efficient_dl.errors import ConfigError, EdlError, PlanMismatch
 from efficient_dl.integrations.auto import is_under_floor, log_saved_plan
 from efficient_dl.integrations.ddp_replanning import Replanner
@@ -130,7 +131,8 @@ class EngineCompression:
 
         One rank is enough. It takes effect on all ranks at once, after the next comparison of their parameters: the
         next optimizer step whose number is a multiple of check_every, or the next `check()`. It is logged on all
-        ranks, told by `stats()["disabled"]`, and kept in checkpoints.
+        ranks, told by `stats()["disabled"]`, and kept in checkpoints. What error feedback had kept until then is not
+        sent any more.
         """
         if not self._compresses and not self._replans:
             _log.warning("there is nothing to disable: gradients are not compressed")
@@ -330,7 +332,8 @@ class EngineCompression:
         encodes = self._is_plugged and self._compresses
         if not encodes:
             self._count_native()
-        self._steps.ended(applied)
+        with telling_peers(*([] if self._transport is None else [self._transport])):
+            self._steps.ended(applied)
         if encodes:
             self._compressor.agree(self._control)
         self._guards.stepped()

@@ -131,7 +131,8 @@ class FsdpCompression:
 
         One rank is enough. It takes effect on all ranks at once, after the next comparison of their parameters: the
         next optimizer step whose number is a multiple of check_every, or the next `check()`. It costs no message until
-        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`.
+        then. It is logged on all ranks, told by `stats()["disabled"]`, and kept by `state_dict`. What error feedback
+        had kept until then is not sent any more.
 
         reason: for the logs.
         """
@@ -295,10 +296,7 @@ class FsdpCompression:
         which is logged, too. Raises PlanMismatch for other bits or weights, also where a higher floor_bits excludes the
         saved ones; CheckpointError for another rank, model or version.
         """
-        if self._automatic is None:
-            self._check_place(state)
-        else:
-            self._follow_saved(state, self._automatic)
+        self._follow_saved(state)
         resized = self._is_resized(state)
         afresh = resized or state["shadow"] != self.shadow
         replanned = resized and self._chosen is not None and state.get("auto") is not None
@@ -353,8 +351,8 @@ class FsdpCompression:
         saved = state["world_size"], state["replica"][1]
         return saved != (self._control.world_size, self._replica[1])
 
-    def _follow_saved(self, state: Mapping[str, Any], automatic: Automatic) -> None:
-        """Goes over to the plans of the saved run, if all ranks were given states of the same one."""
+    def _follow_saved(self, state: Mapping[str, Any]) -> None:
+        """Goes over to the plans of the saved run, if it had any, and all ranks were given states of the same one."""
         failure: EdlError | None = None
         try:
             self._check_place(state)
@@ -365,7 +363,8 @@ class FsdpCompression:
         step = str(state.get("optimizer_steps"))  # looks are due after the same ones
         facts = {"auto": str(saved), "ranks": str(ranks), "step": step}
         agree({"checkpoint": facts}, self._controls, failure)
-        if saved is None or self._is_resized(state) or self._chosen is None:
+        automatic = self._automatic
+        if saved is None or automatic is None or self._is_resized(state) or self._chosen is None:
             return
         chosen = automatic.resumed(Chosen.from_json(saved))
         if chosen.bits != automatic.chosen.bits and self._control.rank == self._replica[0] == 0:

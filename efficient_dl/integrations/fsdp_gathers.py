@@ -99,7 +99,8 @@ class WeightAllGather(Comm):
 
     def gathered(self) -> dict[str, Tensor] | None:
         """Every parameter's gathered values by name, as a forward pass would see them; None where torch gathers."""
-        own = None if self._is_native or self._shadow is not None else self._own_chunk()
+        torch_gathers = self._is_native or self._shadow is not None or self._unit.world_size == 1
+        own = None if torch_gathers else self._own_chunk()
         if own is None:
             return None
         buffer = own.new_empty(own.numel() * self._unit.world_size)

@@ -57,7 +57,8 @@ class SecondMoment:
             moment = self._moment(name)
             if name in self._largest and moment is not None:
                 floor = _SMALLEST * math.sqrt(self._largest[name])
-                torch.sqrt(moment.reshape(-1).float(), out=part).clamp_(min=floor)
+                values = _as_in_buckets(moment, self._parameters[name])
+                torch.sqrt(values.float(), out=part).clamp_(min=floor)
         return divisors
 
     def _moment(self, name: str) -> Tensor | None:
@@ -66,6 +67,17 @@ class SecondMoment:
 
     def _has_any(self) -> bool:
         return any("exp_avg_sq" in state for state in self._optimizer.state.values())
+
+
+def _as_in_buckets(moment: Tensor, parameter: Tensor) -> Tensor:
+    """1-D, in the order in which DDP's buckets hold the parameter's gradient: that of its memory, if it has no gaps."""
+    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    numel = 1
+    for dimension in reversed(order):
+        if parameter.size(dimension) != 1 and parameter.stride(dimension) != numel:
+            return moment.reshape(-1)
+        numel *= parameter.size(dimension)
+    return moment.permute(order).reshape(-1)
 
 
 def _may_have_second_moment(optimizer: torch.optim.Optimizer) -> bool:

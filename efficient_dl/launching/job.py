@@ -35,6 +35,16 @@ _RULES: dict[str, tuple[str, str]] = {  # by field: a pattern for the whole text
 }
 _HOST = r"([\w.-]+@)?[A-Za-z0-9][A-Za-z0-9.-]*"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_USED_BY = {  # the others are used by all
+    **dict.fromkeys(("gpus", "cpus", "memory"), ("slurm", "kubernetes")),
+    **dict.fromkeys(("time", "partition", "account", "lead_seconds", "sweep"), ("slurm",)),
+    "image": ("slurm", "kubernetes"),
+    "claim": ("kubernetes",),
+    "hosts": ("torchrun", "mpirun"),
+    "port": ("torchrun", "kubernetes"),
+    "mpi": ("mpirun",),
+    "restarts": ("torchrun", "slurm", "kubernetes"),
+}
 _RANGES = {
     "nodes": (1, 100_000),
     "workers": (1, 1024),
@@ -105,8 +115,21 @@ class Job:
 
     @property
     def out(self) -> str:
-        """The run's folder: that of --out, else runs/ and the job's name."""
-        return _option(self.command, "--out") or str(PurePosixPath("runs") / self.name)
+        """The run's folder: that of --out, of the configuration file if it is here, else runs/ and the job's name."""
+        return self.given_out or str(PurePosixPath("runs") / self.name)
+
+    @property
+    def given_out(self) -> str | None:
+        """The run's folder, if the command names one."""
+        if (out := _option(self.command, "--out")) is not None:
+            return out
+        file = _option(self.command, "--config")
+        return None if file is None else _out_of(Path(self.folder) / file)
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether the backend starts a job that failed once more, in the folder of the first time."""
+        return self.backend not in ("local", "mpirun")
 
     @property
     def settings(self) -> list[list[str]]:
@@ -156,13 +179,8 @@ class Job:
             raise _wrong("image", self.image, "backend slurm or kubernetes, which start containers")
         if self.backend == "kubernetes" and self.folder and not self.folder.startswith("/"):
             raise _wrong("folder", self.folder, "an absolute path in the container")
-        begins_again = self.backend not in ("local", "mpirun")
-        if begins_again and self.runs_train and {"--resume", "--resume-or-start"} & set(self.command):
-            raise _wrong(
-                "command",
-                shlex.join(self.command),
-                "no --resume: jobs that begin again do it themselves",
-            )
+        if self.begins_again and self.runs_train:
+            self._check_begun_again()
         if self.command[0] in OWN_COMMANDS and _option(self.command, "--workers"):
             raise _wrong(
                 "command", shlex.join(self.command), "no --workers: it belongs before --, to edl launch"
@@ -172,11 +190,19 @@ class Job:
                 "sweep", list(self.sweep), "no --out: each job of the array gets its own folder in the run's"
             )
 
+    def _check_begun_again(self) -> None:
+        words = [*self.command, *(word for one in self.settings for word in one)]
+        if {"--resume", "--resume-or-start"} & set(words):
+            raise _wrong("command", shlex.join(words), "no --resume: jobs that begin again do it themselves")
+        if any(word.removeprefix("--set=").startswith("run.out=") for word in words):
+            raise _wrong("command", shlex.join(words), "no run.out: it would not be found again", "--out DIR")
+
 
 def described_job(backend: str, file: Path | None, given: Mapping[str, Any], dry_run: bool = False) -> Job:
     """The job that a TOML file and flags describe, flags first. given: fields that were set, by name.
 
-    dry_run: without a command it is an example's. Raises ConfigError.
+    dry_run: without a command it is an example's. Raises ConfigError, also for a flag that the backend does not use; a
+    file may be for several of them.
     """
     known = {one.name for one in dataclasses.fields(Job)} - {"backend"}
     values: dict[str, Any] = {"nodes": 1} if backend == "local" else {}
@@ -187,6 +213,14 @@ def described_job(backend: str, file: Path | None, given: Mapping[str, Any], dry
                     f"unknown key {key!r} of a job", where=str(file), fix=suggestion(key, sorted(known))
                 )
             values[key] = _frozen(key, value, str(file))
+    for name in given:
+        if backend not in _USED_BY.get(name, BACKENDS):
+            flag = "option" if name == "options" else name.replace("_", "-")
+            raise ConfigError(
+                f"edl launch {backend} has no use for --{flag}",
+                expected=f"{', '.join(_USED_BY[name])}",
+                fix="leave it out; in a job's file it may stand for other backends",
+            )
     environment = {**values.get("environment", {}), **given.get("environment", {})}
     values |= {**given, "environment": environment}
     if "command" not in values and not dry_run:
@@ -238,6 +272,15 @@ def _option(words: Sequence[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word[len(name) + 1 :]
     return None
+
+
+def _out_of(file: Path) -> str | None:
+    """The run's folder in a configuration file; None without one, or if the file is not here."""
+    try:
+        run = tomllib.loads(file.read_text(encoding="utf-8")).get("run", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return None
+    return (str(run.get("out") or "") or None) if isinstance(run, dict) else None
 
 
 def _table(file: Path) -> dict[str, Any]:

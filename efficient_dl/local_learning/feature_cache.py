@@ -257,6 +257,8 @@ class FeatureCache:
                 where=str(self.folder),
                 fix="name a folder for each rank",
             ) from None
+        except OSError:
+            pass  # a file system without locks
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

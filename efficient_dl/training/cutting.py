@@ -62,7 +62,8 @@ class Cutter:
     def _with_heads(self, cut: Partitions, batch: tuple[Tensor, Tensor]) -> list[PartitionCosts]:
         blocks = self.blocks(cut, batch)
         for index in range(len(cut)):
-            Optimizer(blocks.make(index), self._config.optimizer)  # fails here if it finds nothing to step
+            # Fails here if it finds nothing to step.
+            Optimizer(blocks.make(index), self._config.optimizer, of_part=True)
         return blocks.costs(*batch)
 
     def work_seconds(self, batch: tuple[Tensor, Tensor]) -> float:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from efficient_dl.errors import DiskFull
+from efficient_dl.errors import ConfigError, DiskFull
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PROBE_BYTES = 1 << 20
@@ -23,6 +23,18 @@ def disk_full(path: Path, kept: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise_if_disk_full(error, path, kept)
         raise
+
+
+@contextlib.contextmanager
+def writable(path: Path, fix: str = "choose another --out") -> Iterator[None]:
+    """DiskFull or ConfigError for what the operating system has against writing to this folder."""
+    try:
+        with disk_full(path):
+            yield
+    except OSError as error:
+        raise ConfigError(
+            "the folder cannot be written", found=str(error), where=str(path), fix=fix
+        ) from None
 
 
 def raise_if_disk_full(error: BaseException, path: Path, kept: str | None = None) -> None:

@@ -162,6 +162,7 @@ class LocalTrainer(RunLoop):
     def _micro_batch(self, number: int) -> tuple[Tensor, Tensor]:
         """The samples that rank number // accumulate would take end to end as its part number % accumulate."""
         config, accumulate = self.config, self.config.train.accumulate
+        self.watch.at(f"partitions, batch {number}", self.step + 1)
         inputs, targets = self.data.train_batch(
             self.step,
             number // accumulate,
@@ -272,6 +273,11 @@ class LocalTrainer(RunLoop):
     def _eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.data.eval_batches(self.config.train.eval_batches, self.config.data.batch_size)
 
+    def _watched_eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (inputs, targets) in enumerate(self._eval_batches()):
+            self.watch.at(f"evaluation, batch {index}", self.step)
+            yield self._on_device(inputs), self._on_device(targets)
+
     @functools.cached_property
     def num_eval_batches(self) -> int:
         return sum(1 for _ in self._eval_batches())
@@ -317,7 +323,7 @@ class LocalTrainer(RunLoop):
         assert self.stage is not None
         self._flush()
         self.stage.sync_buffers()
-        batches = InOrder((self._on_device(x), self._on_device(y)) for x, y in self._eval_batches())
+        batches = InOrder(self._watched_eval_batches())
         sums: dict[str, float] = {}
         for _, outputs, targets in self.stage.host.evaluate(self.step, self.num_eval_batches, batches):
             count = predictions(targets)

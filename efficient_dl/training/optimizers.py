@@ -17,11 +17,15 @@ class Optimizer:
     """One or two torch optimizers that together step every parameter of a model.
 
     `parts` are the torch optimizers. The learning rate is set before each step and is no part of the state.
+    of_part: the model is a part of another one, and may consist of what Muon leaves to AdamW.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, of_part: bool = False) -> None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parts = _BUILDERS[config.name](model, parameters, config)
+        builder = _BUILDERS[config.name]
+        if of_part and builder is _muon and not hidden_matrices(model):
+            builder = _adamw
+        self.parts = builder(model, parameters, config)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
 
     def step(self, lr: float) -> None:

@@ -17,12 +17,15 @@ from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, codec_bi
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
-from efficient_dl.integrations.auto import AutoOptions, decide, shapes_of
+from efficient_dl.integrations.auto import AutoOptions, decide, is_under_floor, shapes_of
 from efficient_dl.integrations.feedback import feeds_if_lossy
+from efficient_dl.models import build_model
 from efficient_dl.training import measure
 from efficient_dl.training.console import Progress
 from efficient_dl.training.end_to_end import Trainer, hierarchy_wish, is_sgd, planner_options, scale_of
+from efficient_dl.training.optimizers import Optimizer
 from efficient_dl.training.run_folder import recorded_plan
+from efficient_dl.training.watch import Unwatched, Watch
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,31 @@ class Planned:
 
 
 def measured_plan(
-    config: Config, data: Dataset, device: torch.device, progress: Progress, hierarchy: int | str | None
+    config: Config,
+    data: Dataset,
+    device: torch.device,
+    progress: Progress,
+    hierarchy: int | str | None,
+    watch: Watch | None = None,
 ) -> Planned:
     """Measures for some seconds and plans; every rank calls it with the same configuration, and all get the same.
 
-    The times are of the whole model's backward pass, also where a run trains its partitions by local losses.
+    Where a run trains partitions by local losses, no backward pass is made: one of the whole model might not fit, and
+    nothing hides behind it.
+
     hierarchy: whether a reduction between nodes is among the choices, where nodes have several ranks each, or in groups
     else: None, "auto", the number of workers on each node, "groups" or "groups:SIZE".
     """
-    trainer = Trainer(config, data, device, progress)
-    compute = trainer.measured_compute()
-    parameters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    wish, scale = config.compression, scale_of(config, trainer.optimizer, device)
+    trainer: Trainer | None = None
+    if config.local.mode == "end-to-end":
+        trainer = Trainer(config, data, device, progress)
+        trainer.watch = watch or Unwatched()
+        model, optimizer, compute = trainer.model, trainer.optimizer, trainer.measured_compute()
+    else:
+        model = build_model(config.model, data.spec, config.train.seed).to(device)
+        optimizer, compute = Optimizer(model, config.optimizer), measure.Compute(0.0, {})
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wish, scale = config.compression, scale_of(config, optimizer, device)
     planner = planner_options(config, hierarchy, dist.get_world_size(), scale)
     options = AutoOptions(
         wish.floor_bits,
@@ -71,15 +87,16 @@ def measured_plan(
         family="grid" if scale == "global" else "bits",
         exact=scale != "second_moment",
         feeds_back=wish.error_feedback == "on"
-        or feeds_if_lossy(wish.error_feedback, is_sgd(trainer.optimizer), scale),
+        or feeds_if_lossy(wish.error_feedback, is_sgd(optimizer), scale),
         planner=planner,
     )
     world = dist.group.WORLD
     assert world is not None
     # Not a sibling, to be destroyed: torch would give its name, and those of groups made after it, again (`subgroup`).
     control = ProcessGroupTransport(world, device, config.run.timeout_seconds)
-    with measure.untouched(trainer.model, device):
-        trainer.backward(trainer.model)  # codecs are measured on a real gradient
+    with measure.untouched(model, device):
+        if trainer is not None:
+            trainer.backward(model)  # codecs are measured on a real gradient
         nodes = Topology.of_size(control.world_size, hierarchy) if isinstance(hierarchy, int) else None
         measurements, decision = decide(parameters, control, control, nodes, options)
     return Planned(measurements, shapes_of(parameters), decision, planner)
@@ -96,17 +113,24 @@ class Decided:
     """What "auto" stands for in a run.
 
     config: with the bits, or still "auto" where the run may change them. note: why. measurements: to plan with.
-    planned: what was measured now; None if nothing was.
+    planned: what was measured now; None if nothing was. is_measured: whether the bits come from a measurement, so that
+    the folder keeps the wish, and the measurement beside it.
     """
 
     config: Config
     note: str
     measurements: Measurements | None = None
     planned: Planned | None = None
+    is_measured: bool = False
 
 
 def decided(
-    config: Config, data: Dataset, device: torch.device, progress: Progress, resumed: bool
+    config: Config,
+    data: Dataset,
+    device: torch.device,
+    progress: Progress,
+    resumed: bool,
+    watch: Watch | None = None,
 ) -> Decided:
     """What "auto" means here; every rank calls it with the same configuration, and all get the same.
 
@@ -122,7 +146,11 @@ def decided(
     if resumed and changes and (known := _recorded(config)) is not None:
         note = "bits auto: planned as before; a resumed run measures nothing at its start"
         return Decided(config, note, known)
-    planned = measured_plan(config, data, device, progress, hierarchy_wish(config) if changes else None)
+    if resumed and not changes and (bits := _recorded_bits(config)) is not None:
+        note = f"bits auto: {bits} as before; a resumed run measures nothing again"
+        return Decided(_with_bits(config, bits), note, is_measured=True)
+    hierarchy = hierarchy_wish(config) if changes else None
+    planned = measured_plan(config, data, device, progress, hierarchy, watch)
     if changes and (size := planned.decision.bucket_bytes):
         options = dataclasses.replace(planned.options, bucket_bytes=size)
         decision = plan_for(planned.measurements, planned.model, floor, options)  # as DDP's will be
@@ -133,12 +161,24 @@ def decided(
         note += f"; in buckets of {planned.decision.bucket_bytes >> 20} MiB"
     if changes:
         return Decided(config, note, planned.measurements, planned)
-    chosen = _with_bits(config, float(bits) if bits not in ("none", "lossless") else bits)
-    if bits == "none" and (config.compression.overrides or config.compression.error_feedback == "on"):
-        compression = dataclasses.replace(chosen.compression, overrides="", error_feedback="auto")
-        chosen = dataclasses.replace(chosen, compression=compression)
-        note += "; overrides and error feedback are off: the native all-reduce has none"
-    return Decided(chosen, note, planned.measurements, planned)
+    chosen = _with_bits(config, bits)
+    if ignored := [name for name in _NOT_NATIVE if _of(chosen, name) != _of(config, name)]:
+        note += f"; the native all-reduce takes no {', '.join(ignored)}"
+    return Decided(chosen, note, planned.measurements, planned, is_measured=True)
+
+
+def _recorded_bits(config: Config) -> str | None:
+    """What the run's folder says was decided among as many workers, if it may still be chosen."""
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ConfigError):
+            plan = recorded_plan(Path(config.run.out))
+            known, bits = Measurements.from_json(plan["measurements"]), str(plan["decision"]["bits"])
+            if known.world_size == dist.get_world_size():
+                found = [bits]
+    dist.broadcast_object_list(found, src=0)
+    bits = found[0]
+    return None if bits is None or is_under_floor(bits, config.compression.floor_bits) else bits
 
 
 def _recorded(config: Config) -> Measurements | None:
@@ -157,5 +197,26 @@ def _recorded(config: Config) -> Measurements | None:
     return Measurements.from_json(found[0]) if found[0] is not None else None
 
 
+_NOT_NATIVE: dict[
+    str, Any
+] = {  # settings of compression that the native all-reduce has no use for, and their defaults
+    "overrides": "",
+    "error_feedback": "auto",
+    "scale": "auto",
+    "messages": "auto",
+    "hierarchy": "plan",
+    "transport": "process_group",
+}
+
+
+def _of(config: Config, name: str) -> Any:
+    return getattr(config.compression, name)
+
+
 def _with_bits(config: Config, bits: float | str) -> Config:
-    return dataclasses.replace(config, compression=dataclasses.replace(config.compression, bits=bits))
+    """A decision's bits; with "none" without what only compression takes."""
+    chosen = bits if bits in ("none", "lossless") else float(bits)
+    cleared = _NOT_NATIVE if bits == "none" else {}
+    return dataclasses.replace(
+        config, compression=dataclasses.replace(config.compression, bits=chosen, **cleared)
+    )

@@ -19,7 +19,7 @@ from efficient_dl.data import load_data
 from efficient_dl.errors import ConfigError
 from efficient_dl.models import check_model
 from efficient_dl.training.console import progress_for
-from efficient_dl.training.disk import disk_full
+from efficient_dl.training.disk import writable
 from efficient_dl.training.planning import Planned, measured_plan
 from efficient_dl.training.worker import Worker
 
@@ -94,7 +94,7 @@ def run_probe(worker: Worker, config: Config, out: Path | None, what_if: WhatIf 
 def _report(planned: Planned, out: Path | None) -> None:
     print_plan(planned, Console())
     if out is not None:
-        with disk_full(out.parent, "nothing was trained"):
+        with writable(out.parent, "choose another --json"):
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(planned.to_json(), indent=1) + "\n")
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset, load_data
-from efficient_dl.errors import EdlError
+from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.models import build_model, check_model
 from efficient_dl.training import resume
 from efficient_dl.training.console import Progress, progress_for, result_text
 from efficient_dl.training.end_to_end import Trainer
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.partition_wishes import check_overrides
 from efficient_dl.training.planning import decided, is_planned
 from efficient_dl.training.run_folder import (
     SUMMARY,
@@ -35,6 +36,8 @@ from efficient_dl.training.run_folder import (
 from efficient_dl.training.setting_checks import check_settings
 from efficient_dl.training.watch import Unwatched, Watch, watched
 from efficient_dl.training.worker import Worker
+
+T = TypeVar("T")
 
 RUNS = Path("runs")
 _ENDING_SECONDS = (
@@ -66,7 +69,12 @@ def run_worker(
         with (
             worker.together("lock", partial(_locked, prepared.config, resumed, wait_seconds), wait_seconds),
             watched(
-                worker.store, worker.rank, worker.size, f"watch/{next(worker.calls)}", config.run
+                worker.store,
+                worker.rank,
+                worker.size,
+                f"watch/{next(worker.calls)}",
+                config.run,
+                in_step=config.local.mode != "partitionwise",
             ) as watch,
         ):
             summaries.append(_train(prepared, device, resumed, watch=watch))
@@ -81,10 +89,26 @@ def run(config: Config, resumed: bool = False, progress: Progress | None = None)
     local = dist.get_rank() % max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 0
     on_gpu = config.run.device == "cuda" or (config.run.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    prepared = _prepared(*_settled(config, resumed))
-    dist.barrier()  # every rank has read what the folder holds before one writes
-    with _locked(prepared.config, resumed):
+    prepared = _on_all(lambda: _prepared(*_settled(config, resumed)))  # nobody writes before all have read
+    with _on_all(lambda: _locked(prepared.config, resumed)):
         return _train(prepared, device, resumed, progress)
+
+
+def _on_all(step: Callable[[], T]) -> T:
+    """What a step gives this rank; if it raises an EdlError on any rank, every rank raises one."""
+    result, error = None, None
+    try:
+        result = step()
+    except EdlError as caught:
+        error = caught
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise ConfigError(f"rank {rank} cannot begin", found=text)
+    return result  # type: ignore[return-value]  # there was no error, so it is step's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +147,9 @@ def _prepared(config: Config, notes: list[str], data: Dataset | None = None) -> 
     data = data or _data(config)
     check_settings(config, data.spec.kind)
     check_model(config.model, data.spec, config.data.batch_size)
-    Optimizer(build_model(config.model, data.spec, config.train.seed), config.optimizer)
+    model = build_model(config.model, data.spec, config.train.seed)
+    Optimizer(model, config.optimizer)
+    check_overrides(config, [name for name, one in model.named_parameters() if one.requires_grad])
     return _Prepared(_with(config, "data", fingerprint=data.fingerprint), data, notes)
 
 
@@ -138,10 +164,10 @@ def _train(
     for note in prepared.notes:
         shown.note(note)
     shown.note(f"run folder: {prepared.config.run.out}")
-    config, measurements = prepared.config, None
+    config, measurements, auto = prepared.config, None, None
     try:
         if is_planned(config):
-            auto = decided(config, prepared.data, device, shown, resumed)
+            auto = decided(config, prepared.data, device, shown, resumed, watch or Unwatched())
             config, measurements = auto.config, auto.measurements
             shown.note(auto.note)
             if auto.planned is not None and dist.get_rank() == 0:
@@ -150,6 +176,7 @@ def _train(
         loop = kind(config, prepared.data, device, shown)
         loop.watch = watch or Unwatched()
         loop.measurements = measurements
+        loop.recorded = prepared.config if auto is not None and auto.is_measured else config
         summary = loop.train(resumed)
     finally:
         shown.stop()

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from typing import IO, Any
 from efficient_dl.comm.scalars import ENTROPIES, TOTALS
 from efficient_dl.config import Config, load_config, to_toml
 from efficient_dl.errors import CheckpointError, ConfigError
-from efficient_dl.training.disk import disk_full
+from efficient_dl.training.disk import disk_full, writable
 
 CONFIG, METRICS, PARAMETERS, DECISIONS, TIMELINE, SUMMARY, TENSORBOARD, CHECKPOINTS = (
     "config.toml",
@@ -91,7 +91,7 @@ class RunFolder:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
-        with _writable(self.path):
+        with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._replace(CONFIG, to_toml(config, explain=True))
             (self.path / SUMMARY).unlink(missing_ok=True)  # of an earlier, shorter run
@@ -137,7 +137,7 @@ class RunFolder:
         rows = {row["step"]: row for row in [*known["rows"], *written] if row.get("event") == event}
         after = [rows[one] for one in sorted(rows) if one > step]
         if self.writes and until > step:
-            with _writable(self.path):
+            with writable(self.path):
                 self._replace(REPLAY, json.dumps({"rows": after, "until_step": until}) + "\n")
         return after, until
 
@@ -260,7 +260,7 @@ def recorded_config(path: Path) -> Config:
 
 def write_plan(path: Path, plan: Mapping[str, Any]) -> None:
     """Write what was measured and decided for bits = "auto" to plan.json. Raises DiskFull, ConfigError."""
-    with _writable(path):
+    with writable(path):
         path.mkdir(parents=True, exist_ok=True)
         (path / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
@@ -279,7 +279,7 @@ def default_name(config: Config) -> str:
 def new_folder(parent: Path, name: str) -> Path:
     """Make parent/name, or parent/name-2, … where those exist: no two runs get the same one."""
     path, count = parent / name, 1
-    with _writable(parent):
+    with writable(parent):
         parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -306,7 +306,7 @@ def locked(path: Path, resumed: bool, wait_seconds: float = 0.0) -> IO[bytes]:
     wait_seconds: how long another process may still have it locked.
     Raises ConfigError if another process has it locked, or if a run was started there and this one is no resume.
     """
-    with _writable(path):
+    with writable(path):
         path.mkdir(parents=True, exist_ok=True)
         file = (path / LOCK).open("ab")
     try:
@@ -338,21 +338,6 @@ def _lock(file: IO[bytes], wait_seconds: float) -> None:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    """DiskFull or ConfigError for what the operating system has against writing to this folder."""
-    try:
-        with disk_full(path):
-            yield
-    except OSError as error:
-        raise ConfigError(
-            "the run's folder cannot be written",
-            found=str(error),
-            where=str(path),
-            fix="choose another --out",
-        ) from None
 
 
 def _tag(key: str) -> str:

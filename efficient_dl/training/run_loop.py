@@ -49,6 +49,7 @@ class RunLoop(ABC):
         self.saved_step = -1
         self.watch: Watch = Unwatched()
         self.measurements: Measurements | None = None  # what bits = "auto" is planned with
+        self.recorded = config  # what the folder shall hold for a resume
 
     def train(self, resumed: bool) -> Summary:
         """Train from the start, or from the latest checkpoint, to the last step.
@@ -68,7 +69,7 @@ class RunLoop(ABC):
             self._start()
         elif self.step >= self.last_step:
             return self._already_done()
-        self.folder.open(self.config, self.step)
+        self.folder.open(self.recorded, self.step)
         self.progress.start(self.label, self.step, self.config.train.steps)
         with contextlib.closing(self.folder):
             while self.step < self.last_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from efficient_dl.comm import ProcessGroupTransport
 from efficient_dl.comm.channel import ChannelTotals
 from efficient_dl.config import Config
 from efficient_dl.coordinator.assignment import Decision
-from efficient_dl.errors import CheckpointError
+from efficient_dl.errors import CheckpointError, CorruptPacket
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.local_learning.blocks import Blocks
 from efficient_dl.local_learning.feature_cache import FeatureCache, fingerprint
@@ -31,6 +32,9 @@ from efficient_dl.local_learning.streams import StreamOptions, Streams
 from efficient_dl.training import measure
 from efficient_dl.training.end_to_end import compressed, sync_buffers_argument
 from efficient_dl.training.optimizers import Optimizer
+from efficient_dl.training.partition_wishes import wishes_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -227,7 +231,13 @@ class Stage:
             if other != own:
                 shutil.rmtree(other, ignore_errors=True)
         limit = self._config.local.cache_bytes
-        return FeatureCache(own, prefix, augmented=self._config.data.augment, max_bytes=limit)
+        for _ in range(2):
+            try:
+                return FeatureCache(own, prefix, augmented=self._config.data.augment, max_bytes=limit)
+            except CorruptPacket as error:
+                _log.warning("%s; its features are computed again", error)
+                shutil.rmtree(own)
+        raise AssertionError("a new cache is not damaged")
 
     def _make(
         self,
@@ -244,7 +254,7 @@ class Stage:
             return Frozen(index, block.body)
         if state is not None and any(key.startswith(f"head/{index}/") for key in state):
             _fill(block.head, {key: f"head/{index}/{key}" for key in block.head.state_dict()}, state)
-        optimizer = Optimizer(block, self._config.optimizer)
+        optimizer = Optimizer(block, self._config.optimizer, of_part=True)
         parameters = list(block.parameters())
         if state is not None:
             prefix = f"optimizer/{index}/"
@@ -262,9 +272,13 @@ class Stage:
         inputs, targets = blocks.example(index)
         with measure.untouched(block, self._device):  # DDP arranges its buckets
             ddp(inputs, targets)[1].backward()
-        self.compressions[index] = compressed(
-            ddp, optimizer, self._config, extra={"data": self._fingerprint, "partition": index}
-        )
+        beside = [
+            one for one in self.decision.assignment.of_rank(dist.get_rank()) if self.decision.training[one]
+        ]
+        sizes = {one: sum(p.numel() for p in blocks.partitions[one].module.parameters()) for one in beside}
+        wishes = wishes_of(self._config, block, self._names[index], sizes[index], sum(sizes.values()))
+        facts = {"data": self._fingerprint, "partition": index}
+        self.compressions[index] = compressed(ddp, optimizer, wishes, extra=facts)
         return Trained(index, block, ddp, optimizer, parameters, self._config.optimizer.clip)
 
 

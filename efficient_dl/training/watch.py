@@ -59,9 +59,11 @@ class Unwatched:
 class _RunWatch:
     """The thread, and the two that it serves."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, name: str, run: RunConfig, in_step: bool
+    ) -> None:
         self.stop = CommonStop(rank, size, f"{name}/stop")
-        self.dog = Watchdog(rank, size, f"{name}/dog", run.watchdog_seconds)
+        self.dog = Watchdog(rank, size, f"{name}/dog", run.watchdog_seconds, in_step)
         self._workers_store, self.store = store, _own_connection(store)
         self._closed = threading.Event()
         self._poll_seconds = _POLL_SECONDS * max(1.0, size / _SPARING_RANKS)
@@ -122,13 +124,16 @@ _current: _RunWatch | None = None
 
 
 @contextlib.contextmanager
-def watched(store: dist.Store, rank: int, size: int, name: str, run: RunConfig) -> Iterator[Watch]:
+def watched(
+    store: dist.Store, rank: int, size: int, name: str, run: RunConfig, in_step: bool = True
+) -> Iterator[Watch]:
     """Watch over a run. store: of the worker. name: of the run, the same on all ranks, and no other run's.
 
+    in_step: whether all ranks do the same at the same time.
     After an error the watch goes on, for `verdict`: the process ends soon.
     """
     global _current
-    watch = _current = _RunWatch(store, rank, size, name, run)
+    watch = _current = _RunWatch(store, rank, size, name, run, in_step)
     with first_asks(watch.stop.ask, run.grace_seconds):
         try:
             yield watch

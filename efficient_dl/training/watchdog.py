@@ -66,11 +66,12 @@ class Verdict:
 class Watchdog:
     """One rank's. `at` is called by the main thread, `poll` several times a second by a thread with its own store.
 
-    seconds: without progress until the alarm; 0: never, only a collective's time-out raises it.
+    seconds: without progress until the alarm; 0: never, only a collective's time-out raises it. in_step: see `judged`.
     """
 
-    def __init__(self, rank: int, size: int, prefix: str, seconds: float) -> None:
+    def __init__(self, rank: int, size: int, prefix: str, seconds: float, in_step: bool = True) -> None:
         self._rank, self._size, self._prefix, self._seconds = rank, size, prefix, seconds
+        self._in_step = in_step
         self._step, self._phase, self._begun, self._since = 0, "preparing", 0, time.monotonic()
         self._beat, self._beat_at = 0, -math.inf
         self._pace = max(1.0, size / _SPARING_RANKS)
@@ -162,9 +163,8 @@ class Watchdog:
             return
         text = "null"
         if self._rank < _JUDGES:
-            found = judged(
-                self._first_look[1], self._look(store), store.get(f"{self._prefix}/alarm").decode()
-            )
+            why = store.get(f"{self._prefix}/alarm").decode()
+            found = judged(self._first_look[1], self._look(store), why, self._in_step)
             text = json.dumps(None if found is None else dataclasses.asdict(found))
         agreed: Any = json.loads(store.compare_set(key, "", text))  # the first rank's
         self.verdict = None if agreed is None else Verdict(**agreed)
@@ -195,10 +195,13 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._seconds + 10 * _BEAT_SECONDS)
 
 
-def judged(before: list[Position | None], now: list[Position | None], why: str) -> Verdict | None:
+def judged(
+    before: list[Position | None], now: list[Position | None], why: str, in_step: bool = True
+) -> Verdict | None:
     """Who keeps the others waiting: ranks without a beat between two looks, else those that have begun the least.
 
-    None if the ranks are equally far and a collective's own time-out says more.
+    in_step: whether all ranks begin the same; where some run ahead by design, the one behind need not be to blame.
+    None if nobody is behind, or nothing follows from that, and a collective's own time-out says more.
     """
     silent = [
         rank
@@ -222,7 +225,7 @@ def judged(before: list[Position | None], now: list[Position | None], why: str) 
         )
     least = min(one.begun for one in alive.values())
     behind = [rank for rank, one in alive.items() if one.begun == least]
-    if len(behind) == len(alive):
+    if not in_step or len(behind) == len(alive):
         if "run.watchdog_seconds" not in why:
             return None
         positions = "; ".join(f"rank {rank}: {one}" for rank, one in alive.items())

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import efficient_dl as edl
+from efficient_dl.comm import Plan
 from efficient_dl.errors import CheckpointError, ConfigError
+from efficient_dl.integrations.second_moment import SecondMoment
 from tests.distributed.launch import run_ranks
 
 OVERRIDES = {"*.bias": "none", "4.*": 4.0}
@@ -63,6 +65,36 @@ class Run:
 
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()]).clone()
+
+
+def divisors(rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Of a bucket, and what they should be, by where the gradient's values lie in it."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    edl.compress(model, optimizer, 2.0, scale="second_moment")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(2, 8, 5, 5)).square().mean().backward()
+        optimizer.step()
+    parameters = dict(module.named_parameters())
+    second = SecondMoment(optimizer, parameters, Plan.of(2.0, scale="second_moment"))
+    second.begin_step()
+    found = []
+    for name, one in parameters.items():
+        assert one.grad is not None
+        where = torch.as_strided(torch.arange(one.numel(), dtype=torch.float32), one.shape, one.grad.stride())
+        wanted = torch.empty(one.numel())
+        wanted[where.flatten().long()] = optimizer.state[one]["exp_avg_sq"].sqrt().flatten()
+        found.append((second.of([name], [one.numel()], wanted), wanted))
+    return found
+
+
+def test_divisors_lie_as_the_gradients_do_in_memory() -> None:
+    for rank in run_ranks(divisors, 2):
+        for found, wanted in rank:
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-9)
 
 
 def trained(rank: int, wishes: dict[str, Any]) -> tuple[Tensor, float, dict[str, Any]]:

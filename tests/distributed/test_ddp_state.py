@@ -120,6 +120,26 @@ def test_another_ranks_or_plans_state_is_refused() -> None:
         assert texts[1].startswith("PlanMismatch: the checkpoint was written under another plan")
 
 
+def one_is_refused(rank: int, state: dict[str, Any]) -> str:
+    _, _, compression = compressed(2.0)
+    own = compression.state_dict()
+    try:
+        compression.load_state_dict(own if rank == 0 else state)
+    except (CheckpointError, PlanMismatch) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        torch.distributed.barrier()
+    return "loaded"
+
+
+@pytest.mark.parametrize("what", ["rank", "optimizer_steps"])
+def test_what_one_rank_is_refused_all_are(what: str) -> None:
+    """Else the others would train on, and wait for it."""
+    state = run_ranks(saved_state, 2, 2.0)[1]
+    for text in run_ranks(one_is_refused, 2, state | {what: 0 if what == "rank" else 77}):
+        assert text.startswith(("CheckpointError", "PlanMismatch")), text
+
+
 def warnings_of(load: Callable[[], None]) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()

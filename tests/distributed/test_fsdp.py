@@ -332,6 +332,33 @@ def tiny(rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return full(model), compression.stats()
 
 
+def evaluated(rank: int) -> tuple[float, dict[str, Any]]:
+    """Evaluation in inference mode between steps that train; gathers are decoded in threads of their own."""
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(nn.Linear(60, 30), nn.ReLU(), nn.Linear(30, 2))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression: Any = edl.compress(model, optimizer, 2.0, check_every=2)
+    for _ in range(4):
+        with torch.inference_mode():
+            loss = model(torch.ones(5, 60)).square().mean()
+        optimizer.zero_grad()
+        model(torch.ones(5, 60) + rank).square().mean().backward()
+        optimizer.step()
+    compression.check()
+    stats = compression.stats()
+    compression.close()
+    return float(loss), stats
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluation_in_inference_mode_leaves_training_alone(world_size: int) -> None:
+    outcomes = run_ranks(evaluated, world_size)
+    assert len({loss for loss, _ in outcomes}) == 1
+    assert all((stats["steps"], stats["checks"]) == (4, 3) for _, stats in outcomes)
+
+
 class Layers(nn.Module):
     """Of the shape of the tutorial's model: an embedding, layers that are sharded one by one, an output."""
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from efficient_dl.config import Config, DataSpec, with_overrides
+from efficient_dl.config import DataSpec
 from efficient_dl.errors import CheckpointError, ConfigError, TransportError
 from efficient_dl.local_learning import recompute
 from efficient_dl.local_learning.feature_cache import CacheStats, FeatureCache
@@ -25,49 +25,8 @@ from efficient_dl.training import Summary, run
 from efficient_dl.training.checkpoint import CheckpointFolder
 from efficient_dl.training.local_loop import LocalTrainer
 from efficient_dl.training.run_folder import DECISIONS, RunFolder
-from efficient_dl.training.survey import Survey
 from tests.distributed.launch import run_failing_ranks, run_ranks
-
-GPT = [
-    "model.name=gpt", "model.size=nano", "model.context=16", "model.tie_weights=false", "data.name=stdlib",
-    "data.batch_size=2", "compression.bits=lossless", "local.balance=parameters",
-]  # fmt: skip
-RESNET = [
-    "model.name=resnet18", "model.size=nano", "data.name=digits", "data.batch_size=4", "compression.bits=2.0",
-    "local.balance=parameters",
-]  # fmt: skip
-
-
-def config_of(out: Path, *settings: str) -> Config:
-    base = [
-        "train.eval_batches=2",
-        "train.log_every=1",
-        "train.steps=6",
-        "local.partitions=2",
-        f"run.out={out}",
-    ]
-    return with_overrides(Config(), [*base, *settings])
-
-
-def measure_no_ranks() -> None:
-    """So that each partition lies on a rank of its own, however busy the machine is: its bits are to be compared."""
-    Survey.here = lambda self, work, link: (None, None)  # type: ignore[method-assign]
-
-
-def trained(rank: int, out: Path, *settings: str) -> tuple[Summary, dict[str, torch.Tensor]]:
-    """A run's summary, and all tensors of its last checkpoint; nothing is known of ranks and links."""
-    measure_no_ranks()
-    summary = run(config_of(out, *settings))
-    folder = CheckpointFolder(out / "checkpoints")
-    latest = folder.latest()
-    assert latest is not None
-    return summary, folder.load(latest).tensors
-
-
-def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    keys = sorted(one.keys() ^ other.keys())
-    return keys + [key for key in one.keys() & other.keys() if not torch.equal(one[key], other[key])]
-
+from tests.distributed.local_runs import GPT, RESNET, config_of, differing, measure_no_ranks, trained
 
 PLACES = {
     "2 ranks, a partition each": (2, ["local.mode=partitionwise"]),
@@ -440,6 +399,10 @@ REFUSED = {
     ),
     "too little memory": (["local.mode=partitionwise", "local.memory_bytes=1000"], "memory"),
     "a cut at no piece": (["local.mode=partitionwise", "local.cuts=blocks.9"], "where: local.cuts"),
+    "an override of nothing": (
+        ["local.mode=layerwise", "compression.overrides=body.*=none"],
+        "matches no parameter",
+    ),
     "a cut of the whole": (["local.cuts=blocks.2"], "is not cut"),
     "nothing to compare": (
         ["local.mode=layerwise", "local.heads=predsim", "data.batch_size=1"],

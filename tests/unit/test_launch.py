@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from efficient_dl.cli import app
+from efficient_dl.config import Config, to_toml
 from efficient_dl.errors import ConfigError, LaunchError
 from efficient_dl.launching.job import EXAMPLE, Job, described_job, variables
 from efficient_dl.launching.submit import show, start, submission
@@ -261,6 +262,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"command": ("x.py", "\0")}, "zero bytes"),
     ({"command": ("x.py", "\udcff")}, "Unicode"),
     ({"sweep": ("--out x",), "command": TRAIN}, "its own folder"),
+    ({"command": ("train", "--set", "run.out=x")}, "no run.out"),
+    ({"sweep": ("--set=run.out=x",), "command": TRAIN}, "no run.out"),
 ]
 
 
@@ -270,6 +273,38 @@ def test_what_a_description_cannot_say_is_an_error_that_names_it(values: dict[st
         Job(**{"backend": "slurm", **values})
     assert text in str(caught.value)
     assert "fix" in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("backend", "flag", "value"),
+    [("torchrun", "gpus", 8), ("mpirun", "restarts", 5), ("local", "time", "9"), ("slurm", "port", 4000)],
+)
+def test_a_flag_without_effect_is_refused_and_a_line_of_a_file_may_be_for_others(
+    backend: str, flag: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"edl launch {backend} has no use for --{flag}"):
+        described_job(backend, None, {flag: value, "command": EXAMPLE})
+    file = tmp_path / "job.toml"
+    file.write_text(f"{flag} = {value!r}\n")
+    assert getattr(described_job(backend, file, {"command": EXAMPLE}), flag) == value
+
+
+def test_a_run_s_folder_may_stand_in_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[run]\nout = "runs/big"\n')
+    job = Job("slurm", folder=str(tmp_path), command=("train", "--config", "run.toml"))
+    assert job.out == "runs/big" and "--out runs/big" in submission(job).text
+    elsewhere = Job("slurm", command=("train", "--config", "elsewhere.toml"))
+    assert (elsewhere.out, elsewhere.given_out) == ("runs/edl", None)
+
+
+def test_a_second_job_does_not_go_on_with_the_first_one_s_run_unasked(tmp_path: Path) -> None:
+    (tmp_path / "runs/edl").mkdir(parents=True)
+    (tmp_path / "runs/edl/config.toml").write_text(to_toml(Config()))
+    asked = ["launch", "slurm", "--folder", str(tmp_path), "--", "train"]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2 and "runs/edl holds a run" in " ".join(refused.output.split())
+    other = CliRunner().invoke(app, [*asked, "--out", "runs/edl", "--set", "train.seed=1"])
+    assert other.exit_code != 0 and "train.seed" in " ".join(other.output.split())
 
 
 def test_flags_win_over_the_file_and_environments_join(tmp_path: Path) -> None:

@@ -74,6 +74,29 @@ def test_native_kernels_feed_back_the_reference_bytes(scale: Scale) -> None:
     assert torch.equal(native, reference)
 
 
+def test_what_no_rank_has_used_keeps_its_residual() -> None:
+    """Nothing that was sent of it has changed anything, so nothing of it counts."""
+
+    def rank(transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
+        one, layout = compressor(), BucketLayout.of(NAMES, NUMELS, 2)
+        steps_on(transport, one, range(2))
+        assert one.residuals is not None
+        before = one.residuals.state_dict()["parameters"]
+        x = gradient(9, transport.rank)
+        x[:3000] = 0  # as DDP sends it
+        one.begin_step()
+        all_reduce(x, layout, one, transport)
+        one.end_step(0.0)
+        one.residuals.unapplied(["weight", "of another model"])
+        one.commit_step()
+        after = one.residuals.state_dict()["parameters"]
+        return before["weight"], after["weight"], (before["head"] - after["head"]).abs().max()
+
+    for before, after, change in on_ranks(2, rank):
+        assert torch.equal(before, after) and float(before.norm()) > 0
+        assert float(change) > 0
+
+
 def test_overrides_feed_back_only_what_is_lossy() -> None:
     def rank(transport: Transport) -> dict[str, Tensor]:
         one = compressor(0.5, overrides={"bias": "none", "head": "lossless"})
@@ -84,16 +107,24 @@ def test_overrides_feed_back_only_what_is_lossy() -> None:
     assert all(set(kept) == {"weight"} for kept in on_ranks(2, rank))
 
 
-def test_a_skipped_step_leaves_no_trace() -> None:
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_skipped_step_leaves_no_trace(passes: int, is_told: bool) -> None:
+    """passes: synchronized ones of the skipped step. is_told: or the loss scale that falls tells."""
+
     def rank(transport: Transport, skip: bool) -> tuple[Tensor, Tensor]:
         one, layout = compressor(), BucketLayout.of(NAMES, NUMELS, 2)
         total = steps_on(transport, one, range(3))
         if skip:
-            x = gradient(50, transport.rank)
-            x[7] = float("inf")
-            one.begin_step(1.0)
-            all_reduce(x, layout, one, transport)
-            one.end_step(0.0)
+            for number in range(passes):
+                x = gradient(50 + number, transport.rank)
+                if number == passes - 1:
+                    x[7] = float("inf")
+                one.begin_step(1.0)
+                all_reduce(x, layout, one, transport)
+                one.end_step(0.0)
+            if is_told:
+                one.discard_step()
         total += steps_on(transport, one, range(3, 6), scale=0.5 if skip else 1.0) * (2.0 if skip else 1.0)
         assert one.residuals is not None
         kept = flat(one.residuals.state_dict()["parameters"]) * (2.0 if skip else 1.0)

@@ -94,6 +94,17 @@ def test_the_rank_that_is_behind_is_blamed(
     assert verdict.printer == 0
 
 
+@pytest.mark.parametrize("why", ["time-out", "run.watchdog_seconds"])
+def test_where_ranks_run_ahead_nobody_is_blamed_for_being_behind(why: str) -> None:
+    before: list[Position | None] = [position(12), position(9)]
+    now: list[Position | None] = [position(12, 2), position(9, 2)]
+    verdict = judged(before, now, why, in_step=False)
+    assert (verdict is None) == (why == "time-out")
+    assert verdict is None or verdict.problem == "no rank makes progress"
+    silent = judged(before, [position(12), position(9, 2)], why, in_step=False)
+    assert silent is not None and silent.silent == [0]
+
+
 def test_a_rank_that_was_never_seen_is_silent() -> None:
     verdict = judged([position(3), None], [position(3, beat=2), None], "time-out")
     assert verdict is not None and verdict.silent == [1]
