@@ -25,6 +25,7 @@ from efficient_dl.comm.process_group import ProcessGroupTransport
 from efficient_dl.errors import CorruptPacket, TransportError
 
 _POLL_SECONDS = 0.05
+_AHEAD_SECONDS = 7 * 86_400.0
 _MAX_DIMS = 7
 _HEADER_NUMEL = 5 + _MAX_DIMS  # sequence number, mark, bytes, dtype, number of dims, dims
 _HEADER_BYTES = 8 * _HEADER_NUMEL
@@ -124,16 +125,16 @@ class _End(ABC):
                     raise self._error from None
         return False
 
-    def _finish(self, work: dist.Work | None) -> None:
+    def _finish(self, work: dist.Work | None, seconds: float | None = None) -> None:
         if work is not None:
-            work.wait(timedelta(seconds=self._transport.timeout))
+            work.wait(timedelta(seconds=self._transport.timeout if seconds is None else seconds))
 
 
 class TensorSender(_End):
     """The sending end.
 
     transport: of a gloo group; its ranks number `peer`. tag: tells this channel from others between the same two ranks;
-    above 1. codec: an encoder for floating-point tensors, None sends them as they are. depth: messages in the queue.
+    1 to 30,000. codec: encodes floating-point tensors; None sends them as they are. depth: messages in the queue.
     """
 
     def put(self, tensor: Tensor, mark: int = 0) -> None:
@@ -255,7 +256,8 @@ class TensorReceiver(_End):
 
     def _receive(self, expected: int) -> tuple[Tensor, int]:
         header = torch.empty(_HEADER_NUMEL, dtype=torch.int64)
-        self._fill(header)
+        # Received ahead of need, while the peer may wait for this very rank: only `get` says when it is late.
+        self._fill(header, _AHEAD_SECONDS)
         sequence, mark, num_bytes, dtype_index, ndim, *dims = (int(number) for number in header)
         if (
             sequence != expected
@@ -302,9 +304,10 @@ class TensorReceiver(_End):
                 fix="start all ranks with one version and one configuration",
             )
 
-    def _fill(self, room: Tensor) -> None:
+    def _fill(self, room: Tensor, seconds: float | None = None) -> None:
         with self._transport.naming(self._peer, "receiving activations from"):
-            self._finish(dist.irecv(room, group=self._transport.group, group_src=self._peer, tag=self._tag))
+            work = dist.irecv(room, group=self._transport.group, group_src=self._peer, tag=self._tag)
+            self._finish(work, seconds)
 
 
 def _is_encoded(codec: Codec | None, dtype: torch.dtype) -> bool:

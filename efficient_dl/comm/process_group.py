@@ -33,7 +33,7 @@ from efficient_dl.errors import ConfigError, TransportError
 
 DEFAULT_TIMEOUT_SECONDS = 300.0
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_TAG, _ABORT_TAG = 0xED1, 0xED2  # of messages, so that they meet no receive of the user's in the same group
+_TAG, _ABORT_TAG = 0x7ED1, 0x7ED2  # of messages, so that they meet no receive of the user's in the same group
 _GLOO_SOURCE = re.compile(r"^\[.*?\] |\. This is typically caused.*")  # its source line, its general advice
 
 

@@ -175,6 +175,27 @@ def test_a_silent_sender_is_a_time_out() -> None:
     assert "rank 1" in str(outcome.error)
 
 
+def early(rank: int) -> float:
+    """The receiver's thread waits for longer than the time-out; the receiver itself does not."""
+    transport = transport_of(timeout=2.0)
+    if rank == 0:
+        time.sleep(5.0)
+        sender = TensorSender(transport, 1, 16, None, 1)
+        sender.put(torch.full((3,), 7.0))
+        sender.finish()
+        received = 7.0
+    else:
+        receiver = TensorReceiver(transport, 0, 16, None, 1, 1)
+        time.sleep(5.0)
+        received = float(receiver.get().mean())
+    dist.barrier()
+    return received
+
+
+def test_what_is_received_ahead_of_need_is_not_late() -> None:
+    assert run_ranks(early, 2) == [7.0, 7.0]
+
+
 GARBLED = {
     "something else": [-5] * 12,
     "more bytes than the shape has": [0, 0, 2**50, 0, 1, 3, *[0] * 6],
