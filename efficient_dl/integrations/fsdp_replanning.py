@@ -199,7 +199,7 @@ class _Groups:
                 segments,
                 one.auto.kernel,
                 one.auto.planner.native_one_way,
-                one.auto.feeds_back,
+                feeds_back=one.auto.feeds_back,
             )
             return of_the_first(found, one.other)
 

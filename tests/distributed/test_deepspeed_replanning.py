@@ -77,9 +77,19 @@ class Scripted:
         self.seen: list[tuple[int, int]] = []
 
     def __call__(
-        self, known: Measurements, carrier: Any, native: Any, levels: Any, itemsize: int, *rest: Any
+        self,
+        known: Measurements,
+        carrier: Any,
+        native: Any,
+        levels: Any,
+        itemsize: int,
+        values: Any,
+        segments: Any,
+        kernel: str,
+        *,
+        feeds_back: bool,
     ) -> Measurements:
-        values, segments, _ = rest
+        assert feeds_back  # SGD, with a global step
         self.seen.append((0 if values is None else values.numel(), sum(segments)))
         return replace(known, native=self.line, exchange=self.line)
 

@@ -85,7 +85,7 @@ class Scripted:
         self.found = found
         self.seen: list[str] = []
 
-    def __call__(self, known: Measurements, *rest: Any) -> Measurements:
+    def __call__(self, known: Measurements, *rest: Any, **_: Any) -> Measurements:
         one_way = rest[-1]
         about = "weights" if len(known.codecs) == 1 else "gradients" if one_way else "replicas"
         self.seen.append(about)
