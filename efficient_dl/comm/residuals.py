@@ -146,9 +146,15 @@ class Residuals:
         self._before.clear()
 
     def unapplied(self, names: Iterable[str]) -> None:
-        """Of these parameters what was sent in this step changed nothing, as no rank has used them: they keep what
-        they had. To be called before `commit`."""
-        unused = set(names) & (self._written | self._drained)
+        """Of these parameters what was sent in this step changed nothing, as no rank has used them: they keep what they
+        had, whatever its passes left. To be called before `commit`."""
+        unused = set(names)
+        with self._lock:
+            factor = self._committed_scale / self._before_scale
+            for name in unused & self._before.keys():
+                self._spare[name], self._committed[name] = self._committed[name], self._before.pop(name)
+                if factor != 1.0:
+                    self._committed[name].mul_(factor)
         self._written -= unused
         self._drained -= unused
 

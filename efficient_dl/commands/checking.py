@@ -69,9 +69,9 @@ def _check_train(job: Job, words: Sequence[str], elsewhere: bool) -> list[str]:
             fix=f"--out DIR for a new one, or --out {job.out} to go on with that one",
         )
     if flags.config is None:
-        resume = begun and not job.sweep
+        resume = not elsewhere and not job.sweep and job.backend != "local" and holds_run(folder / job.out)
         config = merged_config(dataclasses.replace(flags, out=folder / job.out, resume=resume))
-        if resume:
+        if resume and begun:
             check_same_training(recorded_config(folder / job.out), config)
         return []
     file = folder / flags.config

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from efficient_dl.errors import CheckpointError
 from efficient_dl.training import checksums
-from efficient_dl.training.disk import raise_if_disk_full, writable
+from efficient_dl.training.disk import disk_full, raise_if_disk_full
 
 _NAME = re.compile(r"step-(\d{6,})")
 _RANK_STATE = "ranks/{rank}"
@@ -72,14 +72,14 @@ class CheckpointFolder:
         """Write a checkpoint, a collective call; older ones than the newest `keep` are removed.
 
         tensors: by name; one that several ranks give must be equal on them, and is written once. rank_state: of each
-        rank, anything torch.save takes and torch.load(weights_only=True) gives back. Raises DiskFull, ConfigError or
+        rank, anything torch.save takes and torch.load(weights_only=True) gives back. Raises DiskFull or
         CheckpointError, leaving earlier ones alone.
         """
         final = self.folder(step)
         partial = self.path / f".{final.name}.partial"
         state = {**tensors, _RANK_STATE.format(rank=_rank()): _to_blob(rank_state)}
         if _rank() == 0:
-            with writable(self.path, "look at the disk, then --resume"):
+            with disk_full(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._remove_partial()
                 partial.mkdir()
@@ -96,7 +96,7 @@ class CheckpointFolder:
             _raise_save_error(error, partial, self.latest())
         sums = _sums_of_all(partial)
         if _rank() == 0:
-            with writable(self.path, "look at the disk, then --resume"):
+            with disk_full(self.path):
                 checksums.write(partial, sums)
                 _sync_folder(partial)
                 if final.exists():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +232,13 @@ class Stage:
             if other != own:
                 shutil.rmtree(other, ignore_errors=True)
         limit = self._config.local.cache_bytes
-        for _ in range(2):
-            try:
-                return FeatureCache(own, prefix, augmented=self._config.data.augment, max_bytes=limit)
-            except CorruptPacket as error:
-                _log.warning("%s; its features are computed again", error)
-                shutil.rmtree(own)
-        raise AssertionError("a new cache is not damaged")
+        make = partial(FeatureCache, own, prefix, augmented=self._config.data.augment, max_bytes=limit)
+        try:
+            return make()
+        except CorruptPacket as error:
+            _log.warning("%s; its features are computed again", error)
+            shutil.rmtree(own)
+            return make()
 
     def _make(
         self,

@@ -74,7 +74,8 @@ def test_native_kernels_feed_back_the_reference_bytes(scale: Scale) -> None:
     assert torch.equal(native, reference)
 
 
-def test_what_no_rank_has_used_keeps_its_residual() -> None:
+@pytest.mark.parametrize("passes", [1, 3])
+def test_what_no_rank_has_used_keeps_its_residual(passes: int) -> None:
     """Nothing that was sent of it has changed anything, so nothing of it counts."""
 
     def rank(transport: Transport) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,11 +83,12 @@ def test_what_no_rank_has_used_keeps_its_residual() -> None:
         steps_on(transport, one, range(2))
         assert one.residuals is not None
         before = one.residuals.state_dict()["parameters"]
-        x = gradient(9, transport.rank)
-        x[:3000] = 0  # as DDP sends it
-        one.begin_step()
-        all_reduce(x, layout, one, transport)
-        one.end_step(0.0)
+        for number in range(passes):
+            x = gradient(9 + number, transport.rank)
+            x[:3000] = 0  # as DDP sends it
+            one.begin_step()
+            all_reduce(x, layout, one, transport)
+            one.end_step(0.0)
         one.residuals.unapplied(["weight", "of another model"])
         one.commit_step()
         after = one.residuals.state_dict()["parameters"]
