@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from efficient_dl.config import load_config
 from efficient_dl.errors import ConfigError
+from efficient_dl.local_learning.feature_cache import FeatureCache
 from efficient_dl.training import Summary, run
 from efficient_dl.training.run_folder import locked
 from tests.distributed.launch import run_ranks
-from tests.distributed.local_runs import GPT, config_of, measure_no_ranks, trained
+from tests.distributed.local_runs import GPT, RESNET, config_of, measure_no_ranks, trained
 from tests.distributed.measured_links import measuring, network
 
 AUTO = ["local.mode=layerwise", "compression.bits=auto"]
@@ -61,3 +63,30 @@ def test_what_one_rank_alone_is_refused_ends_all(tmp_path: Path) -> None:
     first, second = run_ranks(one_is_refused, 2, tmp_path / "run")
     assert "another run writes here" in first
     assert "rank 0 cannot begin" in second and "another run writes here" in second
+
+
+def with_a_damaged_cache(rank: int, out: Path) -> tuple[float, float]:
+    """A cache that is damaged on the disk before its stage begins, and what the run comes to without that."""
+    settings = ["local.mode=layerwise", "local.schedule=sequential", "local.cache_bytes=100000000"]
+    opened = FeatureCache.__init__
+    damaged: list[Path] = []
+
+    def damaging(self: FeatureCache, folder: Path, *rest: Any, **more: Any) -> None:
+        if not damaged:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "features.bin").write_bytes(b"\0" * 100)
+            damaged.append(folder)
+        opened(self, folder, *rest, **more)
+
+    measure_no_ranks()
+    whole = run(config_of(out / "whole", *RESNET, *settings))
+    FeatureCache.__init__ = damaging  # type: ignore[method-assign]
+    mended = run(config_of(out / "mended", *RESNET, *settings))
+    FeatureCache.__init__ = opened  # type: ignore[method-assign]
+    assert damaged
+    return whole.val_loss, mended.val_loss
+
+
+def test_features_in_a_damaged_file_are_computed_again(tmp_path: Path) -> None:
+    ((whole, mended),) = run_ranks(with_a_damaged_cache, 1, tmp_path)
+    assert whole == mended
