@@ -197,9 +197,8 @@ def _recorded(config: Config) -> Measurements | None:
     return Measurements.from_json(found[0]) if found[0] is not None else None
 
 
-_NOT_NATIVE: dict[
-    str, Any
-] = {  # settings of compression that the native all-reduce has no use for, and their defaults
+# Settings of compression that the native all-reduce has no use for, and their defaults.
+_NOT_NATIVE: dict[str, Any] = {
     "overrides": "",
     "error_feedback": "auto",
     "scale": "auto",
