@@ -1,6 +1,7 @@
 // 12-bit frequency tables: counting, integer normalization, serialization, lookup tables.
 #include "tables.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -233,6 +234,38 @@ DecodeTable::DecodeTable(const FrequencyTable& table) {
         for (uint32_t offset = 0; offset < f; ++offset)
             slots[offset] = (f - 1) << 20 | offset << 8 | static_cast<uint32_t>(s);
     }
+    fill_register_view(table);
+}
+
+void DecodeTable::fill_register_view(const FrequencyTable& table) {
+    uint8_t rank_of[kFrequencyTotal];
+    uint32_t end_of[kRegisterSymbols];  // by rank
+    std::memset(symbol, 0, sizeof symbol);
+    std::memset(start, 0, sizeof start);
+    std::memset(complement, 0, sizeof complement);
+    fits_registers = false;
+    int rank = 0;
+    for (int s = 0; s < table.alphabet; ++s) {
+        const uint32_t f = table.frequency[s];
+        if (f == 0) continue;
+        if (rank == kRegisterSymbols) return;
+        std::memset(rank_of + table.start[s], rank, f);
+        end_of[rank] = table.start[s] + f;
+        symbol[rank] = static_cast<uint8_t>(s);
+        start[rank] = table.start[s];
+        complement[rank] = static_cast<uint16_t>(kFrequencyTotal - f);
+        ++rank;
+    }
+    for (uint32_t first = 0; first < kFrequencyTotal; first += kBucketSlots) {
+        const uint32_t last = first + kBucketSlots - 1;
+        const bool is_edge = first < kEdgeSlots || first >= kFrequencyTotal - kEdgeSlots;
+        if (!is_edge && rank_of[last] - rank_of[first] > 1) return;
+        bucket_rank[first / kBucketSlots] = rank_of[first];
+        bucket_last[first / kBucketSlots] = static_cast<uint8_t>(std::min(end_of[rank_of[first]] - 1, last));
+    }
+    std::memcpy(edge_rank, rank_of, kEdgeSlots);
+    std::memcpy(edge_rank + kEdgeSlots, rank_of + kFrequencyTotal - kEdgeSlots, kEdgeSlots);
+    fits_registers = true;
 }
 
 }  // namespace edl

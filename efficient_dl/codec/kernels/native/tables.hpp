@@ -85,6 +85,23 @@ struct DecodeTable {
 
     // For each slot: (f - 1) << 20 | (slot - start) << 8 | symbol.
     alignas(64) uint32_t slot[kFrequencyTotal];
+
+    // The AVX-512 coder's view, for tables that byte and word permutes can look up: at most kRegisterSymbols symbols
+    // occur, and rare ones only among the first and last slots, where the common distributions have theirs. A symbol's
+    // rank is its place among those that occur.
+    static constexpr int kRegisterSymbols = 64;
+    static constexpr int kBucketSlots = 32;  // in which at most two symbols lie
+    static constexpr int kEdgeSlots = 128;   // at either end, told apart one by one
+    bool fits_registers;
+    alignas(64) uint8_t bucket_rank[kFrequencyTotal / kBucketSlots];  // of the symbol at a bucket's first slot
+    alignas(64) uint8_t bucket_last[kFrequencyTotal / kBucketSlots];  // low byte of its last slot in the bucket
+    alignas(64) uint8_t edge_rank[2 * kEdgeSlots];                    // by the slot's low byte
+    alignas(64) uint8_t symbol[kRegisterSymbols];                     // by rank, like what follows
+    alignas(64) uint16_t start[kRegisterSymbols];
+    alignas(64) uint16_t complement[kRegisterSymbols];  // 4096 - f
+
+private:
+    void fill_register_view(const FrequencyTable& table);
 };
 
 }  // namespace edl
