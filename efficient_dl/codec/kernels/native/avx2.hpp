@@ -15,9 +15,9 @@
 namespace edl::avx2 {
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                    uint16_t* words_end);
+                    uint16_t* words_end, const Ahead& ahead);
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
-                    uint8_t* symbols);
+                    uint8_t* symbols, const Ahead& ahead);
 
 ExponentSum sum_exponents_16(const uint16_t* block);
 ExponentSum sum_exponents_32(const uint32_t* block);

@@ -15,9 +15,9 @@
 namespace edl::avx512 {
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                    uint16_t* words_end);
+                    uint16_t* words_end, const Ahead& ahead);
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
-                    uint8_t* symbols);
+                    uint8_t* symbols, const Ahead& ahead);
 int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables, const uint8_t* symbols, int64_t rows,
                             uint32_t* states, uint16_t* words_end);
 int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables, const uint8_t* words,

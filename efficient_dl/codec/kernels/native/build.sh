@@ -17,8 +17,8 @@ flags="$flags -Wall -Wextra ${CXXFLAGS:-}"
 case $("$compiler" ${CXXFLAGS:-} -dumpmachine) in
 x86_64* | amd64*)
     # GCC 12 takes its own "undefined" intrinsics for uninitialized variables.
-    avx512="-Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprefer-vector-width=512"
-    avx2="-mavx2 -mbmi -mbmi2 -mpopcnt -mf16c"
+    avx512="-Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprfchw -mprefer-vector-width=512"
+    avx2="-mavx2 -mbmi -mbmi2 -mpopcnt -mprfchw -mf16c"
     ;;
 *) avx512='' avx2='' ;;
 esac

@@ -22,6 +22,7 @@ class ByteReader {
 public:
     ByteReader(const uint8_t* bytes, int64_t num_bytes) : position_(bytes), end_(bytes + num_bytes) {}
 
+    const uint8_t* position() const { return position_; }
     int64_t remaining() const { return end_ - position_; }
 
     // The next num_bytes bytes; num_bytes may come from the packet itself.

@@ -11,7 +11,7 @@ int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables
     int64_t num_words = 0;
     for (int64_t row = rows - 1; row >= 0; --row)
         num_words += kernels.encode_rows(tables[row_tables[row]], symbols + row * kLanes, 1, states,
-                                         words_end - num_words);
+                                         words_end - num_words, Ahead{});
     return num_words;
 }
 
@@ -21,7 +21,7 @@ int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables
     int64_t used = 0;
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t more = kernels.decode_rows(tables[row_tables[row]], words + 2 * used, num_words - used, 1, states,
-                                                 symbols + row * kLanes);
+                                                 symbols + row * kLanes, Ahead{});
         if (more < 0) return -1;
         used += more;
     }

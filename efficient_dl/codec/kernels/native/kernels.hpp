@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "ahead.hpp"
 #include "edl_codec.h"
 
 namespace edl {
@@ -47,11 +48,11 @@ struct Kernels {
     // Codes `rows` rows (last first) from the initial states; leaves the final ones. Writes words backward, the
     // last one just before words_end, and returns how many: at most rows * 128.
     int64_t (*encode_rows)(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                           uint16_t* words_end);
+                           uint16_t* words_end, const Ahead& ahead);
     // Decodes `rows` rows; `words` holds num_words 16-bit words, at any alignment. Returns the words used, or -1
     // if there are not enough. Never reads outside of them.
     int64_t (*decode_rows)(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
-                           uint32_t* states, uint8_t* symbols);
+                           uint32_t* states, uint8_t* symbols, const Ahead& ahead);
 
     // The exact codec (docs/format.md, codec 1), on blocks of 256 values of 16 or 32 bits.
     ExponentSum (*sum_exponents_16)(const uint16_t* block);

@@ -13,9 +13,11 @@ namespace edl {
 namespace {
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                    uint16_t* words_end) {
+                    uint16_t* words_end, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     uint16_t* words = words_end;
     for (int64_t row = rows - 1; row >= 0; --row) {
+        prefetcher.next_row();
         const uint8_t* symbol = symbols + row * kLanes;
         for (int lane = kLanes - 1; lane >= 0; --lane) {
             const EncodeTable::Entry& entry = table.entry[symbol[lane]];
@@ -51,13 +53,16 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
 }
 
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
-                    uint32_t* states, uint8_t* symbols) {
+                    uint32_t* states, uint8_t* symbols, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
     const uint8_t* position = words;
     const uint8_t* end = words + 2 * num_words;
     int64_t row = 0;
-    for (; row < rows && end - position >= kRowReach; ++row)
+    for (; row < rows && end - position >= kRowReach; ++row) {
+        prefetcher.next_row();
         position = decode_row(table, position, states, symbols + row * kLanes);
+    }
     if (row == rows) return (position - words) / 2;
 
     // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.

@@ -125,10 +125,12 @@ inline const uint8_t* decode_row(const DecodeTable& table, const uint8_t* words,
 }  // namespace
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                    uint16_t* words_end) {
+                    uint16_t* words_end, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     uint16_t* words = words_end;
     const __m256i low_word = _mm256_set1_epi32(0xffff), word_bits = _mm256_set1_epi32(16);
     for (int64_t row = rows - 1; row >= 0; --row) {
+        prefetcher.next_row();
         const uint8_t* symbol = symbols + row * kLanes;
         // From the last lanes to the first: words are written backward and must end up in lane order. What a store
         // of eight words leaves before them is overwritten by the lanes to come, for which there is room.
@@ -153,13 +155,16 @@ int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t ro
 }
 
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
-                    uint8_t* symbols) {
+                    uint8_t* symbols, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
     const uint8_t* position = words;
     const uint8_t* end = words + 2 * num_words;
     int64_t row = 0;
-    for (; row < rows && end - position >= kRowReach; ++row)
+    for (; row < rows && end - position >= kRowReach; ++row) {
+        prefetcher.next_row();
         position = decode_row(table, position, states, symbols + row * kLanes);
+    }
     int64_t used = (position - words) / 2;
     if (row < rows) {
         // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.

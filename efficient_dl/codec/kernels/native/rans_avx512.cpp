@@ -93,11 +93,15 @@ template <bool kNarrow>
 
 template <bool kNarrow>
 int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                         uint16_t* words_end) {
+                         uint16_t* words_end, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     __m512i x[kRegisters];
     for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
     uint16_t* words = words_end;
-    for (int64_t row = rows - 1; row >= 0; --row) words = encode_row<kNarrow>(table, symbols + row * kLanes, x, words);
+    for (int64_t row = rows - 1; row >= 0; --row) {
+        prefetcher.next_row();
+        words = encode_row<kNarrow>(table, symbols + row * kLanes, x, words);
+    }
     for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);
     return words_end - words;
 }
@@ -282,7 +286,8 @@ private:
 
 template <typename Decoder>
 inline int64_t decode_rows_with(Decoder decoder, const uint8_t* words, int64_t num_words, int64_t rows,
-                                uint32_t* states, uint8_t* symbols) {
+                                uint32_t* states, uint8_t* symbols, const Ahead& ahead) {
+    Prefetcher prefetcher(ahead, rows);
     constexpr int64_t kRowReach = 2 * kLanes;  // bytes that decode_row may read
     __m512i x[kRegisters];
     for (int i = 0; i < kRegisters; ++i) x[i] = _mm512_loadu_si512(states + 16 * i);
@@ -291,8 +296,10 @@ inline int64_t decode_rows_with(Decoder decoder, const uint8_t* words, int64_t n
     const uint8_t* position = words;
     const uint8_t* end = words + 2 * num_words;
     int64_t row = 0;
-    for (; row < rows && end - position >= kRowReach; ++row)
+    for (; row < rows && end - position >= kRowReach; ++row) {
+        prefetcher.next_row();
         position = decoder.decode_row(position, x, symbols + row * kLanes);
+    }
     int64_t used = (position - words) / 2;
     if (row < rows) {
         // The last rows read from a copy with zeros behind it, so that decode_row needs no checks.
@@ -311,17 +318,17 @@ inline int64_t decode_rows_with(Decoder decoder, const uint8_t* words, int64_t n
 }  // namespace
 
 int64_t encode_rows(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
-                    uint16_t* words_end) {
-    return table.is_narrow ? encode_rows_with<true>(table, symbols, rows, states, words_end)
-                           : encode_rows_with<false>(table, symbols, rows, states, words_end);
+                    uint16_t* words_end, const Ahead& ahead) {
+    return table.is_narrow ? encode_rows_with<true>(table, symbols, rows, states, words_end, ahead)
+                           : encode_rows_with<false>(table, symbols, rows, states, words_end, ahead);
 }
 
 int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows, uint32_t* states,
-                    uint8_t* symbols) {
+                    uint8_t* symbols, const Ahead& ahead) {
     if (table.fits_registers)
-        return decode_rows_with(RegisterDecoder(table), words, num_words, rows, states, symbols);
+        return decode_rows_with(RegisterDecoder(table), words, num_words, rows, states, symbols, ahead);
     const auto same_table = [&](int64_t) -> const DecodeTable& { return table; };
-    return decode_rows_with(MemoryDecoder(same_table), words, num_words, rows, states, symbols);
+    return decode_rows_with(MemoryDecoder(same_table), words, num_words, rows, states, symbols, ahead);
 }
 
 int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables, const uint8_t* symbols, int64_t rows,
@@ -341,7 +348,7 @@ int64_t encode_context_rows(const EncodeTable* tables, const uint8_t* row_tables
 int64_t decode_context_rows(const DecodeTable* tables, const uint8_t* row_tables, const uint8_t* words,
                             int64_t num_words, int64_t rows, uint32_t* states, uint8_t* symbols) {
     const auto table_of = [&](int64_t row) -> const DecodeTable& { return tables[row_tables[row]]; };
-    return decode_rows_with(MemoryDecoder(table_of), words, num_words, rows, states, symbols);
+    return decode_rows_with(MemoryDecoder(table_of), words, num_words, rows, states, symbols, Ahead{});
 }
 
 }  // namespace edl::avx512

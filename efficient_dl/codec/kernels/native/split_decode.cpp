@@ -155,7 +155,9 @@ private:
         const uint8_t* states = content.take(kStateBytes);
         const uint8_t* words = content.take(words_bytes);
         content.padding_after(words_bytes);
-        decode_words(kernels_, *table_, states, words, entry.num_words, coded_rows, scratch.symbols, carry);
+        const Ahead ahead = {content.position(), content.remaining(), out_.at(range.start),
+                             range.values * item_bytes(out_.dtype)};
+        decode_words(kernels_, *table_, states, words, entry.num_words, coded_rows, scratch.symbols, carry, ahead);
         check_end(range, rows, scratch.symbols, carry);
         if (is_float8(dtype_)) {
             std::memcpy(scratch.symbols + coded_rows * kLanes, carry, sizeof carry);

@@ -46,7 +46,7 @@ public:
         : kernels_(kernels), x_(x), codes_(codes), table_(table), scratch_(scratch) {}
 
     // Codes tile t and decides whether it is sent so; returns what its directory entry will say.
-    SplitEntry encode(int64_t t) {
+    SplitEntry encode(int64_t t, const Ahead& ahead) {
         const SplitTileRange range(t, x_.numel);
         tile_ = t;
         const uint8_t* codes = codes_ + range.first_block;
@@ -68,7 +68,7 @@ public:
         for (int lane = 0; lane < kLanes; ++lane)
             states_[lane] = kLowestState + carry[lane] + (static_cast<uint32_t>(carry[kLanes + lane]) << 8);
         uint16_t* words_end = scratch_.words + kSplitTileRows * kLanes;
-        const int64_t num_words = kernels_.encode_rows(table_, scratch_.symbols, coded_rows, states_, words_end);
+        const int64_t num_words = kernels_.encode_rows(table_, scratch_.symbols, coded_rows, states_, words_end, ahead);
         words_ = {words_end - num_words, 2 * num_words};
         const int64_t coded = kStateBytes + padded(words_.num_bytes) + padded(raw_bytes());
         if (coded >= stored) return {stored, 0, 0};
@@ -183,27 +183,34 @@ private:
 // before it, which others are at work on, have theirs.
 class TilePlaces {
 public:
-    TilePlaces(int64_t begin, int64_t capacity) : end_(begin), capacity_(capacity) {}
+    TilePlaces(int64_t begin, int64_t capacity) : begin_(begin), end_(begin), capacity_(capacity) {}
 
     int64_t next_tile() { return next_tile_.fetch_add(1); }
+
+    // Where this tile will probably be: those before it are as long as those that have their places, on average.
+    int64_t likely_place(int64_t tile) const {
+        const int64_t placed = turn_.load(std::memory_order_relaxed);
+        const int64_t end = end_.load(std::memory_order_relaxed);
+        return placed == 0 ? begin_ : std::min(capacity_, begin_ + (end - begin_) / placed * tile);
+    }
 
     // Calls use(place), or use(-1) if there is no room for num_bytes, while no other tile is here.
     template <typename Use>
     void take(int64_t tile, int64_t num_bytes, Use&& use) {
         for (int64_t turn; (turn = turn_.load(std::memory_order_acquire)) != tile;) turn_.wait(turn);
-        const int64_t place = end_;
-        end_ += num_bytes;
-        use(end_ <= capacity_ ? place : -1);
+        const int64_t place = end_.fetch_add(num_bytes, std::memory_order_relaxed);
+        use(place + num_bytes <= capacity_ ? place : -1);
         turn_.store(tile + 1, std::memory_order_release);
         turn_.notify_all();
     }
 
     // Where the last tile ended, whether or not there was room.
-    int64_t end() const { return end_; }
+    int64_t end() const { return end_.load(); }
 
 private:
     std::atomic<int64_t> next_tile_{0}, turn_{0};
-    int64_t end_;
+    const int64_t begin_;
+    std::atomic<int64_t> end_;
     const int64_t capacity_;
 };
 
@@ -273,7 +280,7 @@ private:
             TileScratch& scratch = *reinterpret_cast<TileScratch*>(lease.bytes());
             TileWork work(kernels_, x_, body_ + kCodesPlace, table, scratch);
             const int64_t t = places.next_tile();
-            const SplitEntry entry = work.encode(t);
+            const SplitEntry entry = work.encode(t, ahead_of(t, places));
             int64_t place = -1;
             places.take(t, entry.tile_bytes, [&](int64_t granted) {
                 place = granted;
@@ -284,6 +291,18 @@ private:
             work.write(entry, ByteWriter(body_ + place, entry.tile_bytes));
         });
         return places.end();
+    }
+
+    // What follows coding tile t: its bytes are written, and the next tile of this thread is read.
+    Ahead ahead_of(int64_t t, const TilePlaces& places) const {
+        const int64_t next = t + num_threads();
+        const int64_t place = places.likely_place(t), end = places.likely_place(t + 1);
+        Ahead ahead = {nullptr, 0, body_ + place, end - place};
+        if (next < num_tiles_) {
+            ahead.read = x_.at(next * kSplitTileValues);
+            ahead.read_bytes = SplitTileRange(next, x_.numel).values * item_bytes(x_.dtype);
+        }
+        return ahead;
     }
 
     void add(const TileWork& work, const SplitEntry& entry, const SplitTileRange& range, const TileScratch& scratch) {

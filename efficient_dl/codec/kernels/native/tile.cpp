@@ -27,7 +27,7 @@ int64_t TileEncoder::encode(const uint8_t* symbols, int64_t rows, const uint8_t*
                             const uint8_t* carry_high) {
     for (int lane = 0; lane < kLanes; ++lane)
         states_[lane] = kLowestState + carry_low[lane] + (static_cast<uint32_t>(carry_high[lane]) << 8);
-    num_words_ = kernels_.encode_rows(table_, symbols, rows, states_, words_end_);
+    num_words_ = kernels_.encode_rows(table_, symbols, rows, states_, words_end_, Ahead{});
     return kStateBytes + padded(2 * num_words_);
 }
 
@@ -43,22 +43,22 @@ void check_words_end(const uint8_t* words, int64_t num_words, int64_t used) {
 }
 
 void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,
-                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high) {
+                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high, const Ahead& ahead) {
     uint32_t states[kLanes];
     if (stream_bytes < kStateBytes || stream_bytes % 4 != 0) throw CodecError{EDL_BAD_STREAM};
     std::memcpy(states, stream, sizeof states);
     const uint8_t* words = stream + kStateBytes;
     const int64_t num_words = (stream_bytes - kStateBytes) / 2;
-    const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols);
+    const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols, ahead);
     check_words_end(words, num_words, used);
     take_carry(states, carry_low, carry_high);
 }
 
 void decode_words(const Kernels& kernels, const DecodeTable& table, const uint8_t* states, const uint8_t* words,
-                  int64_t num_words, int64_t rows, uint8_t* symbols, uint8_t* carry) {
+                  int64_t num_words, int64_t rows, uint8_t* symbols, uint8_t* carry, const Ahead& ahead) {
     uint32_t aligned[kLanes];
     std::memcpy(aligned, states, sizeof aligned);
-    if (kernels.decode_rows(table, words, num_words, rows, aligned, symbols) != num_words)
+    if (kernels.decode_rows(table, words, num_words, rows, aligned, symbols, ahead) != num_words)
         throw CodecError{EDL_BAD_STREAM};
     take_carry(aligned, carry, carry + kLanes);
 }
