@@ -256,6 +256,7 @@ void DecodeTable::fill_register_view(const FrequencyTable& table) {
         complement[rank] = static_cast<uint16_t>(kFrequencyTotal - f);
         ++rank;
     }
+    if (rank == 0) return;  // no table at all
     for (uint32_t first = 0; first < kFrequencyTotal; first += kBucketSlots) {
         const uint32_t last = first + kBucketSlots - 1;
         const bool is_edge = first < kEdgeSlots || first >= kFrequencyTotal - kEdgeSlots;
