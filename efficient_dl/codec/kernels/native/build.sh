@@ -16,6 +16,7 @@ flags="$flags -Wall -Wextra ${CXXFLAGS:-}"
 # shellcheck disable=SC2086  # lists of flags
 case $("$compiler" ${CXXFLAGS:-} -dumpmachine) in
 x86_64* | amd64*)
+    # PREFETCHW (-mprfchw) is not asked for at run time: processors without it take it for a NOP.
     # GCC 12 takes its own "undefined" intrinsics for uninitialized variables.
     avx512="-Wno-uninitialized -Wno-maybe-uninitialized -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mbmi -mbmi2 -mpopcnt -mprfchw -mprefer-vector-width=512"
     avx2="-mavx2 -mbmi -mbmi2 -mpopcnt -mprfchw -mf16c"

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "ahead.hpp"
 #include "edl_codec.h"
 
 namespace edl {
@@ -16,6 +15,15 @@ struct DecodeTable;
 class Histogram;
 
 inline constexpr int kBlockValues = 256;
+
+// Memory that the caller turns to when rows are coded, fetched into the cache meanwhile (prefetcher.hpp). Hints only: any
+// address will do.
+struct Ahead {
+    const void* read = nullptr;
+    int64_t read_bytes = 0;
+    const void* write = nullptr;
+    int64_t write_bytes = 0;
+};
 
 // The part of a block's scale that does not depend on the relative step.
 struct BlockMeasure {
@@ -46,11 +54,11 @@ struct Kernels {
     const char* name;
 
     // Codes `rows` rows (last first) from the initial states; leaves the final ones. Writes words backward, the
-    // last one just before words_end, and returns how many: at most rows * 128.
+    // last one just before words_end, and returns how many: at most rows * 128. Fetches `ahead` meanwhile.
     int64_t (*encode_rows)(const EncodeTable& table, const uint8_t* symbols, int64_t rows, uint32_t* states,
                            uint16_t* words_end, const Ahead& ahead);
     // Decodes `rows` rows; `words` holds num_words 16-bit words, at any alignment. Returns the words used, or -1
-    // if there are not enough. Never reads outside of them.
+    // if there are not enough. Never reads outside of them. Fetches `ahead` meanwhile.
     int64_t (*decode_rows)(const DecodeTable& table, const uint8_t* words, int64_t num_words, int64_t rows,
                            uint32_t* states, uint8_t* symbols, const Ahead& ahead);
 

@@ -6,6 +6,7 @@
 #include "float8.hpp"
 #include "kernels.hpp"
 #include "portable.hpp"
+#include "prefetcher.hpp"
 #include "symbols.hpp"
 #include "tables.hpp"
 
@@ -70,8 +71,10 @@ int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_
     const int64_t tail_bytes = end - position;
     std::memcpy(tail, position, static_cast<size_t>(tail_bytes));
     const uint8_t* tail_position = tail;
-    for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+    for (; row < rows && tail_position <= tail + tail_bytes; ++row) {
+        prefetcher.next_row();
         tail_position = decode_row(table, tail_position, states, symbols + row * kLanes);
+    }
     const int64_t used = (position - words + (tail_position - tail)) / 2;
     return used <= num_words ? used : -1;
 }

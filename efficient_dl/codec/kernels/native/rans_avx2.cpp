@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include "prefetcher.hpp"
 #include "tables.hpp"
 
 namespace edl::avx2 {
@@ -172,8 +173,10 @@ int64_t decode_rows(const DecodeTable& table, const uint8_t* words, int64_t num_
         const int64_t tail_bytes = end - position;
         memcpy(tail, position, static_cast<size_t>(tail_bytes));
         const uint8_t* tail_position = tail;
-        for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+        for (; row < rows && tail_position <= tail + tail_bytes; ++row) {
+            prefetcher.next_row();
             tail_position = decode_row(table, tail_position, states, symbols + row * kLanes);
+        }
         used += (tail_position - tail) / 2;
     }
     return used <= num_words ? used : -1;

@@ -1,14 +1,16 @@
 // The tile coder for AVX-512: 128 lanes in eight registers.
 //
 // Source: interleaved rANS with vector states, Giesen 2014 (arXiv 1402.3392). Different here: the encoder finds its
-// table entries with byte permutes in registers and divides in floating point; words are packed and unpacked with
-// VBMI2's 16-bit compress and expand, two registers at a time.
+// table entries with permutes in registers, as does the decoder where the table fits (else it loads them from memory),
+// and divides in floating point; words are packed and unpacked with VBMI2's 16-bit compress and expand, two registers at
+// a time.
 #include "avx512.hpp"
 
 #if defined(__AVX512VBMI2__)
 
 #include <cstring>
 
+#include "prefetcher.hpp"
 #include "tables.hpp"
 
 namespace edl::avx512 {
@@ -108,7 +110,7 @@ int64_t encode_rows_with(const EncodeTable& table, const uint8_t* symbols, int64
 
 // Takes a word for each of the 32 lanes whose state fell below 2^16, and returns where the next words are. May read 64
 // bytes from `words` on.
-inline const uint8_t* take_words(__m512i& low, __m512i& high, const uint8_t* words) {
+[[gnu::always_inline]] inline const uint8_t* take_words(__m512i& low, __m512i& high, const uint8_t* words) {
     // Words 0 ... 15 (and 16 ... 31) to the upper halves of 16 dwords; the lower halves do not matter.
     alignas(64) static const uint16_t kFirstWords[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
                                                          0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
@@ -117,9 +119,9 @@ inline const uint8_t* take_words(__m512i& low, __m512i& high, const uint8_t* wor
     const __m512i lowest = _mm512_set1_epi32(1 << 16);
     const __mmask16 low_due = _mm512_cmplt_epu32_mask(low, lowest), high_due = _mm512_cmplt_epu32_mask(high, lowest);
     const __mmask32 due = _mm512_kunpackw(high_due, low_due);
-    __m512i ahead = _mm512_loadu_si512(words);
-    asm("" : "+v"(ahead));
-    const __m512i next = _mm512_maskz_expand_epi16(due, ahead);
+    __m512i upcoming = _mm512_loadu_si512(words);
+    asm("" : "+v"(upcoming));  // keeps compilers from folding the load into the next instruction
+    const __m512i next = _mm512_maskz_expand_epi16(due, upcoming);
     low = _mm512_mask_shldi_epi32(low, low_due, low, _mm512_permutexvar_epi16(first_words, next), 16);
     high = _mm512_mask_shldi_epi32(high, high_due, high, _mm512_permutexvar_epi16(last_words, next), 16);
     return words + 2 * _mm_popcnt_u32(due);
@@ -162,7 +164,7 @@ public:
 
 private:
     // The ranks of the symbols at 64 states' slots, in the order of transpose_dwords.
-    __m512i ranks_of(const __m512i* states) const {
+    [[gnu::always_inline]] __m512i ranks_of(const __m512i* states) const {
         // The low byte of word 16k + 4j + i of two registers, to place 16j + 4k + i.
         alignas(64) static const uint8_t kBytes[64] = {
             0,  2,  4,  6,  32, 34, 36, 38, 64, 66, 68, 70, 96,  98,  100, 102, 8,  10, 12, 14, 40, 42,
@@ -193,7 +195,7 @@ private:
     }
 
     // complement << 16 | start of 64 lanes' symbols, in natural order.
-    void entries_of(__m512i rank, __m512i* entry) const {
+    [[gnu::always_inline]] void entries_of(__m512i rank, __m512i* entry) const {
         const __m512i zero = _mm512_setzero_si512();
         const __m512i index[2] = {_mm512_unpacklo_epi8(rank, zero), _mm512_unpackhi_epi8(rank, zero)};
 #pragma GCC unroll 2
@@ -206,7 +208,7 @@ private:
     }
 
     // With x = 4096 h + slot: f h + slot - start = x - start - (4096 - f) h. No borrow leaves the slot's bits.
-    static __m512i decode_step(__m512i x, __m512i entry) {
+    [[gnu::always_inline]] static __m512i decode_step(__m512i x, __m512i entry) {
         const __m512i product =
             _mm512_mullo_epi32(_mm512_srli_epi32(entry, 16), _mm512_srli_epi32(x, kFrequencyBits));
         return _mm512_sub_epi32(_mm512_mask_sub_epi16(x, 0x55555555, x, entry), product);
@@ -307,8 +309,10 @@ inline int64_t decode_rows_with(Decoder decoder, const uint8_t* words, int64_t n
         const int64_t tail_bytes = end - position;
         memcpy(tail, position, static_cast<size_t>(tail_bytes));
         const uint8_t* tail_position = tail;
-        for (; row < rows && tail_position <= tail + tail_bytes; ++row)
+        for (; row < rows && tail_position <= tail + tail_bytes; ++row) {
+            prefetcher.next_row();
             tail_position = decoder.decode_row(tail_position, x, symbols + row * kLanes);
+        }
         used += (tail_position - tail) / 2;
     }
     for (int i = 0; i < kRegisters; ++i) _mm512_storeu_si512(states + 16 * i, x[i]);

@@ -187,11 +187,24 @@ public:
 
     int64_t next_tile() { return next_tile_.fetch_add(1); }
 
-    // Where this tile will probably be: those before it are as long as those that have their places, on average.
-    int64_t likely_place(int64_t tile) const {
+    // Where this tile will probably be, and how long, if those before it and itself are as long as those that have their
+    // places are on average, but at most `most`.
+    struct Guess {
+        int64_t place = 0, num_bytes = 0;
+    };
+    Guess guess(int64_t tile, int64_t most) const {
         const int64_t placed = turn_.load(std::memory_order_relaxed);
         const int64_t end = end_.load(std::memory_order_relaxed);
-        return placed == 0 ? begin_ : std::min(capacity_, begin_ + (end - begin_) / placed * tile);
+        if (placed == 0 || begin_ >= capacity_) return {};
+        const int64_t mean = std::min(most, (end - begin_) / placed);
+        const int64_t place = std::min(capacity_, begin_ + mean * tile);
+        return {place, std::min(mean, capacity_ - place)};
+    }
+
+    // Which tile this thread will probably take next: the others that are at work now each take one before.
+    int64_t following() const {
+        const int64_t next = next_tile_.load(std::memory_order_relaxed);
+        return next + std::max<int64_t>(0, next - turn_.load(std::memory_order_relaxed) - 1);
     }
 
     // Calls use(place), or use(-1) if there is no room for num_bytes, while no other tile is here.
@@ -295,9 +308,9 @@ private:
 
     // What follows coding tile t: its bytes are written, and the next tile of this thread is read.
     Ahead ahead_of(int64_t t, const TilePlaces& places) const {
-        const int64_t next = t + num_threads();
-        const int64_t place = places.likely_place(t), end = places.likely_place(t + 1);
-        Ahead ahead = {nullptr, 0, body_ + place, end - place};
+        const TilePlaces::Guess guess = places.guess(t, stored_tile_bytes(x_, SplitTileRange(t, x_.numel)));
+        Ahead ahead = {nullptr, 0, body_ + guess.place, guess.num_bytes};
+        const int64_t next = places.following();
         if (next < num_tiles_) {
             ahead.read = x_.at(next * kSplitTileValues);
             ahead.read_bytes = SplitTileRange(next, x_.numel).values * item_bytes(x_.dtype);

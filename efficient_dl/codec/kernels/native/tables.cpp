@@ -238,17 +238,18 @@ DecodeTable::DecodeTable(const FrequencyTable& table) {
 }
 
 void DecodeTable::fill_register_view(const FrequencyTable& table) {
+    fits_registers = false;
+    const int64_t num_symbols = std::count_if(table.frequency, table.frequency + table.alphabet, [](uint16_t f) { return f > 0; });
+    if (num_symbols == 0 || num_symbols > kRegisterSymbols) return;
     uint8_t rank_of[kFrequencyTotal];
     uint32_t end_of[kRegisterSymbols];  // by rank
     std::memset(symbol, 0, sizeof symbol);
     std::memset(start, 0, sizeof start);
     std::memset(complement, 0, sizeof complement);
-    fits_registers = false;
     int rank = 0;
     for (int s = 0; s < table.alphabet; ++s) {
         const uint32_t f = table.frequency[s];
         if (f == 0) continue;
-        if (rank == kRegisterSymbols) return;
         std::memset(rank_of + table.start[s], rank, f);
         end_of[rank] = table.start[s] + f;
         symbol[rank] = static_cast<uint8_t>(s);
@@ -256,7 +257,6 @@ void DecodeTable::fill_register_view(const FrequencyTable& table) {
         complement[rank] = static_cast<uint16_t>(kFrequencyTotal - f);
         ++rank;
     }
-    if (rank == 0) return;  // no table at all
     for (uint32_t first = 0; first < kFrequencyTotal; first += kBucketSlots) {
         const uint32_t last = first + kBucketSlots - 1;
         const bool is_edge = first < kEdgeSlots || first >= kFrequencyTotal - kEdgeSlots;

@@ -90,7 +90,7 @@ struct DecodeTable {
     // occur, and rare ones only among the first and last slots, where the common distributions have theirs. A symbol's
     // rank is its place among those that occur.
     static constexpr int kRegisterSymbols = 64;
-    static constexpr int kBucketSlots = 32;  // in which at most two symbols lie
+    static constexpr int kBucketSlots = 32;  // in which at most two symbols lie, but for those at the ends
     static constexpr int kEdgeSlots = 128;   // at either end, told apart one by one
     bool fits_registers;
     alignas(64) uint8_t bucket_rank[kFrequencyTotal / kBucketSlots];  // of the symbol at a bucket's first slot
