@@ -31,7 +31,7 @@ from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision
 from efficient_dl.config import Config, with_overrides
 from efficient_dl.data import Dataset, load_data
-from efficient_dl.integrations.auto import AutoOptions, decide, planned_bucket_bytes
+from efficient_dl.integrations.auto import DDP_COPIES, AutoOptions, decide, planned_bucket_bytes
 from efficient_dl.models import build_model
 from efficient_dl.training import Worker
 from efficient_dl.training.end_to_end import sync_buffers_argument
@@ -203,7 +203,11 @@ def _predicted(worker: Worker, config: Config, data: Dataset, state: State) -> t
         is_sgd = config.optimizer.name == "sgd"
         family = "grid" if is_sgd else "bits"
         options = AutoOptions(
-            backward_seconds=alone.seconds, ready=alone.ready, family=family, feeds_back=is_sgd
+            backward_seconds=alone.seconds,
+            ready=alone.ready,
+            family=family,
+            feeds_back=is_sgd,
+            bucket_copies=DDP_COPIES,
         )
         found = decide(dict(model.named_parameters()), transport, transport, None, options)
         dist.barrier()

@@ -62,6 +62,20 @@ def codec_speed(
     )
 
 
+def copy_seconds(sample: Tensor, times: int) -> float:
+    """What copying a value so many times takes, between its gradient and a bucket; the median of a few tries."""
+    if not times:
+        return 0.0
+    other, cold = torch.empty_like(sample), torch.zeros(_COLD_BYTES, dtype=torch.uint8, device=sample.device)
+    found: list[float] = []
+    for _ in range(_TRIES):
+        cold.add_(1)
+        start = now(sample.device)
+        other.copy_(sample)
+        found.append(now(sample.device) - start)
+    return times * statistics.median(found) / sample.numel()
+
+
 class _Timed:
     """A bucket's shards, encoded and decoded through a `Compressor`, whose own time is a part of a reduction's.
 

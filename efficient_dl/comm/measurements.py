@@ -70,6 +70,7 @@ class Measurements:
     ready: of each parameter that is planned for, in the model's order, the share of backward_seconds after which its
         gradient is there, on the rank where it comes last; () if nobody has measured it.
     feeds_back: whether encoding what is lossy includes error feedback.
+    copy_seconds: what a step takes to copy one value into its bucket and back, natively, too; 0.0 if it has none.
     contended: whether codecs and backward take processor time from each other.
     assumed: what was not measured but given, one phrase; "" if nothing was.
     """
@@ -88,6 +89,7 @@ class Measurements:
     ready: tuple[float, ...] = ()
     told_seconds: float = 0.0
     feeds_back: bool = False
+    copy_seconds: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -205,6 +207,7 @@ def extrapolated(two: Measurements, nodes: int, contention: float = 1.0) -> Meas
             encode_seconds=packet.encode_seconds * contention,
             decode_seconds=packet.decode_seconds * contention,
         ),
+        copy_seconds=two.copy_seconds * contention,
         assumed=f"{nodes} hosts, from what was measured between two",
     )
 

@@ -1,8 +1,9 @@
 """Which compression pays here, if any: a pure function of measurements, with its prediction and its reason.
 
 A step is predicted from two resources that work side by side, the processor and the link. With K the processor's
-seconds (forward, backward, what of the codec is not hidden, and the messages' latencies), x the link's seconds for all
-bytes, rᵢ the share of a step after which bucket i is there, and vᵢ the share of all values in it and the later ones:
+seconds (forward, backward, DDP's copies of gradients, what of the codec is not hidden, and the messages' latencies),
+x the link's seconds for all bytes, rᵢ the share of a step after which bucket i is there, and vᵢ the share of all
+values in it and the later ones:
 
     step = max over buckets of (rᵢ K + vᵢ x)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from efficient_dl.comm.codec_timing import codec_speed, now, packet_cost
+from efficient_dl.comm.codec_timing import codec_speed, copy_seconds, now, packet_cost
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
 from efficient_dl.comm.process_group import ProcessGroupTransport
@@ -57,6 +57,7 @@ def probe(
     native_one_way: bool = False,
     ready: Sequence[float] = (),
     feeds_back: bool = False,
+    bucket_copies: int = 0,
 ) -> Measurements:
     """Measures on all ranks, which call it together; all get the same numbers.
 
@@ -66,7 +67,8 @@ def probe(
     sample: 1-D gradient, or what resembles one, of the parameters that a bucket holds; segments: their numels.
     backward_seconds: this rank's; the slowest one's counts. ready: shares of it, one a parameter, after which gradients
         are there on this rank, in the same order on all; the largest count.
-    feeds_back: whether what lossy packets leave out will go with the next ones.
+    feeds_back: whether what lossy packets leave out will go with the next ones. bucket_copies: how often a step copies
+        each gradient between itself and a bucket.
 
     Raises TransportError if a rank is gone or silent for longer than the transport's time-out.
     """
@@ -81,6 +83,7 @@ def probe(
             [one.codec, one.encode_seconds, one.decode_seconds, one.bytes_per_value] for one in speeds
         ],
         "backward": backward_seconds,
+        "copy": copy_seconds(sample, bucket_copies),
         "ready": list(ready),
         "machine": machine(),
         "cores": own_cores(),
@@ -109,6 +112,7 @@ def probe(
         packet=PacketCost(*map(max, zip(*(theirs["packet"] for theirs in everyone), strict=True))),
         ready=tuple(map(max, zip(*(theirs["ready"] for theirs in everyone), strict=True))),
         feeds_back=feeds_back,
+        copy_seconds=max(theirs["copy"] for theirs in everyone),
     )
 
 

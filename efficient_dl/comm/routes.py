@@ -180,8 +180,10 @@ def _route(
     packets: how many a rank encodes, decodes and sends for each bucket. told: how often sizes are told in a bucket, in
     units of an exchange among all; 0: never.
     """
-    backward = measurements.backward_seconds
-    ready = measurements.ready or gradual(model.numels, FORWARD_SHARE if backward else 0.0)
+    ready = measurements.ready or gradual(
+        model.numels, FORWARD_SHARE if measurements.backward_seconds else 0.0
+    )
+    backward = measurements.backward_seconds + model.numel * measurements.copy_seconds
     if len(ready) != len(model.numels):
         raise ConfigError(
             "these measurements are of another model",

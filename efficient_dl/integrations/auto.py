@@ -23,6 +23,7 @@ from efficient_dl.errors import ConfigError
 from efficient_dl.integrations.native_wait import wait_for_native
 
 _log = logging.getLogger(__name__)
+DDP_COPIES = 2  # of each gradient in a step: into its bucket and back
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +36,9 @@ class AutoOptions:
         backward_seconds after which its gradient is there; empty: not known, then evenly from a third on.
         family: "bits" or "grid", what rates mean here.
     exact: whether "lossless" may be chosen. feeds_back: whether what lossy packets leave out goes with the next ones,
-        which takes time. planner: what else the planner may choose.
+        which takes time. bucket_copies: how often a step copies each gradient between itself and a bucket: by
+        DistributedDataParallel twice, with gradient_as_bucket_view=True once. planner: what else the planner may
+        choose.
     """
 
     floor_bits: float = DEFAULT_FLOOR_BITS
@@ -45,6 +48,7 @@ class AutoOptions:
     exact: bool = True
     feeds_back: bool = False
     kernel: str = "auto"
+    bucket_copies: int = 0
     planner: PlannerOptions = field(default_factory=PlannerOptions)
 
     def codecs(self) -> tuple[str, ...]:
@@ -174,6 +178,7 @@ def measured(
         options.planner.native_one_way,
         ready,
         feeds_back=options.feeds_back,
+        bucket_copies=options.bucket_copies,
     )
 
 
@@ -183,6 +188,11 @@ def planned_bucket_bytes(
     """The size of buckets that is best by far for what the planner chooses; 0: DDP's own."""
     decision = plan_for(measurements, shapes_of(parameters), options.floor_bits, options.planner)
     return decision.bucket_bytes
+
+
+def bucket_copies(model: DistributedDataParallel) -> int:
+    """How often a step copies each gradient between itself and its bucket."""
+    return 1 if model.gradient_as_bucket_view else DDP_COPIES
 
 
 def bucket_bytes(model: DistributedDataParallel) -> int:

@@ -31,7 +31,14 @@ from efficient_dl.comm.plan import Messages, Scale
 from efficient_dl.comm.planner import DEFAULT_FLOOR_BITS
 from efficient_dl.errors import ConfigError, EdlError
 from efficient_dl.integrations.alarm_options import check_alarms
-from efficient_dl.integrations.auto import AutoOptions, bucket_bytes, decide, note_ignored, shapes_of
+from efficient_dl.integrations.auto import (
+    AutoOptions,
+    bucket_bytes,
+    bucket_copies,
+    decide,
+    note_ignored,
+    shapes_of,
+)
 from efficient_dl.integrations.ddp_compression import Compression
 from efficient_dl.integrations.ddp_native import left_to_torch
 from efficient_dl.integrations.ddp_replanning import Replanner, flat
@@ -209,6 +216,7 @@ def compress_ddp(
             exact=scale != "second_moment",
             feeds_back=feeds,
             kernel=kernel,
+            bucket_copies=bucket_copies(model),
             planner=dataclasses.replace(
                 ways(hierarchy, control.world_size),
                 bucket_bytes=bucket_bytes(model),

@@ -17,7 +17,7 @@ from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, codec_bi
 from efficient_dl.config import Config
 from efficient_dl.data import Dataset
 from efficient_dl.errors import ConfigError
-from efficient_dl.integrations.auto import AutoOptions, decide, is_under_floor, shapes_of
+from efficient_dl.integrations.auto import DDP_COPIES, AutoOptions, decide, is_under_floor, shapes_of
 from efficient_dl.integrations.feedback import feeds_if_lossy
 from efficient_dl.models import build_model
 from efficient_dl.training import measure
@@ -88,6 +88,7 @@ def measured_plan(
         exact=scale != "second_moment",
         feeds_back=wish.error_feedback == "on"
         or feeds_if_lossy(wish.error_feedback, is_sgd(optimizer), scale),
+        bucket_copies=DDP_COPIES,
         planner=planner,
     )
     world = dist.group.WORLD

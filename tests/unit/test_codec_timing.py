@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efficient_dl.codec import Codec
 from efficient_dl.comm import codec_timing
-from efficient_dl.comm.codec_timing import codec_speed, packet_cost
+from efficient_dl.comm.codec_timing import codec_speed, copy_seconds, packet_cost
 from efficient_dl.comm.packing import Packing
 
 NUMEL = 1 << 17
@@ -50,3 +50,8 @@ def test_what_is_lossy_is_timed_with_feedback_and_the_step_that_training_knows(
     seen.clear()
     codec_speed(codec, gradient(), [NUMEL], 2, cost, feeds_back=feeds_back, tries=2)
     assert set(seen[-4:]) == {(feeds, steps)}
+
+
+def test_copies_are_timed_where_there_are_any() -> None:
+    assert copy_seconds(gradient(), 0) == 0.0
+    assert copy_seconds(gradient(), 2) > 0

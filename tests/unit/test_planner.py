@@ -21,7 +21,7 @@ from efficient_dl.comm.measurements import (
     assumed_network,
     extrapolated,
 )
-from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for
+from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for, predict
 from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns, sample_gradient
 from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
@@ -74,7 +74,6 @@ def measured(draw: st.DrawFn, ordered: bool = False) -> Measurements:
     hosts = draw(st.integers(2, 64))
     return Measurements(
         (1,) * hosts,
-        # Where torch's own messages had a larger latency than ours, a fast link could prefer ours for that.
         native=Line(latency * draw(st.floats(0.1, 2.0)), speed * draw(st.floats(0.3, 1.5))),
         exchange=Line(latency, speed),
         between=None,
@@ -86,6 +85,7 @@ def measured(draw: st.DrawFn, ordered: bool = False) -> Measurements:
         backward_seconds=draw(st.floats(0.0, 10.0)),
         contended=draw(st.booleans()),
         packet=PacketCost(draw(st.floats(0, 1e-3)), draw(st.floats(0, 1e-3)), draw(st.floats(0, 1000))),
+        copy_seconds=draw(st.floats(0.0, 1e-8)),
     )
 
 
@@ -116,7 +116,12 @@ def test_what_is_chosen_is_never_predicted_slower_than_native_nor_under_the_floo
 def test_a_faster_link_never_leads_to_more_compression(
     found: Measurements, model: Shapes, factor: float, options: PlannerOptions, begin: float
 ) -> None:
-    found = replace(found, ready=gradual(model.numels, begin))
+    # Were native's messages the slower ones (ours go two ways, or one), a fast link could prefer ours for that.
+    latency = min(
+        found.native.latency_seconds, (1 if options.one_way else 2) * found.exchange.latency_seconds
+    )
+    native = replace(found.native, latency_seconds=latency)
+    found = replace(found, native=native, ready=gradual(model.numels, begin))
     slow = plan_for(found, model, options=options)
     fast = plan_for(found.with_faster_links(factor), model, options=options)
     assert compression(fast) <= compression(slow)
@@ -179,6 +184,15 @@ def test_a_step_without_overlap_is_backward_plus_codec_plus_transfer() -> None:
     coded = 250_000 * (3e-9 + 1.5 * 1.7e-9)
     two = predictions[3].step_seconds
     assert two == pytest.approx(0.5 + 4e-4 + coded + 250_000 * 0.2505 / (100 * MEGABIT))
+
+
+def test_copies_into_buckets_take_every_way_the_same_time_and_are_exposed() -> None:
+    found = network(1000, backward=0.2)
+    copying = replace(found, copy_seconds=2e-9)
+    for without, with_copies in zip(predict(found, MODEL), predict(copying, MODEL), strict=True):
+        longer = with_copies.exposed_seconds - without.exposed_seconds
+        assert 0 < longer <= MODEL.numel * 2e-9 * (1 + 1e-9)
+        assert with_copies.step_seconds - with_copies.exposed_seconds == pytest.approx(0.2)
 
 
 def test_a_bucket_leaves_when_its_last_gradient_is_there() -> None:
