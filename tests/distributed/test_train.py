@@ -147,6 +147,7 @@ def test_auto_is_decided_once_recorded_with_its_reason_and_not_measured_again(tm
     assert plan["measurements"]["backward_seconds"] > 0
     assert [one["bits"] for one in plan["decision"]["predictions"]] == ["none", "lossless", "4.0", "2.0"]
     assert not plan["measurements"]["feeds_back"]  # with Adam
+    assert plan["measurements"]["copy_seconds"] > 0  # DDP's, into its buckets and back
 
     written = (out / "plan.json").stat().st_mtime_ns
     second = edl(tmp_path / "b", *words, "--steps", "4", "--resume")

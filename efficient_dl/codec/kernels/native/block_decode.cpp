@@ -104,7 +104,7 @@ private:
         const int64_t coded_rows = num_rows - kCarriedRows;
         if (table_ == nullptr || coded_rows <= 0) throw CodecError{EDL_BAD_DIRECTORY};
         uint8_t* carried = symbols_ + coded_rows * kLanes;
-        decode_tile(kernels_, *table_, bytes, num_bytes, coded_rows, symbols_, carried, carried + kLanes, Ahead{});
+        decode_tile(kernels_, *table_, bytes, num_bytes, coded_rows, symbols_, carried, carried + kLanes);
         check_alphabet(carried, kCarriedRows * kLanes);
     }
 

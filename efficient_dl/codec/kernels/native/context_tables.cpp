@@ -166,7 +166,7 @@ void decode_classes(const Kernels& kernels, ByteReader stream, int64_t num_block
             const int64_t stream_bytes = stream.value<uint32_t>();
             uint8_t carry[2][kLanes];
             decode_tile(kernels, *table, stream.take(stream_bytes), stream_bytes, rows, tile->symbols, carry[0],
-                        carry[1], Ahead{});
+                        carry[1]);
             uint8_t left = 0;
             for (int lane = 0; lane < kLanes; ++lane) left |= carry[0][lane] | carry[1][lane];
             for (int64_t i = count; i < rows * kLanes; ++i) left |= tile->symbols[i];

@@ -239,7 +239,7 @@ DecodeTable::DecodeTable(const FrequencyTable& table) {
 
 void DecodeTable::fill_register_view(const FrequencyTable& table) {
     fits_registers = false;
-    const int64_t num_symbols = std::count_if(table.frequency, table.frequency + table.alphabet, [](uint16_t f) { return f > 0; });
+    const int64_t num_symbols = table.alphabet - std::count(table.frequency, table.frequency + table.alphabet, 0);
     if (num_symbols == 0 || num_symbols > kRegisterSymbols) return;
     uint8_t rank_of[kFrequencyTotal];
     uint32_t end_of[kRegisterSymbols];  // by rank

@@ -43,13 +43,13 @@ void check_words_end(const uint8_t* words, int64_t num_words, int64_t used) {
 }
 
 void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,
-                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high, const Ahead& ahead) {
+                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high) {
     uint32_t states[kLanes];
     if (stream_bytes < kStateBytes || stream_bytes % 4 != 0) throw CodecError{EDL_BAD_STREAM};
     std::memcpy(states, stream, sizeof states);
     const uint8_t* words = stream + kStateBytes;
     const int64_t num_words = (stream_bytes - kStateBytes) / 2;
-    const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols, ahead);
+    const int64_t used = kernels.decode_rows(table, words, num_words, rows, states, symbols, Ahead{});
     check_words_end(words, num_words, used);
     take_carry(states, carry_low, carry_high);
 }

@@ -37,7 +37,7 @@ void check_words_end(const uint8_t* words, int64_t num_words, int64_t used);
 // Decodes `rows` rows from stream (states and padded words, stream_bytes in all) and the carried bits. Throws
 // EDL_BAD_STREAM unless the words end exactly with the stream.
 void decode_tile(const Kernels& kernels, const DecodeTable& table, const uint8_t* stream, int64_t stream_bytes,
-                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high, const Ahead& ahead);
+                 int64_t rows, uint8_t* symbols, uint8_t* carry_low, uint8_t* carry_high);
 
 // The same where the packet says how many words there are. states: 128 dwords at any alignment; carry: 256 bytes, the
 // low ones of the lanes, then the high ones.
