@@ -13,7 +13,7 @@ from efficient_dl.codec.contract import Side
 from efficient_dl.codec.dtypes import DTYPE_CODES
 from efficient_dl.errors import CorruptPacket, SideMismatch, UnsupportedTensor
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 HEADER_BYTES: Final = 32
 MAX_NUMEL: Final = 2**31 - 1
 

@@ -70,7 +70,7 @@ def decode(
         "<4sBBBBIIQQ", packet
     )
     require(magic == b"EDLP", "wrong magic")
-    require(version == 1, "unknown version")
+    require(version == 2, "unknown version")
     require(codec in (IDENTITY, LOSSLESS, BLOCK, GRID, DELTA), "unknown codec")
     require(dtype in ITEM_BYTES, "unknown dtype")
     require(flags & ~(CHECKSUM | BOUNDED) == 0, "unknown flags")
@@ -200,9 +200,6 @@ def decode_lossless(body: bytes, numel: int, dtype: int) -> bytes:
     reader = Reader(body)
     num_tiles, table_bytes = reader.integers(2, "u4").tolist()
     require(num_tiles == -(-num_blocks // 128), "wrong number of tiles")
-    codes = reader.integers(num_blocks, "u1")
-    require(ITEM_BYTES[dtype] > 1 or codes.max() <= 1, "a float8 block's code is 0 or 1")
-    reader.pad()
     table = read_only_table(reader, table_bytes, 256)
     directory = read_directory(reader, num_tiles, 3)
     require((table is not None) == any(info & 1 for _, _, info in directory), "table without use, or none")
@@ -212,16 +209,18 @@ def decode_lossless(body: bytes, numel: int, dtype: int) -> bytes:
         blocks = slice(128 * tile, 128 * tile + 128)
         part = Reader(reader.take(tile_bytes))
         require(tile_bytes % 4 == 0, "a tile is not padded")
-        with_rows = np.flatnonzero(codes[blocks])
         if info & 1:
+            codes = read_block_codes(part, len(values[blocks]))
+            require(ITEM_BYTES[dtype] > 1 or codes.max() <= 1, "a float8 block's code is 0 or 1")
+            with_rows = np.flatnonzero(codes)
             require(len(with_rows), "a coded tile without rows")
             assert table is not None  # as checked above
-            rows = codes[blocks][with_rows].repeat(2)
+            rows = codes[with_rows].repeat(2)
             coded = decode_lossless_tile(part, rows, table, num_words, info, dtype)
             values[blocks][with_rows] = coded.reshape(-1, 2, LANES)
         else:
             require(num_words == 0 and info == 0, "a stored tile has words or info")
-            if len(with_rows):
+            if tile_bytes:
                 count = min(128 * BLOCK_VALUES, numel - 128 * BLOCK_VALUES * tile)
                 flat = values.reshape(-1)[128 * BLOCK_VALUES * tile :]
                 flat[:count] = part.integers(count, f"u{ITEM_BYTES[dtype]}")
@@ -230,6 +229,19 @@ def decode_lossless(body: bytes, numel: int, dtype: int) -> bytes:
     reader.end()
     require(not values.reshape(-1)[numel:].any(), "a value behind the end of the tensor")
     return values.reshape(-1)[:numel].astype(f"<u{ITEM_BYTES[dtype]}").tobytes()
+
+
+def read_block_codes(part: Reader, num_blocks: int) -> Integers:
+    """The codes of a coded tile's blocks ("Codes" of codec 1)."""
+    low, width, empty, reserved = part.integers(4, "u1").tolist()
+    require(low >= 1 and width <= 8 and empty <= 1 and reserved == 0, "the head of a tile's codes")
+    bits = np.unpackbits(np.frombuffer(part.take(-(-num_blocks * width // 8)), np.uint8), bitorder="little")
+    require(not bits[num_blocks * width :].any(), "padding is not zero")
+    part.pad()
+    fields = bits[: num_blocks * width].reshape(num_blocks, width) @ (1 << np.arange(width, dtype=np.int64))
+    codes = np.where((fields == 0) & (empty == 1), 0, low + fields - empty)
+    require(int(codes.max()) <= 255, "a code above 255")
+    return codes
 
 
 def read_only_table(reader: Reader, table_bytes: int, alphabet: int) -> Table | None:

@@ -113,17 +113,14 @@ def check_same(x: torch.Tensor, device: str) -> torch.Tensor:
     return packet
 
 
-def tiles_at(numel: int) -> int:
-    """Where the codes end: the table begins there, or without one the directory."""
-    num_blocks = -(-numel // 256)
-    return 40 + -(-num_blocks // 4) * 4
+TABLE_AT = 40  # in a packet
 
 
-def directory_of(packet: torch.Tensor, numel: int) -> list[tuple[int, ...]]:
+def directory_of(packet: torch.Tensor) -> list[tuple[int, ...]]:
     """(bytes, words, info) of every tile."""
     data = packet.numpy().tobytes()
     num_tiles, table_bytes = struct.unpack_from("<II", data, 32)
-    first = tiles_at(numel) + table_bytes
+    first = TABLE_AT + table_bytes
     return [struct.unpack_from("<III", data, first + 12 * i) for i in range(num_tiles)]
 
 
@@ -140,7 +137,7 @@ def directory_of(packet: torch.Tensor, numel: int) -> list[tuple[int, ...]]:
 def test_the_packet_is_the_references(device: str, dtype: torch.dtype, case: str) -> None:
     make, numel = CASES[case]
     packet = check_same(make(numel, dtype), device)
-    info = [entry[2] for entry in directory_of(packet, numel)]
+    info = [entry[2] for entry in directory_of(packet)]
     # What the cases are for has to happen in them.
     if case in ("any bits", "one value", "zeros"):
         assert not any(info)
@@ -149,18 +146,18 @@ def test_the_packet_is_the_references(device: str, dtype: torch.dtype, case: str
     if case == "spread" and dtype not in FLOAT8:
         assert info[0] & 1 and info[0] >> 12
     if case == "several tiles":
-        assert [entry[0] == 0 for entry in directory_of(packet, numel)] == [False, True, False, False]
+        assert [entry[0] == 0 for entry in directory_of(packet)] == [False, True, False, False]
 
 
 def test_low_planes_are_left_out_by_block(device: str) -> None:
     x = gradient(2500, torch.bfloat16).to(torch.float32)
-    assert directory_of(check_same(x, device), x.numel())[0][2] >> 8 & 15 == 0
+    assert directory_of(check_same(x, device))[0][2] >> 8 & 15 == 0
     bits = x.view(torch.int32)
     bits[bits != 0] |= 0x100
-    assert directory_of(check_same(x, device), x.numel())[0][2] >> 8 & 15 == 1
+    assert directory_of(check_same(x, device))[0][2] >> 8 & 15 == 1
     bits[1024:1100] |= 0x21
     bits[2400] |= 0x40
-    assert directory_of(check_same(x, device), x.numel())[0][2] >> 8 & 15 == 1 | 2 << 2
+    assert directory_of(check_same(x, device))[0][2] >> 8 & 15 == 1 | 2 << 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -242,16 +239,19 @@ def test_corrupt_packets_are_refused_as_by_the_reference(
         x.view(torch.int32)[:] &= ~0xFF
         x.view(torch.int32)[256:512] |= 0x11
     packet = REFERENCE.encode(x)
-    codes, directory = 40, tiles_at(x.numel()) + int.from_bytes(packet[36:40].numpy().tobytes(), "little")
+    directory = TABLE_AT + int.from_bytes(packet[36:40].numpy().tobytes(), "little")
     tile = directory + 12
-    _, num_words, info = directory_of(packet, x.numel())[0]
+    _, num_words, info = directory_of(packet)[0]
     assert info & 1 and (info >> 12 > 0) == has_escapes
-    behind = tile + 512 + -(-2 * num_words // 4) * 4
+    width = int(packet[tile + 1])
+    states = tile + 4 + -(-8 * width // 32) * 4  # 8 blocks
+    assert width > 0 or dtype in FLOAT8
+    behind = states + 512 + -(-2 * num_words // 4) * 4
     fields = [at + byte for at in (32, 36, directory, directory + 4, directory + 8) for byte in (0, 3)]
     if dtype != torch.float32:
         fields = fields[::2]
-    table, end = tiles_at(x.numel()), packet.numel()
-    places = [*fields, codes, codes + 1, table, table + 33, tile, tile + 3, tile + 514]
+    end = packet.numel()
+    places = [*fields, TABLE_AT, TABLE_AT + 33, *range(tile, states), states, states + 3, states + 514]
     places += [behind - 2, behind - 1, min(behind, end - 1), *range(end - 5, end)]
     refused = 0
     for place in places:
@@ -259,7 +259,7 @@ def test_corrupt_packets_are_refused_as_by_the_reference(
         damaged[place] ^= 1 if place % 4 == 0 else 0x80
         refused += check_same_outcome(damaged, x, device, f"byte {place}")
     assert refused > len(places) // 2
-    for length in (32, 39, directory + 3, tile, tile + 511, behind - 4, end - 4):
+    for length in (32, 39, directory + 3, tile, tile + 3, states, states + 511, behind - 4, end - 4):
         assert check_same_outcome(with_total(packet[:length]), x, device, f"{length} bytes")
     longer = with_total(torch.cat([packet, packet.new_zeros(4)]))
     assert check_same_outcome(longer, x, device, "four bytes more")
@@ -270,7 +270,7 @@ def test_values_behind_the_end_are_refused(device: str) -> None:
     x = dense(2100, torch.bfloat16)
     x[2050:] = 1.0
     packet = REFERENCE.encode(x)
-    assert directory_of(packet, 2100)[0][2] & 1
+    assert directory_of(packet)[0][2] & 1
     packet[8:12] = torch.tensor(list(struct.pack("<I", 2099)), dtype=torch.uint8)
     assert check_same_outcome(packet, x[:2099], device, "2099 values")
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from efficient_dl.codec import PacketStats, make_codec
 from efficient_dl.codec.kernels.native.library import set_num_threads
-from efficient_dl.codec.kernels.reference import exponents, split, tables
+from efficient_dl.codec.kernels.reference import block_codes, exponents, split, tables
+from efficient_dl.codec.kernels.reference.wire import Reader
 from efficient_dl.errors import CorruptPacket
 
 KERNELS = ("reference", "portable", "native")
@@ -53,6 +54,8 @@ class Entry:
     num_words: int
     info: int
     tile_offset: int
+    codes: list[int]  # of the blocks of a coded tile
+    codes_bytes: int
 
     @property
     def coded(self) -> bool:
@@ -69,7 +72,6 @@ class Entry:
 
 @dataclass(frozen=True)
 class Parsed:
-    codes: Tensor
     table: Tensor
     entries: list[Entry]
 
@@ -79,17 +81,28 @@ def parsed(packet: Tensor) -> Parsed:
     raw = packet.numpy().tobytes()
     numel = struct.unpack_from("<I", raw, 8)[0]
     num_tiles, table_bytes = struct.unpack_from("<2I", raw, HEADER_BYTES)
-    num_blocks = -(-numel // 256)
-    table_at = HEADER_BYTES + 8 + -(-num_blocks // 4) * 4
+    table_at = HEADER_BYTES + 8
     directory_at = table_at + table_bytes
     tile_at = directory_at + 12 * num_tiles
     entries: list[Entry] = []
     for t in range(num_tiles):
         fields = struct.unpack_from("<3I", raw, directory_at + 12 * t)
-        entries.append(Entry(directory_at + 12 * t, *fields, tile_at))
+        num_blocks = min(128, -(-numel // 256) - 128 * t)
+        codes = parsed_codes(raw[tile_at:], num_blocks) if fields[2] & 1 else ([], 0)
+        entries.append(Entry(directory_at + 12 * t, *fields, tile_at, *codes))
         tile_at += fields[0]
     assert tile_at == len(raw)
-    return Parsed(packet[HEADER_BYTES + 8 :][:num_blocks], packet[table_at:directory_at], entries)
+    return Parsed(packet[table_at:directory_at], entries)
+
+
+def parsed_codes(tile: bytes, num_blocks: int) -> tuple[list[int], int]:
+    """The codes at the front of a coded tile, and the bytes they take."""
+    low, width, empty, _ = tile[:4]
+    num_bytes = -(-num_blocks * width // 32) * 4
+    together = int.from_bytes(tile[4 : 4 + num_bytes], "little")
+    fields = [together >> width * b & (1 << width) - 1 for b in range(num_blocks)]
+    assert together >> width * num_blocks == 0
+    return [0 if empty and not field else low + field - empty for field in fields], 4 + num_bytes
 
 
 def spread_blocks() -> Tensor:
@@ -168,6 +181,7 @@ def test_stats_are_an_ideal_coders(x: Tensor) -> None:
     for t, entry in enumerate(content.entries):
         blocks = slice(128 * t, 128 * (t + 1))
         present = fields.codes[blocks] > 0
+        assert entry.codes in ([], fields.codes[blocks].tolist())
         if not entry.coded:
             bits += 8 * entry.tile_bytes
             continue
@@ -185,8 +199,8 @@ def test_stats_are_an_ideal_coders(x: Tensor) -> None:
             assert mode == (0 if not sent.any() else 1 if sent.all() else 2)
             bits += 8 * int(kept[sent].sum()) + (8 * -(-sent.numel() // 8) if mode == 2 else 0)
     assert stats.model_bits == pytest.approx(bits, rel=1e-9)
-    assert stats.scale_bits == 8 * content.codes.numel()
-    assert stats.empty_blocks == int((content.codes == 0).sum())
+    assert stats.scale_bits == 8 * sum(entry.codes_bytes for entry in content.entries)
+    assert stats.empty_blocks == int((fields.codes == 0).sum())
     assert stats.escapes == sum(entry.escapes for entry in content.entries)
     assert stats.header_bits == 8 * (HEADER_BYTES + 8 + content.table.numel() + 12 * len(content.entries))
 
@@ -198,13 +212,37 @@ def test_the_edges_are_what_they_say() -> None:
     assert all(entry.coded and entry.escapes > 100 for entry in entries[:2])
     content = parsed(encoded(with_empty_blocks(torch.bfloat16)))
     assert content.entries[1].tile_bytes == content.entries[1].info == 0
-    assert (content.codes[:2] == 0).all() and content.codes[2] > 0
+    assert content.entries[0].codes[:2] == [0, 0] and content.entries[0].codes[2] > 0
     assert not parsed(encoded(from_bits(torch.randperm(65_536) & 0xFFFF, torch.bfloat16))).table.numel()
 
 
-def test_zeros_cost_their_codes() -> None:
+def test_zeros_cost_their_directory() -> None:
     for dtype in DTYPES:
-        assert encoded(torch.zeros(10 * TILE_VALUES).to(dtype)).numel() == HEADER_BYTES + 8 + 1280 + 10 * 12
+        assert encoded(torch.zeros(10 * TILE_VALUES).to(dtype)).numel() == HEADER_BYTES + 8 + 10 * 12
+
+
+@pytest.mark.parametrize(
+    ("codes", "num_bytes"),
+    [
+        ([7], 4),
+        ([7] * 128, 4),
+        ([255] * 128, 4),
+        ([7, 0], 8),
+        ([0] * 127 + [255], 20),
+        ([1, 2] * 64, 20),
+        ([100, 103, 0] * 30, 4 + 36),  # 1 … 4 and 0: three bits
+        (list(range(1, 129)), 4 + 112),
+        ([1, 255] * 64, 4 + 128),
+        ([0, *range(1, 256)][::2], 4 + 128),
+        ([0, 1, 255], 8),
+    ],
+    ids=lambda case: str(case)[:24],
+)
+def test_codes_take_the_bits_of_their_range(codes: list[int], num_bytes: int) -> None:
+    section = block_codes.pack(torch.tensor(codes))
+    assert section.numel() == num_bytes
+    assert parsed_codes(section.numpy().tobytes(), len(codes)) == (codes, num_bytes)
+    assert block_codes.unpack(Reader(section), len(codes)).tolist() == codes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -224,7 +262,7 @@ def test_a_table_is_sent_only_where_it_pays() -> None:
         x = (normal(numel) * torch.exp2(8 * normal(numel, 1))).bfloat16()
         packet = encoded(x)
         content = parsed(packet)
-        stored = HEADER_BYTES + 8 + -(-content.codes.numel() // 4) * 4 + 12 + 2 * numel
+        stored = HEADER_BYTES + 8 + 12 + 2 * numel
         assert packet.numel() < stored if content.table.numel() else packet.numel() == stored
         sizes.append(content.table.numel())
     assert sizes[0] == 0 and sizes[-1] > 0
@@ -272,6 +310,17 @@ def patch(packet: Tensor, offset: int, value: int) -> Tensor:
     return damaged
 
 
+def flipped(packet: Tensor, offset: int, bits: int) -> Tensor:
+    damaged = packet.clone()
+    damaged[offset] ^= bits
+    return damaged
+
+
+def head(low: int, width: int, empty: int = 0, reserved: int = 0) -> int:
+    """Of a tile's codes."""
+    return low | width << 8 | empty << 16 | reserved << 24
+
+
 Damage = Callable[[Tensor, Parsed], Tensor]
 DAMAGES: dict[str, Damage] = {
     "more words than symbols": lambda p, c: patch(p, c.entries[0].offset + 4, 128 * 256 + 1),
@@ -283,9 +332,15 @@ DAMAGES: dict[str, Damage] = {
     "a coded tile called stored": lambda p, c: patch(p, c.entries[0].offset + 8, 0),
     "another number of tiles": lambda p, c: patch(p, HEADER_BYTES, 3),
     "no table": lambda p, c: patch(p, HEADER_BYTES + 4, 0),
-    "a row less": lambda p, c: patch(
-        p, HEADER_BYTES + 8, int(p[HEADER_BYTES + 9 :][:3].long() @ torch.tensor([256, 65536, 1 << 24]))
-    ),
+    "no lowest code": lambda p, c: patch(p, c.entries[0].tile_offset, head(0, 3)),
+    "a code above 255": lambda p, c: patch(p, c.entries[0].tile_offset, head(251, 3)),
+    "nine bits a code": lambda p, c: patch(p, c.entries[0].tile_offset, head(1, 9)),
+    "another width": lambda p, c: patch(p, c.entries[0].tile_offset, head(100, 2)),
+    "empty 2": lambda p, c: patch(p, c.entries[0].tile_offset, head(100, 3, 2)),
+    "a head's last byte": lambda p, c: patch(p, c.entries[0].tile_offset, head(100, 3, 0, 1)),
+    "rows less": lambda p, c: patch(p, c.entries[0].tile_offset, head(100, 3, 1)),
+    "codes' unused bits": lambda p, c: flipped(p, c.entries[1].tile_offset + 4 + 10, 1 << 7),
+    "codes' padding": lambda p, c: flipped(p, c.entries[1].tile_offset + 4 + 11, 1),
     "padding": lambda p, c: patch(p, len(p) - 4, struct.unpack("<I", p[-4:].numpy().tobytes())[0] | 1 << 31),
 }
 
@@ -294,12 +349,13 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_contradictions_are_refused(damage: str, kernel: str) -> None:
     x = normal(40_000)
+    x[:39_936].view(-1, 256)[::2] *= 32  # codes in 3 bits: of the last tile's 29, 87 bits in 11 bytes
     x[-1], x[::5] = 1.5, 0
     while encoded(x)[-1] != 0:  # until the last tile ends in padding
         x[-1 - int((x[-200:] == 0).sum())] = 0
     packet = encoded(x)
     content = parsed(packet)
-    assert all(entry.coded for entry in content.entries)
+    assert all(entry.coded for entry in content.entries) and content.entries[1].codes_bytes == 4 + 12
     with pytest.raises(CorruptPacket):
         decoded(DAMAGES[damage](packet, content), x, kernel)
 
@@ -318,7 +374,7 @@ def test_values_behind_the_end_are_refused(dtype: torch.dtype, kernel: str) -> N
 def test_float8_codes_are_0_or_1(kernel: str) -> None:
     x = normal(40_000).to(torch.float8_e5m2)
     packet = encoded(x)
-    packet[HEADER_BYTES + 8] = 2
+    packet[parsed(packet).entries[0].tile_offset] = 2
     with pytest.raises(CorruptPacket):
         decoded(packet, x, kernel)
 
@@ -338,12 +394,3 @@ def test_carried_bits_of_a_zero_are_refused(kernel: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(split, "_cut_tile", with_a_bit_too_many)
     with pytest.raises(CorruptPacket):
         decoded(encoded(x, "reference"), x, kernel)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_stored_tile_says_what_its_codes_do_not(kernel: str) -> None:
-    x = from_bits(torch.randperm(65_536)[:1000], torch.bfloat16)
-    packet = encoded(x)
-    assert not parsed(packet).entries[0].coded
-    packet[HEADER_BYTES + 8 : HEADER_BYTES + 12] = torch.tensor([0, 200, 0, 1], dtype=torch.uint8)
-    assert torch.equal(bytes_of(decoded(packet, x, kernel)), bytes_of(x))

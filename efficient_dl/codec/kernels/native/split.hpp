@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "block_codes.hpp"
 #include "codecs.hpp"
 #include "kernels.hpp"
 #include "tables.hpp"
@@ -11,7 +12,7 @@
 
 namespace edl {
 
-inline constexpr int64_t kSplitTileBlocks = 128;
+inline constexpr int64_t kSplitTileBlocks = kMaxTileBlocks;
 inline constexpr int64_t kSplitTileRows = 2 * kSplitTileBlocks;
 inline constexpr int64_t kSplitTileValues = kSplitTileBlocks * kBlockValues;
 inline constexpr int64_t kSplitCarriedRows = 2;  // whose raw bytes travel in the lanes' initial states

@@ -69,11 +69,6 @@ public:
         const int64_t num_tiles = body.value<uint32_t>();
         const int64_t table_bytes = body.value<uint32_t>();
         if (num_tiles != split_num_tiles(out.numel)) throw CodecError{EDL_BAD_PARAMETERS};
-        const int64_t num_blocks = split_num_blocks(out.numel);
-        codes_ = body.take(num_blocks);
-        body.padding_after(num_blocks);
-        if (is_float8(dtype) && std::any_of(codes_, codes_ + num_blocks, [](uint8_t code) { return code > 1; }))
-            throw CodecError{EDL_BAD_CODES};
         const uint8_t* table = body.take(table_bytes);
         directory_ = body.take(num_tiles * static_cast<int64_t>(sizeof(SplitEntry)));
         check_directory(num_tiles, table_bytes > 0, body.remaining());
@@ -92,13 +87,6 @@ private:
         return entry;
     }
 
-    int64_t rows_of(const SplitTileRange& range) const {
-        const uint8_t* codes = codes_ + range.first_block;
-        return 2 * (range.blocks - std::count(codes, codes + range.blocks, 0));
-    }
-
-    int64_t coded_rows_of(int64_t rows) const { return is_float8(dtype_) ? rows - kSplitCarriedRows : rows; }
-
     void check_directory(int64_t num_tiles, bool has_table, int64_t tiles_bytes) {
         uint32_t known = kSplitCodedBit;
         if (!is_float8(dtype_)) known |= ~0u << kSplitEscapesShift;
@@ -109,18 +97,14 @@ private:
         for (int64_t t = 0; t < num_tiles; ++t) {
             const SplitEntry entry = entry_of(t);
             const SplitTileRange range(t, out_.numel);
-            const int64_t rows = rows_of(range);
             const bool coded = (entry.info & kSplitCodedBit) != 0;
             any_coded |= coded;
             if (coded) {
-                const int64_t coded_rows = coded_rows_of(rows);
-                if (!has_table || coded_rows <= 0 || (entry.info & ~known) != 0 ||
-                    entry.num_words > coded_rows * kLanes)
-                    throw CodecError{EDL_BAD_DIRECTORY};
+                if (!has_table || (entry.info & ~known) != 0) throw CodecError{EDL_BAD_DIRECTORY};
             } else {
-                const int64_t stored = rows == 0 ? 0 : padded(range.values * item_bytes(dtype_));
                 if (entry.info != 0 || entry.num_words != 0) throw CodecError{EDL_BAD_DIRECTORY};
-                if (entry.tile_bytes != stored) throw CodecError{EDL_BAD_TILE_SIZE};
+                if (entry.tile_bytes != 0 && entry.tile_bytes != padded(range.values * item_bytes(dtype_)))
+                    throw CodecError{EDL_BAD_TILE_SIZE};
             }
             places_[static_cast<size_t>(t)] = place;
             place += entry.tile_bytes;
@@ -149,7 +133,13 @@ private:
     void decode_coded(const SplitTileRange& range, const SplitEntry& entry, ByteReader& content) const {
         const Scratch::Lease lease(thread_scratch, sizeof(TileScratch));
         TileScratch& scratch = *reinterpret_cast<TileScratch*>(lease.bytes());
-        const int64_t rows = rows_of(range), coded_rows = coded_rows_of(rows), blocks = rows / 2;
+        uint8_t codes[kSplitTileBlocks];
+        unpack_codes(content, range.blocks, codes);
+        if (is_float8(dtype_) && std::any_of(codes, codes + range.blocks, [](uint8_t code) { return code > 1; }))
+            throw CodecError{EDL_BAD_CODES};
+        const int64_t blocks = range.blocks - std::count(codes, codes + range.blocks, 0), rows = 2 * blocks;
+        const int64_t coded_rows = is_float8(dtype_) ? rows - kSplitCarriedRows : rows;
+        if (coded_rows <= 0 || entry.num_words > coded_rows * kLanes) throw CodecError{EDL_BAD_DIRECTORY};
         uint8_t carry[2 * kLanes];
         const int64_t words_bytes = 2 * int64_t{entry.num_words};
         const uint8_t* states = content.take(kStateBytes);
@@ -158,11 +148,11 @@ private:
         const Ahead ahead = {content.position(), content.remaining(), out_.at(range.start),
                              range.values * item_bytes(out_.dtype)};
         decode_words(kernels_, *table_, states, words, entry.num_words, coded_rows, scratch.symbols, carry, ahead);
-        check_end(range, rows, scratch.symbols, carry);
+        check_end(range, codes, rows, scratch.symbols, carry);
         if (is_float8(dtype_)) {
             std::memcpy(scratch.symbols + coded_rows * kLanes, carry, sizeof carry);
             if (content.remaining() != 0) throw CodecError{EDL_BAD_TILE_SIZE};
-            write_float8(range, scratch.symbols);
+            write_float8(range, codes, scratch.symbols);
             return;
         }
 
@@ -184,7 +174,6 @@ private:
         content.padding_after(raw_bytes - content.remaining());
         if (content.remaining() != 0) throw CodecError{EDL_BAD_TILE_SIZE};
 
-        const uint8_t* codes = codes_ + range.first_block;
         const uint8_t* symbols = scratch.symbols;
         BlockRoom room;
         int64_t with_rows = 0;
@@ -212,8 +201,9 @@ private:
     }
 
     // Places behind the end of the tensor hold zeros.
-    void check_end(const SplitTileRange& range, int64_t rows, const uint8_t* symbols, const uint8_t* carry) const {
-        if (range.full_blocks == range.blocks || codes_[range.first_block + range.blocks - 1] == 0) return;
+    void check_end(const SplitTileRange& range, const uint8_t* codes, int64_t rows, const uint8_t* symbols,
+                   const uint8_t* carry) const {
+        if (range.full_blocks == range.blocks || codes[range.blocks - 1] == 0) return;
         const uint8_t* last = is_float8(dtype_) ? carry : symbols + (rows - kSplitCarriedRows) * kLanes;
         for (int64_t i = range.values - range.full_blocks * kBlockValues; i < kBlockValues; ++i)
             if (last[i] != 0) throw CodecError{EDL_BAD_SYMBOL};
@@ -239,8 +229,7 @@ private:
         }
     }
 
-    void write_float8(const SplitTileRange& range, const uint8_t* symbols) const {
-        const uint8_t* codes = codes_ + range.first_block;
+    void write_float8(const SplitTileRange& range, const uint8_t* codes, const uint8_t* symbols) const {
         const uint8_t zeros[kBlockValues] = {};
         for (int64_t b = 0; b < range.blocks; ++b) {
             write_block(codes[b] == 0 ? zeros : symbols, range, b);
@@ -266,7 +255,6 @@ private:
     const int dtype_;
     const Output& out_;
     const bool is_direct_;
-    const uint8_t* codes_;
     const uint8_t* directory_;
     const uint8_t* tiles_;
     std::vector<int64_t> places_;  // of the tiles

@@ -19,6 +19,7 @@ struct TileScratch {
     alignas(64) uint8_t symbols[kSplitTileValues + kFieldSlack];
     uint8_t planes[3][kSplitTileValues + kFieldSlack];
     uint8_t sent_planes[kSplitTileBlocks];
+    uint8_t codes[kMaxCodesBytes];
     uint8_t escapes[4 * kSplitTileValues];
     uint16_t words[kSplitTileRows * kLanes];
 };
@@ -70,7 +71,8 @@ public:
         uint16_t* words_end = scratch_.words + kSplitTileRows * kLanes;
         const int64_t num_words = kernels_.encode_rows(table_, scratch_.symbols, coded_rows, states_, words_end, ahead);
         words_ = {words_end - num_words, 2 * num_words};
-        const int64_t coded = kStateBytes + padded(words_.num_bytes) + padded(raw_bytes());
+        codes_bytes = pack_codes(codes, range.blocks, scratch_.codes);
+        const int64_t coded = codes_bytes + kStateBytes + padded(words_.num_bytes) + padded(raw_bytes());
         if (coded >= stored) return {stored, 0, 0};
         return {static_cast<uint32_t>(coded), static_cast<uint32_t>(num_words),
                 kSplitCodedBit | modes | static_cast<uint32_t>(escapes) << kSplitEscapesShift};
@@ -80,6 +82,7 @@ public:
     void write(const SplitEntry& entry, ByteWriter out) const {
         if (entry.tile_bytes == 0) return;
         if ((entry.info & kSplitCodedBit) == 0) return write_stored(x_, SplitTileRange(tile_, x_.numel), out);
+        out.bytes(scratch_.codes, codes_bytes);
         out.bytes(states_, kStateBytes);
         out.bytes(words_.bytes, words_.num_bytes);
         out.padding_after(words_.num_bytes);
@@ -88,7 +91,7 @@ public:
     }
 
     // Of the last encoded tile. raw_value_bytes: planes, carried bits and escapes, whether it is sent so or not.
-    int64_t rows = 0, coded_rows = 0, raw_value_bytes = 0, escapes = 0;
+    int64_t rows = 0, coded_rows = 0, codes_bytes = 0, raw_value_bytes = 0, escapes = 0;
 
 private:
     // float8: the rows are the values themselves. Returns the modes' bits of info.
@@ -232,11 +235,11 @@ struct Totals {
     int64_t saved_bytes = 0;  // by coded tiles
     int64_t coded_tiles = 0;
     // For the statistics only.
-    int64_t raw_value_bytes = 0, coded_raw_value_bytes = 0, carried_symbols = 0, stored_bytes = 0, escapes = 0;
+    int64_t codes_bytes = 0, raw_value_bytes = 0, coded_raw_value_bytes = 0, carried_symbols = 0, stored_bytes = 0, escapes = 0;
     uint64_t coded_counts[kMaxAlphabet] = {};
 };
 
-thread_local Scratch thread_scratch;
+thread_local Scratch thread_scratch, codes_scratch;
 
 class SplitEncoder {
 public:
@@ -247,14 +250,13 @@ public:
           num_tiles_(split_num_tiles(x.numel)),
           stats_(stats),
           body_(body.position()),
-          capacity_(body.room()) {}
+          capacity_(body.room()),
+          codes_lease_(codes_scratch, static_cast<size_t>(num_blocks_)),
+          codes_(codes_lease_.bytes()) {}
 
     int64_t encode() {
-        const int64_t table_place = kCodesPlace + padded(num_blocks_);
-        if (table_place > capacity_) throw CodecError{EDL_CAPACITY};
-        uint8_t* codes = body_ + kCodesPlace;
-        std::memset(codes + num_blocks_, 0, static_cast<size_t>(padded(num_blocks_) - num_blocks_));
-        split_measure(kernels_, x_, codes, counts_);
+        if (kTablePlace > capacity_) throw CodecError{EDL_CAPACITY};
+        split_measure(kernels_, x_, codes_, counts_);
 
         int64_t table_bytes = 0, body_bytes = 0;
         uint64_t num_symbols = 0;
@@ -262,12 +264,12 @@ public:
         if (num_symbols > 0) {
             frequencies_ = normalize(counts_, kMaxAlphabet);
             table_bytes = serialized_bytes(frequencies_);
-            body_bytes = encode_tiles(table_place, table_bytes);
+            body_bytes = encode_tiles(table_bytes);
         }
         // The table must pay: without it, all tiles are stored.
         if (totals_.saved_bytes <= table_bytes) {
             table_bytes = 0;
-            body_bytes = store_tiles(table_place);
+            body_bytes = store_tiles();
         } else if (body_bytes > capacity_) {
             throw CodecError{EDL_CAPACITY};
         }
@@ -278,20 +280,20 @@ public:
     }
 
 private:
-    static constexpr int64_t kCodesPlace = 8;
+    static constexpr int64_t kTablePlace = 8;
 
     // Returns the bytes of the body, also if they are more than its room.
-    int64_t encode_tiles(int64_t table_place, int64_t table_bytes) {
-        const int64_t directory_place = table_place + table_bytes;
+    int64_t encode_tiles(int64_t table_bytes) {
+        const int64_t directory_place = kTablePlace + table_bytes;
         const int64_t tiles_place = directory_place + num_tiles_ * static_cast<int64_t>(sizeof(SplitEntry));
-        if (tiles_place <= capacity_) serialize(frequencies_, body_ + table_place);
+        if (tiles_place <= capacity_) serialize(frequencies_, body_ + kTablePlace);
         const EncodeTable table(frequencies_);
         TilePlaces places(tiles_place, capacity_);
         parallel_for(num_tiles_, [&](int64_t) {
             // Before the tile is taken: what throws here must not leave others waiting for it.
             const Scratch::Lease lease(thread_scratch, sizeof(TileScratch));
             TileScratch& scratch = *reinterpret_cast<TileScratch*>(lease.bytes());
-            TileWork work(kernels_, x_, body_ + kCodesPlace, table, scratch);
+            TileWork work(kernels_, x_, codes_, table, scratch);
             const int64_t t = places.next_tile();
             const SplitEntry entry = work.encode(t, ahead_of(t, places));
             int64_t place = -1;
@@ -328,6 +330,7 @@ private:
             totals_.stored_bytes += entry.tile_bytes;
             return;
         }
+        totals_.codes_bytes += work.codes_bytes;
         totals_.coded_raw_value_bytes += work.raw_value_bytes;
         totals_.carried_symbols += (work.rows - work.coded_rows) * kLanes;
         totals_.escapes += work.escapes;
@@ -336,11 +339,11 @@ private:
         histogram.fold(totals_.coded_counts);
     }
 
-    int64_t store_tiles(int64_t directory_place) {
-        const uint8_t* codes = body_ + kCodesPlace;
+    int64_t store_tiles() {
+        const int64_t directory_place = kTablePlace;
         const int64_t tiles_place = directory_place + num_tiles_ * static_cast<int64_t>(sizeof(SplitEntry));
         const auto entry_of = [&](const SplitTileRange& range) {
-            const uint8_t* first = codes + range.first_block;
+            const uint8_t* first = codes_ + range.first_block;
             const bool has_rows = std::any_of(first, first + range.blocks, [](uint8_t code) { return code != 0; });
             return SplitEntry{has_rows ? static_cast<uint32_t>(stored_tile_bytes(x_, range)) : 0, 0, 0};
         };
@@ -363,16 +366,15 @@ private:
     }
 
     void report(int64_t table_bytes) {
-        const uint8_t* codes = body_ + kCodesPlace;
         stats_->order0_bits =
             entropy_bits(counts_, kMaxAlphabet) + 8.0 * static_cast<double>(totals_.raw_value_bytes);
         const int64_t raw = totals_.coded_raw_value_bytes + totals_.carried_symbols + totals_.stored_bytes;
         stats_->model_bits = table_bits(totals_.coded_counts, frequencies_) + 8.0 * static_cast<double>(raw);
-        stats_->scale_bits = 8.0 * static_cast<double>(num_blocks_);
+        stats_->scale_bits = 8.0 * static_cast<double>(totals_.codes_bytes);
         stats_->header_bits =
-            8 * (kCodesPlace + table_bytes + num_tiles_ * static_cast<int64_t>(sizeof(SplitEntry)));
+            8 * (kTablePlace + table_bytes + num_tiles_ * static_cast<int64_t>(sizeof(SplitEntry)));
         stats_->escapes = totals_.escapes;
-        stats_->empty_blocks = std::count(codes, codes + num_blocks_, 0);
+        stats_->empty_blocks = std::count(codes_, codes_ + num_blocks_, 0);
         stats_->coded_tiles = static_cast<int32_t>(totals_.coded_tiles);
     }
 
@@ -382,6 +384,8 @@ private:
     edl_stats* stats_;
     uint8_t* body_;
     const int64_t capacity_;
+    const Scratch::Lease codes_lease_;
+    uint8_t* const codes_;  // of all blocks
     uint64_t counts_[kMaxAlphabet] = {};
     FrequencyTable frequencies_;
     Totals totals_;
@@ -390,8 +394,7 @@ private:
 }  // namespace
 
 int64_t split_max_bytes(int64_t numel, int dtype) {
-    return 8 + padded(split_num_blocks(numel)) +
-           split_num_tiles(numel) * static_cast<int64_t>(sizeof(SplitEntry)) + padded(numel * item_bytes(dtype));
+    return 8 + split_num_tiles(numel) * static_cast<int64_t>(sizeof(SplitEntry)) + padded(numel * item_bytes(dtype));
 }
 
 int64_t split_encode(const Kernels& kernels, const ConstValues& x, ByteWriter& body, edl_stats* stats) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efficient_dl.codec.contract import PacketStats
 from efficient_dl.codec.entropy import model_bits, order0_bits
-from efficient_dl.codec.kernels.reference import exponents, tables, tiles
+from efficient_dl.codec.kernels.reference import block_codes, exponents, tables, tiles
 from efficient_dl.codec.kernels.reference.exponents import BLOCK_VALUES, ESCAPE, FLOAT8_DTYPES, Fields
 from efficient_dl.codec.kernels.reference.tiles import LANES, STATE_BYTES
 from efficient_dl.codec.kernels.reference.wire import Reader, from_bytes, pad4, to_bytes
@@ -32,6 +32,7 @@ class _Tile:
     """The blocks of a tile that have rows, and what is sent for them."""
 
     stored: Tensor  # uint8, padded
+    codes: Tensor  # uint8: their section of a coded tile
     symbols: Tensor  # int64 (rows, 128)
     raw: Tensor  # uint8: planes and escapes behind the words
     carry: Tensor  # int64 (128,)
@@ -47,8 +48,7 @@ class _Tile:
 
 def max_bytes(numel: int, dtype: torch.dtype) -> int:
     """The largest body: all tiles stored."""
-    num_blocks, num_tiles = -(-numel // BLOCK_VALUES), -(-numel // TILE_VALUES)
-    return 8 + _padded(num_blocks) + 12 * num_tiles + _padded(numel * dtype.itemsize)
+    return 8 + 12 * -(-numel // TILE_VALUES) + _padded(numel * dtype.itemsize)
 
 
 def encode(x: Tensor, stats: PacketStats | None) -> Tensor:
@@ -77,14 +77,13 @@ def encode(x: Tensor, stats: PacketStats | None) -> Tensor:
         directory += [content.numel(), num_words, tile.info if id(tile) in coded else 0]
         parts.append(content)
     prefix = to_bytes(torch.tensor([len(cut), table.numel()], device=x.device), 4)
-    codes = pad4(fields.codes.to(torch.uint8))
-    body = torch.cat([prefix, codes, table, to_bytes(torch.tensor(directory, device=x.device), 4), *parts])
+    body = torch.cat([prefix, table, to_bytes(torch.tensor(directory, device=x.device), 4), *parts])
     if stats is not None:
         sent = [tile for tile in cut if id(tile) in coded]
         stats.order0_bits = order0_bits(counts) + sum(tile.raw_bits for tile in cut)
         stats.model_bits = sum(_coded_bits(tile, frequency) for tile in sent)
         stats.model_bits += sum(8 * tile.stored.numel() for tile in cut if id(tile) not in coded)
-        stats.scale_bits = 8.0 * fields.codes.numel()
+        stats.scale_bits = 8.0 * sum(tile.codes.numel() for tile in sent)
         stats.header_bits = 8.0 * (prefix.numel() + table.numel() + 12 * len(cut))
         stats.escapes = sum(tile.num_escapes for tile in sent)
         stats.empty_blocks = int((fields.codes == 0).sum())
@@ -97,34 +96,32 @@ def decode(body: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
     num_tiles, table_bytes = reader.integers(2, 4)
     if num_tiles != -(-numel // TILE_VALUES):
         raise CorruptPacket("the number of tiles is wrong", found=str(num_tiles))
-    codes = reader.take(-(-numel // BLOCK_VALUES)).to(torch.int64)
-    reader.align4()
-    if dtype in FLOAT8_DTYPES and bool((codes > 1).any()):
-        raise CorruptPacket("a block's code is out of range", expected="0 or 1 for float8")
     frequency = tables.parse(reader.take(table_bytes), ALPHABET) if table_bytes else None
     directory = reader.integers(3 * num_tiles, 4)
-    blocks = torch.zeros(codes.numel() * BLOCK_VALUES * dtype.itemsize, dtype=torch.uint8, device=body.device)
+    num_blocks = -(-numel // BLOCK_VALUES)
+    blocks = torch.zeros(num_blocks * BLOCK_VALUES * dtype.itemsize, dtype=torch.uint8, device=body.device)
     any_coded = False
     for i in range(num_tiles):
         tile_bytes, num_words, info = directory[3 * i : 3 * i + 3]
-        here = slice(i * TILE_BLOCKS, (i + 1) * TILE_BLOCKS)
         out = blocks[i * TILE_VALUES * dtype.itemsize : (i + 1) * TILE_VALUES * dtype.itemsize]
-        rows = 2 * int((codes[here] > 0).sum())
         values = min(TILE_VALUES, numel - i * TILE_VALUES)
         content = Reader(reader.take(tile_bytes))
-        if info & _CODED and rows:
+        if info & _CODED:
             if frequency is None:
                 raise CorruptPacket("a coded tile without a frequency table", where=f"tile {i}")
             any_coded = True
-            present = codes[here] > 0
+            codes = block_codes.unpack(content, -(-values // BLOCK_VALUES))
+            if dtype in FLOAT8_DTYPES and bool((codes > 1).any()):
+                raise CorruptPacket("a block's code is out of range", expected="0 or 1 for float8")
+            present = codes > 0
             out.view(-1, BLOCK_VALUES * dtype.itemsize)[present] = _decode_coded(
-                content, frequency, codes[here][present], num_words, info, dtype
+                content, frequency, codes[present], num_words, info, dtype
             ).view(-1, BLOCK_VALUES * dtype.itemsize)
             if bool(out[values * dtype.itemsize :].any()):
                 raise CorruptPacket("a value behind the end of the tensor is not zero")
         elif info or num_words:
             raise CorruptPacket("a tile's directory entry is invalid", found=f"{info:#x}", where=f"tile {i}")
-        elif rows:
+        elif tile_bytes:
             out[: values * dtype.itemsize] = content.take(values * dtype.itemsize)
             content.align4()
         content.end()
@@ -136,14 +133,18 @@ def decode(body: Tensor, dtype: torch.dtype, numel: int) -> Tensor:
 
 def _cut_tile(x: Tensor, fields: Fields, first: int) -> _Tile:
     last = first + TILE_BLOCKS
-    present = (fields.codes[first:last] > 0).nonzero().view(-1) + first
+    codes = fields.codes[first:last]
+    present = (codes > 0).nonzero().view(-1) + first
     symbols = fields.symbols[present].view(-1, LANES)
     if not present.numel():
-        return _Tile(x.new_zeros(0, dtype=torch.uint8), symbols, symbols, symbols, 0, 0, 0, 0)
-    stored = pad4(byte_view(x[first * BLOCK_VALUES : last * BLOCK_VALUES]))
+        nothing = x.new_zeros(0, dtype=torch.uint8)
+        return _Tile(nothing, nothing, symbols, symbols, symbols, 0, 0, 0, 0)
+    stored, packed = pad4(byte_view(x[first * BLOCK_VALUES : last * BLOCK_VALUES])), block_codes.pack(codes)
     if not fields.planes:
         carry = symbols[-2] | symbols[-1] << 8
-        return _Tile(stored, symbols, stored[:0], carry, symbols.shape[0] - _CARRIED_ROWS, 0, _CODED, 0)
+        return _Tile(
+            stored, packed, symbols, stored[:0], carry, symbols.shape[0] - _CARRIED_ROWS, 0, _CODED, 0
+        )
     kept, escaped = fields.kept[present], fields.escaped[present]
     top = torch.where(kept, fields.planes[0][present], 0)
     raw, info = [top[:-1][kept[:-1]].to(torch.uint8)], _CODED
@@ -157,7 +158,7 @@ def _cut_tile(x: Tensor, fields: Fields, first: int) -> _Tile:
     carry = top[-1, :LANES] | top[-1, LANES:] << 8
     info |= num_escapes << _ESCAPES_SHIFT
     content = pad4(torch.cat(raw))
-    return _Tile(stored, symbols, content, carry, symbols.shape[0], raw_bits, info, num_escapes)
+    return _Tile(stored, packed, symbols, content, carry, symbols.shape[0], raw_bits, info, num_escapes)
 
 
 def _low_plane(plane: Tensor, kept: Tensor) -> tuple[int, Tensor]:
@@ -180,7 +181,7 @@ def _code_tiles(cut: list[_Tile], frequency: Tensor) -> list[tuple[Tensor, int]]
     states, words = tiles.encode(batch, num_rows, frequency, torch.stack([tile.carry for tile in cut]))
     return [
         (
-            torch.cat([pad4(torch.cat([to_bytes(states[i], 4), to_bytes(words[i], 2)])), tile.raw]),
+            torch.cat([tile.codes, to_bytes(states[i], 4), pad4(to_bytes(words[i], 2)), tile.raw]),
             words[i].numel(),
         )
         for i, tile in enumerate(cut)

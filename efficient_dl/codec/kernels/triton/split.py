@@ -40,8 +40,7 @@ class TritonSplit:
 
     def max_bytes(self, numel: int, dtype: torch.dtype, num_segments: int) -> int:
         """All tiles stored."""
-        num_blocks, num_tiles = _cdiv(numel, _BLOCK_VALUES), _cdiv(numel, _TILE_VALUES)
-        return 8 + 4 * _cdiv(num_blocks, 4) + 12 * num_tiles + 4 * _cdiv(numel * dtype.itemsize, 4)
+        return 8 + 12 * _cdiv(numel, _TILE_VALUES) + 4 * _cdiv(numel * dtype.itemsize, 4)
 
     def encode(self, x: Tensor, segments: tuple[int, ...], body: Tensor, stats: PacketStats | None) -> Tensor:
         """See `DeviceBodyKernel.encode`. Takes about 2 bytes a value of room for itself.
@@ -79,16 +78,16 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
     sample, saved = zeros[-4:-2], zeros[-2:].view(torch.int64)
     entries = torch.empty(256, dtype=torch.uint64, device=device)
     table_bytes = torch.empty(1, dtype=torch.int32, device=device)
+    codes = torch.empty(num_blocks, dtype=torch.uint8, device=device)
     records = torch.empty(num_blocks, dtype=torch.int32, device=device)
     starts = torch.empty(num_fields * num_blocks, dtype=torch.int32, device=device)
     words = torch.empty(num_tiles * capacity, dtype=torch.uint16, device=device)
     states = torch.empty(num_tiles * _LANES, dtype=torch.uint32, device=device)
-    tiles = torch.empty(5 * num_tiles, dtype=torch.int32, device=device)
+    tiles = torch.empty(6 * num_tiles, dtype=torch.int32, device=device)
     sizes = torch.empty(2 * num_tiles, dtype=torch.int32, device=device)
     offsets = torch.empty(num_tiles, dtype=torch.int64, device=device)
     place = torch.empty(3, dtype=torch.int64, device=device)
 
-    codes = body[8:]
     if width > 1:
         stride = max(1, num_blocks // _SAMPLE_BLOCKS)
         grid = (_cdiv(_cdiv(num_blocks, stride), _GROUP),)
@@ -110,7 +109,7 @@ def _encode(x: Tensor, body: Tensor) -> Tensor:
     _launch(
         split_encode.layout_kernel, (1,),
         body[: body.numel() // 4 * 4].view(torch.int32), table, table_bytes, saved, sizes, offsets, place,
-        num_blocks, num_tiles, CHUNK=_SCAN_CHUNK, num_warps=_WARPS,
+        num_tiles, CHUNK=_SCAN_CHUNK, num_warps=_WARPS,
     )  # fmt: skip
     _launch(
         split_encode.place_kernel, (num_tiles, _PARTS),
@@ -136,7 +135,7 @@ def _decode(packet: Tensor, dtype: torch.dtype, out: Tensor, accumulate: bool, s
     kinds = torch.empty(num_tiles, dtype=torch.int32, device=device)
 
     _launch(
-        split_decode.open_kernel, (1,), packet, status, entries, offsets, place, num_blocks, num_tiles,
+        split_decode.open_kernel, (1,), packet, status, entries, offsets, place, num_tiles,
         CHUNK=_SCAN_CHUNK, num_warps=_WARPS,
     )  # fmt: skip
     _launch(tables.expand_kernel, (16,), entries, slots, BLOCK=256, num_warps=_WARPS)

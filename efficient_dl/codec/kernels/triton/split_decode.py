@@ -16,6 +16,14 @@ import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.header import WRONG_BODY as _WRONG_BODY
 from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, decode_ranked_row, decode_row
+from efficient_dl.codec.kernels.triton.split_codes import (
+    HEAD_BYTES,
+    codes_are_sound,
+    head_is_sound,
+    load_code,
+    load_codes,
+    section_bytes,
+)
 from efficient_dl.codec.kernels.triton.split_values import (
     BLOCK_VALUES,
     ESCAPE,
@@ -43,14 +51,12 @@ REFUSED = tl.constexpr(3)
 WRITTEN = tl.constexpr(4)  # coded, and its values are in the output
 
 HEADER_BYTES = tl.constexpr(32)
-CODES_AT = tl.constexpr(40)
+TABLE_AT = tl.constexpr(40)
 _TABLE_BYTES = tl.constexpr(416)
 
 
 @triton.jit
-def open_kernel(
-    packet_ptr, status_ptr, entries_ptr, offsets_ptr, place_ptr, num_blocks, num_tiles, CHUNK: tl.constexpr
-):
+def open_kernel(packet_ptr, status_ptr, entries_ptr, offsets_ptr, place_ptr, num_tiles, CHUNK: tl.constexpr):
     """Reads the table and the sizes of the tiles; one program.
 
     packet_ptr: uint8, at a multiple of 4 bytes. status_ptr: int64 (3,): error, the packet's bytes, its flags.
@@ -59,8 +65,7 @@ def open_kernel(
     """
     tl.store(place_ptr, tl.full([], -1, tl.int64))
     packet_bytes = tl.load(status_ptr + 1)
-    table_at = CODES_AT + (num_blocks + 3) // 4 * 4
-    room = packet_bytes - table_at - 12 * num_tiles
+    room = packet_bytes - TABLE_AT - 12 * num_tiles
     if tl.load(status_ptr) == 0:
         sound = room >= 0
         if sound:
@@ -70,11 +75,10 @@ def open_kernel(
             largest = tl.minimum(room, _TABLE_BYTES)
             fits = (table_bytes >= 0) & (table_bytes <= largest) & ((table_bytes & 3) == 0)
             table_bytes = tl.where(fits, table_bytes, 0)
-            is_valid = parse_table(packet_ptr + table_at, table_bytes, entries_ptr, 256)
+            is_valid = parse_table(packet_ptr + TABLE_AT, table_bytes, entries_ptr, 256)
             sound = sound & fits & (is_valid | (table_bytes == 0))
-            sound = sound & _is_zero(packet_ptr, CODES_AT + num_blocks, table_at)
 
-            directory_ptr = head_ptr + (table_at + table_bytes) // 4
+            directory_ptr = head_ptr + (TABLE_AT + table_bytes) // 4
             total = tl.zeros([], tl.int64)
             misaligned = tl.zeros([], tl.int32)
             num_coded = tl.zeros([], tl.int32)
@@ -88,7 +92,7 @@ def open_kernel(
                 tl.store(offsets_ptr + tile, total + tl.cumsum(size, 0) - size, mask=mask)
                 total += tl.sum(size, 0)
                 num_coded += tl.sum(tl.load(directory_ptr + 3 * tile + 2, mask=mask, other=0) & 1, 0)
-            tiles_at = (table_at + table_bytes).to(tl.int64) + 12 * num_tiles
+            tiles_at = (table_bytes + TABLE_AT).to(tl.int64) + 12 * num_tiles
             sound = sound & (tiles_at + total == packet_bytes) & (misaligned == 0)
             # A table without a coded tile, or the other way round.
             sound = sound & ((table_bytes > 0) == (num_coded > 0))
@@ -115,11 +119,6 @@ def decode_kernel(
         first = tile * TILE_BLOCKS
         member = tl.arange(0, TILE_BLOCKS)
         inside = first + member < num_blocks
-        codes_ptr = packet_ptr + CODES_AT + first
-        code = tl.load(codes_ptr + member, mask=inside, other=0).to(tl.int32)
-        present = (code > 0).to(tl.int32)
-        num_present = tl.sum(present, 0)
-        rows = 2 * num_present - (2 if WIDTH == 1 else 0)
         remaining = tl.minimum(numel - tile.to(tl.int64) * TILE_VALUES, TILE_VALUES).to(tl.int32)
         entry_ptr = (packet_ptr + (tiles_at - 12 * (num_tiles - tile))).to(tl.pointer_type(tl.int32))
         tile_bytes = tl.load(entry_ptr)
@@ -127,24 +126,38 @@ def decode_kernel(
         info = tl.load(entry_ptr + 2)
         tile_ptr = packet_ptr + tiles_at + tl.load(offsets_ptr + tile)
 
-        kind = tl.where(num_present == 0, ZEROS, tl.where((info & 1) == 0, STORED, CODED))
+        kind = tl.where((info & 1) != 0, CODED, tl.where(tile_bytes == 0, ZEROS, STORED))
         if kind == CODED:
+            head = tl.load(tile_ptr.to(tl.pointer_type(tl.int32)), mask=tile_bytes >= HEAD_BYTES, other=0)
+            sound = head_is_sound(head)
+            count = tl.minimum(num_blocks - first, TILE_BLOCKS)
+            states_at = section_bytes(tl.where(sound, head, 0), count)
+            sound = sound & (tile_bytes >= states_at + STATE_BYTES)
+            code = load_codes(tile_ptr, head, member, member < tl.where(sound, count, 0))
+            present = (code > 0).to(tl.int32)
+            rows = 2 * tl.sum(present, 0) - (2 if WIDTH == 1 else 0)
+            if sound:
+                sound = codes_are_sound(tile_ptr, head, code, count)
+            if WIDTH == 1:
+                sound = sound & (tl.max(code, 0) <= 1)
             # Bits of info that mean nothing: only float32 has modes, and float8 no escapes.
             unknown: tl.constexpr = -2 if WIDTH == 1 else (0xFFE if WIDTH == 2 else 0x0FE)
             modes = info >> MODES_SHIFT
-            sound = ((info & unknown) == 0) & (rows > 0) & (num_words >= 0) & (num_words <= rows * LANES)
+            sound = (
+                sound & ((info & unknown) == 0) & (rows > 0) & (num_words >= 0) & (num_words <= rows * LANES)
+            )
             sound = sound & ((modes & 3) != 3) & (((modes >> 2) & 3) != 3)
-            sound = sound & (tile_bytes >= STATE_BYTES + (num_words + 1) // 2 * 4)
+            sound = sound & (tile_bytes >= states_at + STATE_BYTES + (num_words + 1) // 2 * 4)
             if FUSED:
                 kind = tl.where((info >> ESCAPES_SHIFT) == 0, WRITTEN, CODED)
                 if sound & (kind == WRITTEN):
                     sound = _decode_values(
-                        tile_ptr, tile_bytes, num_words, codes_ptr, tl.max(tl.where(present > 0, member, -1), 0),
+                        tile_ptr, tile_bytes, num_words, head, states_at, tl.max(tl.where(present > 0, member, -1), 0),
                         slots_ptr, out_ptr + tile.to(tl.int64) * TILE_VALUES, remaining,
                     )  # fmt: skip
             if sound & (kind == CODED):
                 sound = _decode_tile(
-                    tile_ptr, tile_bytes, num_words, info, codes_ptr, present, inside, slots_ptr,
+                    tile_ptr, tile_bytes, num_words, info, head, states_at, present, inside, slots_ptr,
                     symbols_ptr + first.to(tl.int64) * BLOCK_VALUES, carried_ptr + tile * BLOCK_VALUES,
                     starts_ptr + first, counts_ptr + first, num_blocks, WIDTH,
                 )  # fmt: skip
@@ -153,30 +166,29 @@ def decode_kernel(
             sound = (info == 0) & (num_words == 0) & (tile_bytes == (used + 3) // 4 * 4)
             if sound:
                 sound = _is_zero(tile_ptr, used, tile_bytes)
-        if WIDTH == 1:
-            sound = sound & (tl.max(code, 0) <= 1)
         tl.store(kinds_ptr + tile, tl.where(sound, kind, REFUSED))
         _note(status_ptr, sound)
 
 
 @triton.jit
 def _decode_tile(
-    tile_ptr, tile_bytes, num_words, info, codes_ptr, present, inside, slots_ptr, symbols_ptr, carried_ptr, starts_ptr,
-    counts_ptr, num_blocks, WIDTH: tl.constexpr,
+    tile_ptr, tile_bytes, num_words, info, head, states_at, present, inside, slots_ptr, symbols_ptr, carried_ptr,
+    starts_ptr, counts_ptr, num_blocks, WIDTH: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
     member = tl.arange(0, TILE_BLOCKS)
     last = tl.max(tl.where(present > 0, member, -1), 0)
-    state = tl.load(tile_ptr.to(tl.pointer_type(tl.uint32)) + lane)
-    words_ptr = (tile_ptr + STATE_BYTES).to(tl.pointer_type(tl.uint16))
+    words_at = states_at + STATE_BYTES
+    state = tl.load((tile_ptr + states_at).to(tl.pointer_type(tl.uint32)) + lane)
+    words_ptr = (tile_ptr + words_at).to(tl.pointer_type(tl.uint16))
     position = tl.zeros([], tl.int32)
     counts = tl.zeros([TILE_BLOCKS], tl.int32)
     front = tl.zeros([LANES], tl.int32)
     back = tl.zeros([LANES], tl.int32)
-    next_code = tl.load(codes_ptr).to(tl.int32)
+    next_code = load_code(tile_ptr, head, 0)
     for block in range(0, last + (0 if WIDTH == 1 else 1)):
         code = next_code
-        next_code = tl.load(codes_ptr + tl.minimum(block + 1, last)).to(tl.int32)
+        next_code = load_code(tile_ptr, head, tl.minimum(block + 1, last))
         if code > 0:
             state, front, position = decode_row(state, slots_ptr, words_ptr, position, num_words)
             state, back, position = decode_row(state, slots_ptr, words_ptr, position, num_words)
@@ -193,7 +205,7 @@ def _decode_tile(
     carry = carry.to(tl.int32)
     low = carry & 255
     high = (carry >> 8) & 255
-    used = STATE_BYTES + 2 * num_words
+    used = words_at + 2 * num_words
     sound = sound & _is_zero(tile_ptr, used, (used + 3) // 4 * 4)
     used = (used + 3) // 4 * 4
     if WIDTH == 1:
@@ -234,24 +246,27 @@ def _decode_tile(
 
 
 @triton.jit
-def _decode_values(tile_ptr, tile_bytes, num_words, codes_ptr, last, slots_ptr, out_ptr, remaining):
+def _decode_values(
+    tile_ptr, tile_bytes, num_words, head, states_at, last, slots_ptr, out_ptr, remaining
+):  # fmt: skip
     """Writes a tile of 16-bit values that has no escapes; returns whether it was sound.
 
     last: the tile's last block with rows, whose bytes of plane 0 travel in the states. A value's byte is found by its
     rank among the values other than zero, counted from the tile's beginning.
     """
     lane = tl.arange(0, LANES)
-    used = STATE_BYTES + (num_words + 1) // 2 * 4
-    state = tl.load(tile_ptr.to(tl.pointer_type(tl.uint32)) + lane)
-    words_ptr = (tile_ptr + STATE_BYTES).to(tl.pointer_type(tl.uint16))
+    words_at = states_at + STATE_BYTES
+    used = words_at + (num_words + 1) // 2 * 4
+    state = tl.load((tile_ptr + states_at).to(tl.pointer_type(tl.uint32)) + lane)
+    words_ptr = (tile_ptr + words_at).to(tl.pointer_type(tl.uint16))
     position = tl.zeros([], tl.int32)
     plane_at = used
     largest = tl.zeros([LANES], tl.int32)
     faults = tl.zeros([LANES], tl.int32)
-    next_code = tl.load(codes_ptr).to(tl.int32)
+    next_code = load_code(tile_ptr, head, 0)
     for block in range(0, last):
         code = next_code
-        next_code = tl.load(codes_ptr + block + 1).to(tl.int32)
+        next_code = load_code(tile_ptr, head, block + 1)
         for half in tl.static_range(2):
             bits = tl.zeros([LANES], tl.int32)
             if code > 0:
@@ -283,7 +298,7 @@ def _decode_values(tile_ptr, tile_bytes, num_words, codes_ptr, last, slots_ptr, 
         _store_row(out_ptr, lane + row * LANES, tl.zeros([LANES], tl.int32), remaining)
 
     sound = (position == num_words) & (tl.max((faults != 0).to(tl.int32), 0) == 0)
-    sound = sound & _is_zero(tile_ptr, STATE_BYTES + 2 * num_words, used)
+    sound = sound & _is_zero(tile_ptr, words_at + 2 * num_words, used)
     sound = sound & ((plane_at + 3) // 4 * 4 == tile_bytes)
     if sound:
         sound = _is_zero(tile_ptr, plane_at, tile_bytes)
@@ -344,8 +359,7 @@ def merge_kernel(
                     bits = load_bits(typed(tile_ptr, WIDTH), index, index < remaining, WIDTH)
                 if kind == CODED:
                     bits = _merge_blocks(
-                        packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member,
-                        num_blocks, WIDTH,
+                        tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member, num_blocks, WIDTH,
                     )  # fmt: skip
                     behind = tl.where(index < remaining, 0, bits)
                     _note(status_ptr, tl.max(tl.max((behind != 0).to(tl.int32), 1), 0) == 0)
@@ -361,14 +375,13 @@ def merge_kernel(
 
 @triton.jit
 def _merge_blocks(
-    packet_ptr, tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member, num_blocks,
-    WIDTH: tl.constexpr,
+    tile_ptr, symbols_ptr, carried_ptr, starts_ptr, counts_ptr, tile, member, num_blocks, WIDTH: tl.constexpr
 ):  # fmt: skip
     """The bits of some blocks of a coded tile, int32 (blocks, 256)."""
     block = tile * TILE_BLOCKS + member
     inside = block < num_blocks
     value = tl.arange(0, BLOCK_VALUES)[None, :]
-    code = tl.load(packet_ptr + CODES_AT + block, mask=inside, other=0).to(tl.int32)
+    code = load_codes(tile_ptr, tl.load(tile_ptr.to(tl.pointer_type(tl.int32))), member, inside)
     present = (code > 0)[:, None]
     symbol_at = block.to(tl.int64)[:, None] * BLOCK_VALUES + value
     symbol = tl.load(symbols_ptr + symbol_at, mask=present & (symbol_at >= 0), other=0).to(tl.int32)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from efficient_dl.codec.kernels.triton.compact import NO_LIMIT, copy_integers, copy_words, scan_tiles
 from efficient_dl.codec.kernels.triton.rans import LANES, LOW, STATE_BYTES, encode_row
+from efficient_dl.codec.kernels.triton.split_codes import choose_head, section_bytes, store_codes
 from efficient_dl.codec.kernels.triton.split_values import (
     BLOCK_VALUES,
     ESCAPE,
@@ -38,11 +39,13 @@ ESCAPED_SHIFT = tl.constexpr(9)
 LOW_PLANES_SHIFT = tl.constexpr(18)
 COUNT_MASK = tl.constexpr(511)
 _COUNTS_MASK = tl.constexpr((1 << 18) - 1)
+TABLE_AT = tl.constexpr(8)  # in the body
 # A tile's record, int32 each.
 NUM_WORDS = tl.constexpr(0)
 INFO = tl.constexpr(1)
 USED_BYTES = tl.constexpr(2)  # of a coded tile, without the padding
 BITMAPS = tl.constexpr(3)  # and 4: where the bitmaps of planes 1 and 2 begin in the tile, -1 if there is none
+HEAD = tl.constexpr(5)  # of its codes
 _NO_LIMIT = tl.constexpr(NO_LIMIT)
 
 
@@ -63,8 +66,8 @@ def measure_kernel(
 ):  # fmt: skip
     """Reference exponents, the blocks' records and the counts of the symbols; a program takes BLOCKS blocks.
 
-    sample_ptr: int32 (2,) of `sample_kernel`. codes_ptr: uint8 in the packet, written with its padding. records_ptr:
-    int32 (num_blocks,). counts_ptr: int32 (256,), added to.
+    sample_ptr: int32 (2,) of `sample_kernel`. codes_ptr: uint8 (num_blocks,). records_ptr: int32 (num_blocks,).
+    counts_ptr: int32 (256,), added to.
     """
     mean = tl.load(sample_ptr).to(tl.int64) * 256 // tl.maximum(tl.load(sample_ptr + 1), 1)
     mean = mean.to(tl.int32)
@@ -85,7 +88,7 @@ def measure_kernel(
             distance = 256 * tl.sum(exponents(bits, WIDTH), 1) // tl.maximum(nonzero, 1) - mean
             code = tl.minimum(tl.maximum(((distance + 128) >> 8) + (mean >> 8), 1), 255)
             code = tl.where(nonzero > 0, code, 0)
-        tl.store(codes_ptr + first + block, code.to(tl.uint8), mask=first + block < (num_blocks + 3) // 4 * 4)
+        tl.store(codes_ptr + first + block, code.to(tl.uint8), mask=first + block < num_blocks)
         symbol = symbols(bits, code[:, None], WIDTH)
         counts += tl.histogram(tl.reshape(symbol, [GROUP * BLOCK_VALUES]), 256)
         num_empty += tl.sum((code == 0).to(tl.int32), 0)
@@ -112,7 +115,7 @@ def code_kernel(
 
     words_ptr: uint16, CAPACITY a tile, filled from the end. states_ptr: uint32, 128 a tile. starts_ptr: int32, for each
     plane and for the escapes num_blocks: where the block's bytes begin in the tile, -1 if there are none. tiles_ptr:
-    int32 (5, num_tiles), the tiles' records. sizes_ptr: int32 (2, num_tiles), the bytes if no tile was coded, and if
+    int32 (6, num_tiles), the tiles' records. sizes_ptr: int32 (2, num_tiles), the bytes if no tile was coded, and if
     those are that gain by it. saved_ptr: int64, what the latter saves in all.
     """
     tile = tl.program_id(0)
@@ -124,7 +127,8 @@ def code_kernel(
 
     member = tl.arange(0, TILE_BLOCKS)
     inside = first + member < num_blocks
-    present = tl.load(codes_ptr + first + member, mask=inside, other=0) > 0
+    codes = tl.load(codes_ptr + first + member, mask=inside, other=0).to(tl.int32)
+    present = codes > 0
     num_present = tl.sum(present.to(tl.int32), 0)
     last = tl.max(tl.where(present, member, -1), 0)
 
@@ -162,7 +166,13 @@ def code_kernel(
     kept = record & COUNT_MASK
     escaped = (record >> ESCAPED_SHIFT) & COUNT_MASK
     num_escapes = tl.sum(escaped, 0)
-    used = STATE_BYTES + (num_words + 1) // 2 * 4
+    head = choose_head(codes, inside)
+    tl.store(tiles_ptr + HEAD * num_tiles + tile, head)
+    used = (
+        section_bytes(head, tl.minimum(num_blocks - first, TILE_BLOCKS))
+        + STATE_BYTES
+        + (num_words + 1) // 2 * 4
+    )
     info = 1 | (num_escapes << ESCAPES_SHIFT)
     if WIDTH > 1:
         starts_ptr += first
@@ -198,7 +208,7 @@ def _carried(bits, code, WIDTH: tl.constexpr):
 
 @triton.jit
 def layout_kernel(
-    body_ptr, table_ptr, table_bytes_ptr, saved_ptr, sizes_ptr, offsets_ptr, place_ptr, num_blocks, num_tiles,
+    body_ptr, table_ptr, table_bytes_ptr, saved_ptr, sizes_ptr, offsets_ptr, place_ptr, num_tiles,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Decides whether there is a table at all, and where every tile begins; one program.
@@ -211,8 +221,7 @@ def layout_kernel(
     table_bytes = tl.where(coded, table_bytes, 0)
     chosen_ptr = sizes_ptr + tl.where(coded, num_tiles, 0)
     _, tile_bytes = scan_tiles(chosen_ptr, offsets_ptr, num_tiles, _NO_LIMIT, CHUNK)
-    table_at = 8 + (num_blocks + 3) // 4 * 4
-    tiles_at = (table_at + table_bytes).to(tl.int64) + 12 * num_tiles
+    tiles_at = (table_bytes + TABLE_AT).to(tl.int64) + 12 * num_tiles
     tl.store(place_ptr, tiles_at + tile_bytes)
     tl.store(place_ptr + 1, tiles_at)
     tl.store(place_ptr + 2, coded.to(tl.int64))
@@ -220,7 +229,7 @@ def layout_kernel(
     tl.store(body_ptr + 1, table_bytes)
     word = tl.arange(0, 128)
     mask = (word < table_bytes // 4) & (word < TABLE_WORDS)
-    tl.store(body_ptr + table_at // 4 + word, tl.load(table_ptr + word, mask=mask, other=0), mask=mask)
+    tl.store(body_ptr + TABLE_AT // 4 + word, tl.load(table_ptr + word, mask=mask, other=0), mask=mask)
 
 
 @triton.jit
@@ -246,11 +255,15 @@ def place_kernel(
     x_ptr += tile.to(tl.int64) * TILE_VALUES
     remaining = tl.minimum(numel - tile.to(tl.int64) * TILE_VALUES, TILE_VALUES).to(tl.int32)
     if (info & 1) != 0:
-        word_target_ptr = (target_ptr + STATE_BYTES).to(tl.pointer_type(tl.int32))
+        head = tl.load(tiles_ptr + HEAD * num_tiles + tile)
+        count = tl.minimum(num_blocks - tile * TILE_BLOCKS, TILE_BLOCKS)
+        states_at = section_bytes(head, count)
+        word_target_ptr = (target_ptr + states_at + STATE_BYTES).to(tl.pointer_type(tl.int32))
         source_ptr = words_ptr + tile.to(tl.int64) * CAPACITY + (CAPACITY - num_words)
         copy_words(word_target_ptr, source_ptr, num_words, part, PARTS, 512)
         if part == 0:
-            state_target_ptr = target_ptr.to(tl.pointer_type(tl.int32))
+            store_codes(target_ptr, codes_ptr + tile * TILE_BLOCKS, head, count)
+            state_target_ptr = (target_ptr + states_at).to(tl.pointer_type(tl.int32))
             copy_integers(state_target_ptr, states_ptr + tile * LANES, LANES, 0, 1, LANES)
             padding = tl.load(tiles_ptr + USED_BYTES * num_tiles + tile) + tl.arange(0, 4)
             tl.store(target_ptr + padding, tl.zeros([4], tl.uint8), mask=padding < tile_bytes)
