@@ -19,6 +19,7 @@ from efficient_dl.comm.codec_timing import codec_speed, copy_seconds, now, packe
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
 from efficient_dl.comm.process_group import ProcessGroupTransport
+from efficient_dl.comm.sampling import spread_blocks, spread_numel
 from efficient_dl.comm.topology import Topology, machine, own_cores
 from efficient_dl.comm.transport import Transport
 
@@ -64,7 +65,7 @@ def probe(
     transport: what will carry compressed bytes. native: torch's all-reduce of a tensor, in place.
     topology: which ranks share a node. control: makes the groups inside of nodes and between them, where nodes have
         several ranks each; without it these are not measured.
-    sample: 1-D gradient, or what resembles one, of the parameters that a bucket holds; segments: their numels.
+    sample: 1-D gradient, or what resembles one, as `sample_gradient` returns it; segments: its parameters' numels.
     backward_seconds: this rank's; the slowest one's counts. ready: shares of it, one a parameter, after which gradients
         are there on this rank, in the same order on all; the largest count.
     feeds_back: whether what lossy packets leave out will go with the next ones. bucket_copies: how often a step copies
@@ -130,24 +131,26 @@ def _has_full_machine(everyone: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-    """Values like a bucket's, at most 8 MiB of float32, and how many of them are of each parameter.
+    """Values that stand for all gradients, at most 8 MiB of float32, and how many of them are of each parameter.
 
-    They are the last parameters' gradients. Where there is none, or one of exactly zero, as before the first step of a
-    network whose residual branches end in norms that begin at zero, they are normal, from the same numbers on every
-    rank: with the spread of an average gradient, or without any with one of its own for each parameter.
+    They are blocks from all over every parameter's gradient, the last parameter first. Where there is none, or one of
+    exactly zero, as before the first step of a network whose residual branches end in norms that begin at zero, they
+    are normal, from the same numbers on every rank: with the spread of an average gradient, or without any with one of
+    its own for each parameter.
     """
     generator = torch.Generator().manual_seed(0)
     found = [float(p.grad.float().square().mean().sqrt()) for p in parameters if _has_values(p.grad)]
     spreads = [spread for spread in found if math.isfinite(spread)]
     parts: list[Tensor] = []
     left = SAMPLE_NUMEL
+    share = left / max(sum(p.numel() for p in parameters), 1)
     for parameter in reversed(list(parameters)):
-        numel = min(parameter.numel(), left)
+        numel = min(spread_numel(parameter.numel(), share), left)
         if numel == 0:
             continue
         gradient = parameter.grad
         if _has_values(gradient):
-            parts.append(gradient.detach().reshape(-1)[:numel].to(parameter.dtype))
+            parts.append(spread_blocks(gradient.detach().reshape(-1), share)[:numel].to(parameter.dtype))
         else:
             spread = statistics.median(spreads) if spreads else parameter.numel() ** -0.5
             drawn = torch.randn(numel, generator=generator) * spread

@@ -43,7 +43,7 @@ class Replanner(PlanWatch):
     ) -> None:
         self.plan = plan
         self.levels = levels
-        self._sample = Sample()
+        self._sample = Sample(model.numel)
         place = _AllRanks(control, carrier, levels, model.itemsize, self._sample, auto)
         super().__init__(
             self._possible(measurements), decision, model, auto, place, options, tells=control.rank == 0

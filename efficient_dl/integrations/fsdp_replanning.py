@@ -53,7 +53,7 @@ class FsdpReplanner:
         options: ReplanOptions,
     ) -> None:
         self.samples = False
-        self._sample = Sample()
+        self._sample = Sample(sum(unit.trained_layout().bucket.numel for unit in units))
         self._compressors = compressors
         self._active = options.active
         options = replace(options, allowance=options.allowance.shared(len(planned)))

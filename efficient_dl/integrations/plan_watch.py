@@ -19,6 +19,7 @@ from efficient_dl.comm.look import LOOK_NUMEL, Allowance, Window
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
+from efficient_dl.comm.sampling import spread_blocks
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor
 
 _log = logging.getLogger(__name__)
@@ -77,23 +78,26 @@ class ReplanOptions:
 
 
 class Sample:
-    """Values of a step's gradients, at most `LOOK_NUMEL`, for the look after it.
+    """Values from all over a step's gradients, at most `LOOK_NUMEL`, for the look after it.
 
     Before they were reduced, where our hook sees them; under DDP's native all-reduce their averages.
+
+    numel: of all that may be kept from a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numel: int) -> None:
+        self._share = LOOK_NUMEL / max(numel, 1)
         self._parts: list[Tensor] = []
         self._segments: list[int] = []
 
     def keep(self, x: Tensor, numels: Sequence[int]) -> None:
-        """Copies values of x, 1-D, of parameters with these numels."""
+        """Copies a share of x, 1-D, of parameters with these numels."""
         if self._parts and self._parts[0].dtype != x.dtype:
             return
         for part in x.split(list(numels)):
             left = LOOK_NUMEL - sum(self._segments)
             if left > 0 and part.numel():
-                self._parts.append(part[:left].detach().clone())
+                self._parts.append(spread_blocks(part.detach(), self._share)[:left])
                 self._segments.append(self._parts[-1].numel())
 
     @property

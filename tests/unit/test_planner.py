@@ -22,7 +22,13 @@ from efficient_dl.comm.measurements import (
     extrapolated,
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for, predict
-from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns, sample_gradient
+from efficient_dl.comm.probe import (
+    SAMPLE_NUMEL,
+    _has_full_machine,
+    codecs_for,
+    link_turns,
+    sample_gradient,
+)
 from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
 
@@ -404,6 +410,34 @@ def test_two_hosts_extrapolated_are_many_with_as_much_latency_for_each_message()
     assert eight.codecs[0].encode_seconds == 4 * two.codecs[0].encode_seconds
     assert eight.packet == PacketCost(1.6e-4, 1.2e-4, 144.0)
     assert replace(extrapolated(two, 2), assumed="") == two
+
+
+def test_a_sample_has_blocks_from_all_over_every_gradient() -> None:
+    """A model's last values tell little of what the others cost: a global step's bits differ by parameter."""
+    numels = (3_000_000, 100, 1_000_000, 0, 700)
+    parameters = [torch.nn.Parameter(torch.zeros(numel)) for numel in numels]
+    for parameter in parameters:
+        parameter.grad = torch.arange(1.0, parameter.numel() + 1)
+    sample, segments = sample_gradient(parameters)
+    assert (segments[0], segments[2]) == (
+        256,
+        100,
+    )  # whole blocks where there are some, the last parameter first
+    assert SAMPLE_NUMEL - 512 < sample.numel() <= SAMPLE_NUMEL
+    for numel, part in zip(
+        (1_000_000, 3_000_000), (sample.split(segments)[1], sample.split(segments)[3]), strict=True
+    ):
+        assert part.numel() == pytest.approx(numel * SAMPLE_NUMEL / 4_000_800, rel=0.01)
+        blocks = part.view(-1, 256)
+        assert torch.equal(blocks, blocks[:, :1] + torch.arange(256.0))
+        places = (blocks[:, 0] - 1) / 256
+        assert float(places.diff().max()) <= 2 and float(places[-1]) >= numel // 256 - 3
+
+    small = torch.nn.Parameter(torch.zeros(1000))
+    small.grad = torch.randn(1000)
+    sample, segments = sample_gradient([small])
+    assert segments == [1000] and torch.equal(sample, small.grad)
+    assert sample.data_ptr() != small.grad.data_ptr()
 
 
 def test_a_gradient_of_exactly_zero_is_no_sample_of_what_is_to_come() -> None:
