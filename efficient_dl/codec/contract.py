@@ -86,7 +86,8 @@ class PacketStats:
         table would need. Of "grid:RATE" and "delta": of all integers, those of empty blocks included, without classes.
     model_bits: what the codec's own model costs with an ideal arithmetic coder (its 12-bit tables, its escapes,
         its raw bits), in bits for the whole tensor, without scales and headers.
-    scale_bits, header_bits: the blocks' scale codes or classes; the header, parameters, tables and directory.
+    scale_bits, header_bits: the blocks' scale codes, classes or reference exponents; the header, parameters, tables
+        and directory.
     packet_bytes: the packet's real length.
     largest_escape: of "grid:RATE" (at most 32,767) and "delta", the largest magnitude of an escaped integer; 0 without.
     relative_step: of "bits:RATE", in units of each block's rms. step_size: of "grid:RATE".

@@ -1,13 +1,17 @@
 """Which compression pays here, if any: a pure function of measurements, with its prediction and its reason.
 
 A step is predicted from two resources that work side by side, the processor and the link. With K the processor's
-seconds (forward, backward, DDP's copies of gradients, what of the codec is not hidden, and the messages' latencies),
-x the link's seconds for all bytes, rᵢ the share of a step after which bucket i is there, and vᵢ the share of all
-values in it and the later ones:
+seconds (forward, backward, DDP's copies of gradients), x the link's seconds for all bytes, rᵢ the share of K after
+which bucket i is there, vᵢ the share of all values in it and the later ones, and c what nothing hides, the messages'
+latencies and the codec:
 
-    step = max over buckets of (rᵢ K + vᵢ x)
+    step = c + max over buckets of (rᵢ K + vᵢ x)
 
 From some bucket on the link is busy without a pause; of the last one, rᵢ = 1. exposed = step − backward.
+
+Where codec and backward share a core, c has all of the codec's time: while backward runs it makes that longer, and
+later the link waits for it or it for the link (docs/experiments.md has a simulation, for any number of buckets). Where
+the codec has a core to itself, c has the last bucket's, and K is the codec's time for the others if that is longer.
 
 Bytes that a rank sends, of V values at b bytes on n ranks:
     native      2 (n − 1) / n · V · itemsize, by torch's all-reduce as measured
@@ -24,9 +28,10 @@ latency is that of our exchange divided by its n − 1.
 The rule: of all choices within `tolerance` of the fastest one, the least compressing. So nothing is chosen that is
 predicted to be slower than the native all-reduce, and native wins ties.
 
-Why this form of a step: it is homogeneous in (K, x) with the same rᵢ and vᵢ for all choices, so that T1 / T2 of two
-choices is monotone in the link's speed. With buckets of a given size a faster link can then never lead to more
-compression, nor a slower codec to leave the native all-reduce; tests hold both (tests/unit/test_planner.py).
+Why this form of a step: with the same K, rᵢ and vᵢ for all choices, what one of fewer bytes saves of the maximum only
+shrinks as the link gets faster, while the difference of their c stays. With buckets of a given size a faster link can
+then never lead to more compression, nor a slower codec to leave the native all-reduce; tests hold both
+(tests/unit/test_planner.py).
 A hierarchy against a flat reduction is another question: where a link is so fast
 that the hierarchy no longer pays, each rank sends more bytes, and more compression can pay again.
 """

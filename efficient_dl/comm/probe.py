@@ -19,7 +19,7 @@ from efficient_dl.comm.codec_timing import codec_speed, copy_seconds, now, packe
 from efficient_dl.comm.handshake import gather_json
 from efficient_dl.comm.measurements import CodecSpeed, Line, Measurements, NodeLink, PacketCost, merged
 from efficient_dl.comm.process_group import ProcessGroupTransport
-from efficient_dl.comm.sampling import spread_blocks, spread_numel
+from efficient_dl.comm.sampling import Spread
 from efficient_dl.comm.topology import Topology, machine, own_cores
 from efficient_dl.comm.transport import Transport
 
@@ -133,7 +133,7 @@ def _has_full_machine(everyone: Sequence[Mapping[str, Any]]) -> bool:
 def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Values that stand for all gradients, at most 8 MiB of float32, and how many of them are of each parameter.
 
-    They are blocks from all over every parameter's gradient, the last parameter first. Where there is none, or one of
+    They are blocks from all over the model's gradients, the last parameter first. Where there is none, or one of
     exactly zero, as before the first step of a network whose residual branches end in norms that begin at zero, they
     are normal, from the same numbers on every rank: with the spread of an average gradient, or without any with one of
     its own for each parameter.
@@ -142,20 +142,17 @@ def sample_gradient(parameters: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     found = [float(p.grad.float().square().mean().sqrt()) for p in parameters if _has_values(p.grad)]
     spreads = [spread for spread in found if math.isfinite(spread)]
     parts: list[Tensor] = []
-    left = SAMPLE_NUMEL
-    share = left / max(sum(p.numel() for p in parameters), 1)
+    sample = Spread(sum(p.numel() for p in parameters), SAMPLE_NUMEL)
     for parameter in reversed(list(parameters)):
-        numel = min(spread_numel(parameter.numel(), share), left)
-        if numel == 0:
-            continue
         gradient = parameter.grad
         if _has_values(gradient):
-            parts.append(spread_blocks(gradient.detach().reshape(-1), share)[:numel].to(parameter.dtype))
-        else:
+            part = sample.take(gradient.detach().reshape(-1))
+            if part is not None:
+                parts.append(part.to(parameter.dtype))
+        elif numel := sample.numel_of(parameter.numel()):
             spread = statistics.median(spreads) if spreads else parameter.numel() ** -0.5
             drawn = torch.randn(numel, generator=generator) * spread
             parts.append(drawn.to(parameter.dtype).to(parameter.device))
-        left -= numel
     return torch.cat(parts).contiguous(), [part.numel() for part in parts]
 
 

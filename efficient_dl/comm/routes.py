@@ -140,7 +140,9 @@ def all_routes(
 
 @dataclass(frozen=True)
 class Route:
-    """One choice's part in a step's formula (see comm/planner.py): K, x, and (rᵢ, vᵢ) of each bucket.
+    """One choice's part in a step's formula (see comm/planner.py): c, K, x, and (rᵢ, vᵢ) of each bucket.
+
+    exposed_seconds: c, what nothing hides of the codec and the messages' latencies. processor_seconds: K.
 
     bounded: the same with messages whose sizes follow from the plan; None: not possible.
     """
@@ -149,6 +151,7 @@ class Route:
     hierarchy: bool
     codec_seconds: float
     sent_bytes: float
+    exposed_seconds: float
     processor_seconds: float
     transfer_seconds: float
     stages: tuple[tuple[float, float], ...]
@@ -158,7 +161,8 @@ class Route:
     def step_seconds(self, factor: float = 1.0) -> float:
         """The prediction if the links between nodes were so many times as fast."""
         transfer = self.transfer_seconds / factor
-        return max(ready * self.processor_seconds + left * transfer for ready, left in self.stages)
+        busy = max(ready * self.processor_seconds + left * transfer for ready, left in self.stages)
+        return self.exposed_seconds + busy
 
 
 def _route(
@@ -196,20 +200,25 @@ def _route(
     cost = measurements.packet
     sent_bytes += len(stages) * sent * cost.num_bytes
     codec_seconds += len(stages) * (encoded * cost.encode_seconds + decoded * cost.decode_seconds)
-    if measurements.contended:
-        processor = backward + codec_seconds
-    else:
-        last = stages[-1][1]
-        processor = max(backward, (1 - last) * codec_seconds) + last * codec_seconds
-    processor += bucket_seconds * len(stages)
+    # Beside backward where a core is idle, but for the last bucket's.
+    hidden = 0.0 if measurements.contended else (1 - stages[-1][1]) * codec_seconds
+    exposed = codec_seconds - hidden + bucket_seconds * len(stages)
     route = Route(
-        bits, hierarchy, codec_seconds, sent_bytes, processor, sent_bytes / speed, stages, group_size
+        bits,
+        hierarchy,
+        codec_seconds,
+        sent_bytes,
+        exposed,
+        max(backward, hidden),
+        sent_bytes / speed,
+        stages,
+        group_size,
     )
     if not (options.bounded and told):
         return route
     grown = sent_bytes + largest_growth(sent_bytes, len(stages) * sent)
-    silent = processor - min(told * measurements.told_seconds, bucket_seconds) * len(stages)
-    bounded = replace(route, sent_bytes=grown, transfer_seconds=grown / speed, processor_seconds=silent)
+    silent = exposed - min(told * measurements.told_seconds, bucket_seconds) * len(stages)
+    bounded = replace(route, sent_bytes=grown, transfer_seconds=grown / speed, exposed_seconds=silent)
     return replace(route, bounded=bounded)
 
 

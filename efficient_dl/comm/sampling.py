@@ -11,23 +11,49 @@ from torch import Tensor
 
 from efficient_dl.comm.layout import BLOCK_NUMEL
 
-
-def spread_numel(numel: int, share: float) -> int:
-    """How many of so many values `spread_blocks` takes."""
-    blocks = numel // BLOCK_NUMEL
-    if blocks == 0 or share >= 1:
-        return numel
-    return BLOCK_NUMEL * min(max(round(share * blocks), 1), blocks)
+_GOLDEN = 0.6180339887498949  # its multiples' fractions are spread evenly
 
 
-def spread_blocks(x: Tensor, share: float) -> Tensor:
-    """Returns a copy of about so large a share of x, 1-D: whole blocks at equal distances, one at least.
+class Spread:
+    """Takes at most `limit` of `numel` values, in tensors that are shown to it one after the other.
 
-    A tensor shorter than a block is taken whole.
+    It takes whole blocks, about as far from each other everywhere; a tensor shorter than a block counts as one. Of
+    fewer values than limit it takes all. The same tensors in the same order lead to the same places.
     """
-    numel = spread_numel(x.numel(), share)
-    if numel == x.numel():
-        return x.clone()
-    blocks, taken = x.numel() // BLOCK_NUMEL, numel // BLOCK_NUMEL
-    places = torch.arange(taken, device=x.device) * blocks // taken
-    return x[: blocks * BLOCK_NUMEL].view(blocks, BLOCK_NUMEL)[places].view(-1)
+
+    def __init__(self, numel: int, limit: int) -> None:
+        self._share = limit / max(numel, 1)
+        self._limit = limit
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts anew."""
+        self._blocks = 0
+        self.taken = 0
+
+    def numel_of(self, numel: int) -> int:
+        """How many values to take of the next tensor, which has so many."""
+        left = self._limit - self.taken
+        if self._share < 1:
+            blocks = max(numel // BLOCK_NUMEL, 1 if numel else 0)
+            before = int(self._share * self._blocks)
+            self._blocks += blocks
+            numel = min((int(self._share * self._blocks) - before) * BLOCK_NUMEL, numel)
+        numel = min(numel, left)
+        self.taken += numel
+        return numel
+
+    def take(self, x: Tensor) -> Tensor | None:
+        """Returns a copy of values of x, 1-D; None: none of them."""
+        numel = self.numel_of(x.numel())
+        blocks, taken = x.numel() // BLOCK_NUMEL, numel // BLOCK_NUMEL
+        if numel == 0:
+            return None
+        if taken >= blocks or numel % BLOCK_NUMEL:
+            return x[:numel].clone()
+        number = torch.arange(taken, device=x.device)
+        within = (
+            number * _GOLDEN % 1 * (blocks // taken)
+        ).long()  # of each stride: no length of a row falls in with it
+        places = number * blocks // taken + within
+        return x[: blocks * BLOCK_NUMEL].view(blocks, BLOCK_NUMEL)[places].view(-1)

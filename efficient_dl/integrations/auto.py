@@ -116,7 +116,7 @@ def decide(
     else:
         with telling_peers(control, carrier):
             measurements = measured(
-                sample_gradient([p for p in trained if p.dtype == trained[-1].dtype]),
+                sample_gradient(of_one_dtype(parameters)),
                 options.codecs(),
                 control,
                 carrier,
@@ -144,6 +144,12 @@ def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
     """What is planned for: the parameters whose gradients a codec takes."""
     trained = list(_trained(parameters).values())
     return Shapes(tuple(p.numel() for p in trained), trained[-1].dtype.itemsize)
+
+
+def of_one_dtype(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Those of the last one's dtype whose gradients a codec takes: they stand for all where codecs are measured."""
+    trained = list(_trained(parameters).values())
+    return [p for p in trained if p.dtype == trained[-1].dtype]
 
 
 def _trained(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,6 +37,7 @@ from efficient_dl.integrations.auto import (
     bucket_copies,
     decide,
     note_ignored,
+    of_one_dtype,
     shapes_of,
 )
 from efficient_dl.integrations.ddp_compression import Compression
@@ -54,7 +55,7 @@ from efficient_dl.integrations.facts import common_facts
 from efficient_dl.integrations.feedback import automatic_scale, feeds_if_lossy, is_asked_for
 from efficient_dl.integrations.group_guards import GroupGuards
 from efficient_dl.integrations.nodes import Hierarchy, NodesWish, ways
-from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
+from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions, Sample
 from efficient_dl.integrations.second_moment import SecondMoment
 
 _log = logging.getLogger(__name__)
@@ -284,6 +285,7 @@ def compress_ddp(
                 control,
                 carrier,
                 Levels.of(nodes, control) if nodes is not None and several else None,
+                Sample(sum(p.numel() for p in of_one_dtype(parameters))),
                 options,
             )
             agreed = dict(zip(("auto", "hierarchy", "group_size"), decision.plan, strict=True))

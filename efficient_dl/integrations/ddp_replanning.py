@@ -39,11 +39,12 @@ class Replanner(PlanWatch):
         control: ProcessGroupTransport,
         carrier: Transport,
         levels: Levels | None,
+        sample: Sample,
         options: ReplanOptions | None = None,
     ) -> None:
         self.plan = plan
         self.levels = levels
-        self._sample = Sample(model.numel)
+        self._sample = sample
         place = _AllRanks(control, carrier, levels, model.itemsize, self._sample, auto)
         super().__init__(
             self._possible(measurements), decision, model, auto, place, options, tells=control.rank == 0

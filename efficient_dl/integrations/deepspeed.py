@@ -17,14 +17,14 @@ import torch.distributed as dist
 from efficient_dl.comm import Compressor, Plan, ProcessGroupTransport, Residuals, handshake
 from efficient_dl.comm.planner import PlannerOptions
 from efficient_dl.errors import ConfigError, EdlError
-from efficient_dl.integrations.auto import AutoOptions, decide, note_ignored, shapes_of
+from efficient_dl.integrations.auto import AutoOptions, decide, note_ignored, of_one_dtype, shapes_of
 from efficient_dl.integrations.ddp_replanning import Replanner
 from efficient_dl.integrations.deepspeed_checkpoint import METHODS as CHECKPOINT_METHODS
 from efficient_dl.integrations.deepspeed_compression import EngineCompression
 from efficient_dl.integrations.deepspeed_plugs import EnginePlug, ZeroPlug, check_signatures, check_version
 from efficient_dl.integrations.deepspeed_settings import Settings, check_supported
 from efficient_dl.integrations.facts import common_facts
-from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions
+from efficient_dl.integrations.plan_watch import ChosenPlan, ReplanOptions, Sample
 
 _log = logging.getLogger(__name__)
 
@@ -209,7 +209,8 @@ def _replanner(
     if settings.replan is True and not options.active and control.rank == 0:
         _log.warning("bits auto: planned once, for want of check_every")
     model = shapes_of(parameters)
-    return Replanner(measured, decision, model, auto, meant, control, control, None, options)
+    sample = Sample(sum(p.numel() for p in of_one_dtype(parameters)))
+    return Replanner(measured, decision, model, auto, meant, control, control, None, sample, options)
 
 
 def _facts(engine: Any, parameters: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> dict[str, Any]:

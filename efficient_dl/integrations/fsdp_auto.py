@@ -172,17 +172,22 @@ def _chunk(x: Tensor, group: ProcessGroupTransport) -> Tensor:
     return x.new_empty(x.numel() // group.world_size)
 
 
-def _gradients(units: Sequence[Unit]) -> tuple[Tensor, list[int]]:
-    """Values that resemble gradients of the last units with the same dtype."""
+def gradient_numels(units: Sequence[Unit]) -> list[int]:
+    """Of the parameters whose gradients have the same dtype as those of the last unit that has any."""
     trained = [unit for unit in units if unit.trained_layout().bucket.numel]
-    dtype = trained[-1].gradient_dtype
-    numels = [
+    return [
         numel
         for unit in trained
-        if unit.gradient_dtype == dtype
+        if unit.gradient_dtype == trained[-1].gradient_dtype
         for numel in unit.trained_layout().bucket.numels
     ]
-    return sample_gradient([torch.empty(numel, dtype=dtype, device=units[0].device) for numel in numels])
+
+
+def _gradients(units: Sequence[Unit]) -> tuple[Tensor, list[int]]:
+    """Values that resemble gradients: parameters that have no memory, but a shape."""
+    dtype = next(unit.gradient_dtype for unit in reversed(units) if unit.trained_layout().bucket.numel)
+    shapes = [torch.empty(1, dtype=dtype, device=units[0].device).expand(n) for n in gradient_numels(units)]
+    return sample_gradient(shapes)
 
 
 def sample_of_weights(units: Sequence[Unit], limit: int) -> tuple[Tensor, list[int]]:

@@ -17,6 +17,7 @@ from efficient_dl.integrations.fsdp_auto import (
     WEIGHTS,
     Chosen,
     Planned,
+    gradient_numels,
     native_of,
     of_the_first,
     sample_of_weights,
@@ -53,7 +54,7 @@ class FsdpReplanner:
         options: ReplanOptions,
     ) -> None:
         self.samples = False
-        self._sample = Sample(sum(unit.trained_layout().bucket.numel for unit in units))
+        self._sample = Sample(sum(gradient_numels(units)))
         self._compressors = compressors
         self._active = options.active
         options = replace(options, allowance=options.allowance.shared(len(planned)))
@@ -105,10 +106,11 @@ class FsdpReplanner:
 
     def keep_sample(self, x: Tensor, layout: ChunkLayout) -> None:
         """Copies values of a reduce-scatter's input, for a look after this step, if it is sampled."""
-        if self.samples:
-            for owner, (chunk, shard) in enumerate(zip(layout.chunks(x), layout.bucket.shards, strict=True)):
-                if shard.numel and not self._sample.is_full:
-                    self._sample.keep(layout.take(chunk, owner), shard.segments)
+        if self.samples:  # each parameter's part of a chunk, where it lies
+            for chunk, shard in zip(layout.chunks(x), layout.bucket.shards, strict=True):
+                for position, numel in zip(shard.parameters, shard.segments, strict=True):
+                    start, _ = layout.slots[position]
+                    self._sample.keep(chunk[start : start + numel], [numel])
 
     def stepped(self) -> None:
         """Counts an optimizer step."""

@@ -19,7 +19,7 @@ from efficient_dl.comm.look import LOOK_NUMEL, Allowance, Window
 from efficient_dl.comm.measurements import Measurements
 from efficient_dl.comm.planner import Decision, Shapes
 from efficient_dl.comm.replanning import Hysteresis, PlanState, reconsider
-from efficient_dl.comm.sampling import spread_blocks
+from efficient_dl.comm.sampling import Spread
 from efficient_dl.integrations.auto import AutoOptions, is_under_floor
 
 _log = logging.getLogger(__name__)
@@ -82,40 +82,32 @@ class Sample:
 
     Before they were reduced, where our hook sees them; under DDP's native all-reduce their averages.
 
-    numel: of all that may be kept from a step.
+    numel: of all gradients of a step that have one dtype, the one that comes first.
     """
 
     def __init__(self, numel: int) -> None:
-        self._share = LOOK_NUMEL / max(numel, 1)
+        self._spread = Spread(numel, LOOK_NUMEL)
         self._parts: list[Tensor] = []
-        self._segments: list[int] = []
 
     def keep(self, x: Tensor, numels: Sequence[int]) -> None:
-        """Copies a share of x, 1-D, of parameters with these numels."""
+        """Copies a share of x, 1-D, of parameters with these numels; only of the dtype that comes first."""
         if self._parts and self._parts[0].dtype != x.dtype:
             return
-        for part in x.split(list(numels)):
-            left = LOOK_NUMEL - sum(self._segments)
-            if left > 0 and part.numel():
-                self._parts.append(spread_blocks(part.detach(), self._share)[:left])
-                self._segments.append(self._parts[-1].numel())
-
-    @property
-    def is_full(self) -> bool:
-        """Whether more values would change nothing."""
-        return sum(self._segments) >= LOOK_NUMEL
+        for part in x.detach().split(list(numels)):
+            if (taken := self._spread.take(part)) is not None:
+                self._parts.append(taken)
 
     def taken(self) -> tuple[Tensor | None, list[int]]:
         """The values, 1-D, and their parameters' numels; None without any, or where one is not finite."""
         values = torch.cat(self._parts) if self._parts else None
         if values is not None and not bool(torch.isfinite(values).all()):
             values = None  # codecs make flags of such blocks
-        return values, self._segments
+        return values, [part.numel() for part in self._parts]
 
     def forget(self) -> None:
         """The sample was of a step that is over."""
         self._parts.clear()
-        self._segments.clear()
+        self._spread.begin()
 
 
 class Place(Protocol):

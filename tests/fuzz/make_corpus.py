@@ -46,6 +46,23 @@ def main() -> None:
                 prefix = struct.pack("<BBBBI", decoder, code, kind << 2, 0, x.numel() - 1)
                 name = f"seed-{spec.replace(':', '-')}-{str(dtype).removeprefix('torch.')}-{kind}"
                 (CORPUS / name).write_bytes(prefix + bytes(packet[HEADER_BYTES:].numpy()))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = _tiles().to(dtype)
+        packet = make_codec("lossless", checksum=False).encode(x)
+        prefix = struct.pack("<BBBBI", DECODERS["lossless"], DTYPE_CODES[dtype], 0, 0, x.numel() - 1)
+        name = f"seed-lossless-{str(dtype).removeprefix('torch.')}-tiles"
+        (CORPUS / name).write_bytes(prefix + bytes(packet[HEADER_BYTES:].numpy()))
+
+
+def _tiles() -> Tensor:
+    """Three tiles of few values, whose blocks' codes take 8, 5 and 2 bits."""
+    generator = torch.Generator().manual_seed(2)
+    blocks = torch.zeros(274, 256)
+    blocks[:, ::16] = torch.randn(274, 16, generator=generator)
+    blocks[:128] *= torch.ldexp(torch.ones(128), torch.linspace(-120, 120, 128).round())[:, None]
+    blocks[128:256] *= torch.ldexp(torch.ones(128), torch.linspace(-10, 10, 128).round())[:, None]
+    blocks[10:100] = blocks[140:200] = 0
+    return blocks.view(-1)
 
 
 def _tensors() -> list[tuple[tuple[int, ...], Tensor]]:

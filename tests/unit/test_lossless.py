@@ -245,6 +245,40 @@ def test_codes_take_the_bits_of_their_range(codes: list[int], num_bytes: int) ->
     assert block_codes.unpack(Reader(section), len(codes)).tolist() == codes
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda low, width, empty: (low, 8, empty), id="wide fields"),
+        pytest.param(lambda low, width, empty: (low - 3, width + 1, empty), id="a small low"),
+        pytest.param(lambda low, width, empty: (low, width + 1, 1), id="no block is empty"),
+    ],
+)
+def test_codes_may_take_more_bits_than_they_need(
+    change: Callable[[int, int, int], tuple[int, int, int]],
+) -> None:
+    x = (normal(9 * 256) * torch.exp2(torch.arange(9.0)).repeat_interleave(256)).bfloat16()
+    packet = encoded(x)
+    (entry,) = parsed(packet).entries
+    low, width, empty = change(*packet[entry.tile_offset : entry.tile_offset + 3].tolist())
+    together = sum(code - low + empty << width * b for b, code in enumerate(entry.codes))
+    fields = together.to_bytes(-(-9 * width // 32) * 4, "little")
+    section = torch.tensor([low, width, empty, 0, *fields], dtype=torch.uint8)
+    assert section.numel() >= entry.codes_bytes
+    front, behind = packet[: entry.tile_offset], packet[entry.tile_offset + entry.codes_bytes :]
+    longer = patch(torch.cat([front, section, behind]), entry.offset, section.numel() + behind.numel())
+    longer = patch(longer, 16, longer.numel())
+    for kernel in KERNELS:
+        assert torch.equal(bytes_of(decoded(longer, x, kernel)), bytes_of(x)), kernel
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_tile_of_zeros_may_be_stored(kernel: str) -> None:
+    x = torch.zeros(300, dtype=torch.bfloat16)
+    packet = torch.cat([encoded(x), torch.zeros(600, dtype=torch.uint8)])
+    packet = patch(patch(packet, HEADER_BYTES + 8, 600), 16, packet.numel())
+    assert torch.equal(bytes_of(decoded(packet, x, kernel)), bytes_of(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_kibibyte_grows_by_no_more_than_64_bytes(dtype: torch.dtype) -> None:
     numel = 1024 // dtype.itemsize

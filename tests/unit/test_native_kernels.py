@@ -279,10 +279,11 @@ def test_a_missing_or_foreign_library_says_how_to_build_it(
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(NativeLibraryMissing, match="cannot be loaded"):
         load_library("auto", tmp_path / "text.so")
-    monkeypatch.setattr(library, "ABI_VERSION", 999)
-    copy = shutil.copy(library.find_library(), tmp_path / "old.so")
-    with pytest.raises(NativeLibraryMissing, match="interface 999"):
-        load_library("auto", Path(copy))
+    for name, wanted in (("ABI_VERSION", "interface 999"), ("FORMAT_VERSION", "packets of version 999")):
+        copy = shutil.copy(library.find_library(), tmp_path / f"{name}.so")
+        with monkeypatch.context() as patched, pytest.raises(NativeLibraryMissing, match=wanted):
+            patched.setattr(library, name, 999)
+            load_library("auto", Path(copy))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -22,15 +23,10 @@ from efficient_dl.comm.measurements import (
     extrapolated,
 )
 from efficient_dl.comm.planner import Decision, PlannerOptions, Shapes, bucket_numels, plan_for, predict
-from efficient_dl.comm.probe import (
-    SAMPLE_NUMEL,
-    _has_full_machine,
-    codecs_for,
-    link_turns,
-    sample_gradient,
-)
+from efficient_dl.comm.probe import _has_full_machine, codecs_for, link_turns, sample_gradient
 from efficient_dl.comm.routes import gradual
 from efficient_dl.errors import ConfigError
+from tests.unit.simulated_step import compressed, step_seconds
 
 MEGABIT = 1e6 / 8
 MODEL = Shapes((1_000_000,) * 10)
@@ -206,15 +202,43 @@ def test_a_bucket_leaves_when_its_last_gradient_is_there() -> None:
     model, speed = Shapes((500_000, 200_000, 300_000)), 100 * MEGABIT
     found = replace(network(100, backward=1.0), ready=(0.95, 0.7, 0.9))
     native = plan_for(found, model, options=PlannerOptions(bucket_bytes=1 << 20)).predictions[0]
-    computed = 1.0 + 2 * 2e-4
-    assert native.step_seconds == pytest.approx(
-        max(0.9 * computed + 4_000_000 / speed, computed + 2_000_000 / speed)
-    )
+    told = 2 * 2e-4
+    assert native.step_seconds == pytest.approx(told + max(0.9 + 4_000_000 / speed, 1.0 + 2_000_000 / speed))
     even = plan_for(replace(found, ready=()), model, options=PlannerOptions(bucket_bytes=1 << 20))
-    forward = computed / 3
+    first = 1 / 3 + 0.3 * 2 / 3
     assert even.predictions[0].step_seconds == pytest.approx(
-        max(forward + 0.3 * (computed - forward) + 4_000_000 / speed, computed + 2_800_000 / speed)
+        told + max(first + 4_000_000 / speed, 1.0 + 2_800_000 / speed)
     )
+
+
+@given(
+    st.lists(st.integers(100_000, 8_000_000), min_size=1, max_size=20),
+    st.floats(0.02, 0.4),
+    st.floats(0.1, 0.6),
+    st.floats(0.02, 3.0),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=200, deadline=None)
+def test_steps_are_those_of_simulated_threads_that_share_a_core(
+    numels: list[int], codec: float, begin: float, transfer: float, random: Random
+) -> None:
+    """codec, transfer: seconds for all values, where backward takes one. Each parameter is a bucket."""
+    model = Shapes(tuple(numels))
+    rest = sorted(random.uniform(begin, 1.0) for _ in numels[1:])
+    ready = (*rest, 1.0)  # of the last parameter first
+    sizes = [numel / model.numel for numel in reversed(numels)]
+    encode, decode = 0.4 * codec / model.numel, 0.4 * codec / model.numel
+    line = Line(0.0, 2.0 * model.numel / 8 / transfer)
+    found = replace(
+        network(100, backward=1.0),
+        native=line,
+        exchange=line,
+        codecs=(CodecSpeed("bits:2.0", encode, decode, 2.0 / 8),),
+        ready=tuple(reversed(ready)),
+    )
+    prediction = predict(found, model, 2.0, PlannerOptions(bucket_bytes=1))[1]
+    threads = compressed(1.0, ready, sizes, 0.4 * codec, 0.4 * codec, transfer)
+    assert prediction.step_seconds == pytest.approx(step_seconds(1, threads), rel=0.15)
 
 
 def test_times_of_another_models_gradients_are_refused() -> None:
@@ -410,34 +434,6 @@ def test_two_hosts_extrapolated_are_many_with_as_much_latency_for_each_message()
     assert eight.codecs[0].encode_seconds == 4 * two.codecs[0].encode_seconds
     assert eight.packet == PacketCost(1.6e-4, 1.2e-4, 144.0)
     assert replace(extrapolated(two, 2), assumed="") == two
-
-
-def test_a_sample_has_blocks_from_all_over_every_gradient() -> None:
-    """A model's last values tell little of what the others cost: a global step's bits differ by parameter."""
-    numels = (3_000_000, 100, 1_000_000, 0, 700)
-    parameters = [torch.nn.Parameter(torch.zeros(numel)) for numel in numels]
-    for parameter in parameters:
-        parameter.grad = torch.arange(1.0, parameter.numel() + 1)
-    sample, segments = sample_gradient(parameters)
-    assert (segments[0], segments[2]) == (
-        256,
-        100,
-    )  # whole blocks where there are some, the last parameter first
-    assert SAMPLE_NUMEL - 512 < sample.numel() <= SAMPLE_NUMEL
-    for numel, part in zip(
-        (1_000_000, 3_000_000), (sample.split(segments)[1], sample.split(segments)[3]), strict=True
-    ):
-        assert part.numel() == pytest.approx(numel * SAMPLE_NUMEL / 4_000_800, rel=0.01)
-        blocks = part.view(-1, 256)
-        assert torch.equal(blocks, blocks[:, :1] + torch.arange(256.0))
-        places = (blocks[:, 0] - 1) / 256
-        assert float(places.diff().max()) <= 2 and float(places[-1]) >= numel // 256 - 3
-
-    small = torch.nn.Parameter(torch.zeros(1000))
-    small.grad = torch.randn(1000)
-    sample, segments = sample_gradient([small])
-    assert segments == [1000] and torch.equal(sample, small.grad)
-    assert sample.data_ptr() != small.grad.data_ptr()
 
 
 def test_a_gradient_of_exactly_zero_is_no_sample_of_what_is_to_come() -> None:

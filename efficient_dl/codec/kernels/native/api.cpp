@@ -90,6 +90,8 @@ extern "C" {
 
 int64_t edl_abi_version(void) { return EDL_ABI_VERSION; }
 
+int64_t edl_format_version(void) { return EDL_FORMAT_VERSION; }
+
 const char* edl_error_name(int64_t code) {
     switch (code) {
         case EDL_BAD_ARGUMENT: return "an argument is out of range or inconsistent";
@@ -102,7 +104,7 @@ const char* edl_error_name(int64_t code) {
         case EDL_BAD_PARAMETERS: return "the packet's parameters do not fit its tensor";
         case EDL_BAD_TABLE: return "the frequency table is invalid";
         case EDL_BAD_DIRECTORY: return "a tile's directory entry is invalid";
-        case EDL_BAD_CODES: return "a block's scale is out of range";
+        case EDL_BAD_CODES: return "a block's code is out of range, or the head of a tile's codes";
         case EDL_BAD_TILE_SIZE: return "a tile's size does not match its content";
         case EDL_BAD_STREAM: return "a tile's entropy-coded words do not end where its directory says";
         case EDL_BAD_SYMBOL: return "a symbol is outside of the alphabet or its block, or in a block without a scale";

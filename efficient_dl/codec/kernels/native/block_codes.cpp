@@ -30,7 +30,7 @@ int64_t pack_codes(const uint8_t* codes, int64_t num_blocks, uint8_t* section) {
     const uint8_t head[4] = {low, static_cast<uint8_t>(width), empty, 0};
     std::memcpy(section, head, sizeof head);
 
-    uint8_t fields[kMaxTileBlocks + kGroup] = {};
+    uint8_t fields[kMaxCodes + kGroup] = {};
     for (int64_t first = 0; first < num_blocks; first += kGroup) {
         uint64_t group = 0;
         for (int64_t i = 0; i < std::min(kGroup, num_blocks - first); ++i) {
@@ -51,7 +51,7 @@ void unpack_codes(ByteReader& content, int64_t num_blocks, uint8_t* codes) {
     const uint32_t width = head[1];
     if (low == 0 || width > kLargestWidth || empty > 1 || head[3] != 0) throw CodecError{EDL_BAD_CODES};
     const int64_t num_bytes = field_bytes(num_blocks, width);
-    uint8_t fields[kMaxTileBlocks + kGroup] = {};
+    uint8_t fields[kMaxCodes + kGroup] = {};
     std::memcpy(fields, content.take(num_bytes), static_cast<size_t>(num_bytes));
     content.padding_after(num_bytes);
     const int64_t last_bits = num_blocks * width % 8;

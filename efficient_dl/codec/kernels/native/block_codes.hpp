@@ -7,8 +7,8 @@
 
 namespace edl {
 
-inline constexpr int64_t kMaxTileBlocks = 128;
-inline constexpr int64_t kMaxCodesBytes = 4 + kMaxTileBlocks;
+inline constexpr int64_t kMaxCodes = 128;  // of a tile: one a block
+inline constexpr int64_t kMaxCodesBytes = 4 + kMaxCodes;
 
 // Writes the section of num_blocks codes, one of which is above 0, and returns its bytes, at most kMaxCodesBytes.
 int64_t pack_codes(const uint8_t* codes, int64_t num_blocks, uint8_t* section);

@@ -21,7 +21,8 @@
 extern "C" {
 #endif
 
-#define EDL_ABI_VERSION 5
+#define EDL_ABI_VERSION 6
+#define EDL_FORMAT_VERSION 2 /* of the bodies, docs/format.md */
 #define EDL_NUM_STEPS 321 /* relative steps k_j, j = -192 ... 128 */
 
 enum edl_dtype {
@@ -63,7 +64,7 @@ typedef struct {
     double order0_bits;  /* empirical entropy of the quantized values (block, grid, delta, blockwise baselines) or of
                             symbols + raw bits (split); topk: model_bits */
     double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
-    double scale_bits;   /* split, block: 8 bits a block; grid, delta: ideal bits of the classes; blockwise baselines:
+    double scale_bits;   /* split: the coded tiles' sections of codes; block: 8 bits a block; grid, delta: ideal bits of the classes; blockwise baselines:
                             16 bits a block; topk: 0 */
     int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
     int64_t escapes;
@@ -76,6 +77,7 @@ typedef struct {
 } edl_stats;
 
 EDL_EXPORT int64_t edl_abi_version(void);
+EDL_EXPORT int64_t edl_format_version(void);
 
 /* A sentence for an error code; never NULL. */
 EDL_EXPORT const char* edl_error_name(int64_t code);

@@ -10,7 +10,7 @@ from typing import Final
 
 from efficient_dl.errors import ConfigError, CorruptPacket
 
-ABI_VERSION: Final = 5
+ABI_VERSION: Final = 6
 
 _FIRST_CORRUPT: Final = -16
 _NO_MEMORY: Final = -3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from efficient_dl.codec.kernels.native.interface import ABI_VERSION, NativeLibrary, declare
+from efficient_dl.codec.packet import FORMAT_VERSION
 from efficient_dl.errors import ConfigError, NativeLibraryMissing
 
 LIBRARY_NAME: Final = "libedl_codec.so"
@@ -77,16 +78,16 @@ def find_library() -> Path:
 def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
-        found = int(library.edl_abi_version())
+        found = int(library.edl_abi_version()), int(library.edl_format_version())
     except (OSError, AttributeError) as error:
         raise NativeLibraryMissing(
             "the compiled codec kernels cannot be loaded", found=str(error), where=str(path), fix=_BUILD
         ) from error
-    if found != ABI_VERSION:
+    if found != (ABI_VERSION, FORMAT_VERSION):
         raise NativeLibraryMissing(
             "the compiled codec kernels are of another version than the package",
-            expected=f"interface {ABI_VERSION}",
-            found=f"interface {found}",
+            expected=f"interface {ABI_VERSION}, packets of version {FORMAT_VERSION}",
+            found=f"interface {found[0]}, packets of version {found[1]}",
             where=str(path),
             fix=_BUILD,
         )

@@ -12,7 +12,7 @@
 
 namespace edl {
 
-inline constexpr int64_t kSplitTileBlocks = kMaxTileBlocks;
+inline constexpr int64_t kSplitTileBlocks = kMaxCodes;
 inline constexpr int64_t kSplitTileRows = 2 * kSplitTileBlocks;
 inline constexpr int64_t kSplitTileValues = kSplitTileBlocks * kBlockValues;
 inline constexpr int64_t kSplitCarriedRows = 2;  // whose raw bytes travel in the lanes' initial states

@@ -1,4 +1,4 @@
-// The exact codec's decoder: every tile's entry is checked before the first value is written, its contents on the way.
+// The exact codec's decoder: the table and every tile's place are checked before the first value is written, tiles on the way.
 #include <algorithm>
 #include <cstring>
 #include <optional>
