@@ -54,6 +54,6 @@ class Spread:
         number = torch.arange(taken, device=x.device)
         within = (
             number * _GOLDEN % 1 * (blocks // taken)
-        ).long()  # of each stride: no length of a row falls in with it
+        ).long()  # of a stride, so that no row falls in with it
         places = number * blocks // taken + within
         return x[: blocks * BLOCK_NUMEL].view(blocks, BLOCK_NUMEL)[places].view(-1)

@@ -64,8 +64,8 @@ typedef struct {
     double order0_bits;  /* empirical entropy of the quantized values (block, grid, delta, blockwise baselines) or of
                             symbols + raw bits (split); topk: model_bits */
     double model_bits;   /* what the packet's own table promises for the symbols, plus escapes and raw bits */
-    double scale_bits;   /* split: the coded tiles' sections of codes; block: 8 bits a block; grid, delta: ideal bits of the classes; blockwise baselines:
-                            16 bits a block; topk: 0 */
+    double scale_bits;   /* split: the coded tiles' sections of codes; block: 8 bits a block; grid, delta: ideal bits
+                            of the classes; blockwise baselines: 16 bits a block; topk: 0 */
     int64_t header_bits; /* parameters, table and directory; the packet's 32-byte header is not counted */
     int64_t escapes;
     int64_t empty_blocks;
