@@ -10,8 +10,8 @@ latencies and the codec:
 From some bucket on the link is busy without a pause; of the last one, rᵢ = 1. exposed = step − backward.
 
 Where codec and backward share a core, c has all of the codec's time: while backward runs it makes that longer, and
-later the link waits for it or it for the link (tests/unit/simulated_step.py says the same, for any number of buckets). Where
-the codec has a core to itself, c has the last bucket's, and K is the codec's time for the others if that is longer.
+later the link waits for it or it for the link, whatever the number of buckets (tests/unit/simulated_step.py). Where the
+codec has a core to itself, c has the last bucket's, and K is the codec's time for the others if that is longer.
 
 Bytes that a rank sends, of V values at b bytes on n ranks:
     native      2 (n − 1) / n · V · itemsize, by torch's all-reduce as measured

@@ -52,8 +52,7 @@ class Spread:
         if taken >= blocks or numel % BLOCK_NUMEL:
             return x[:numel].clone()
         number = torch.arange(taken, device=x.device)
-        within = (
-            number * _GOLDEN % 1 * (blocks // taken)
-        ).long()  # of a stride, so that no row falls in with it
+        # Somewhere in each stride: no length of a row falls in with it.
+        within = (number * _GOLDEN % 1 * (blocks // taken)).long()
         places = number * blocks // taken + within
         return x[: blocks * BLOCK_NUMEL].view(blocks, BLOCK_NUMEL)[places].view(-1)
